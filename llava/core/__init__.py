@@ -1,0 +1,1 @@
+"""Nouns and small machinery; imports no other package of the house."""

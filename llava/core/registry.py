@@ -1,0 +1,43 @@
+"""Tables of names that import what they name only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+
+def nearest(word: str, choices: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+    """Say which choices exist and which one is closest to `word`, as the tail of an error message."""
+    names = sorted(choices)
+    close = get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Allowed: {', '.join(names) or 'none'}.{hint}"
+
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Map a name to `module:attribute`; the module is imported by `get`."""
+
+    def __init__(self, kind: str, table: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._table = dict(table)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def add(self, name: str, target: str) -> None:
+        """Add one line to the table. Raises ValueError when the name is taken by something else."""
+        if self._table.get(name, target) != target:
+            raise ValueError(f"{self.kind} {name!r} is already {self._table[name]}; choose another name.")
+        self._table[name] = target
+
+    def get(self, name: str) -> T:
+        """Import and return what `name` stands for. Raises ValueError that lists the names."""
+        if name not in self._table:
+            raise ValueError(f"Unknown {self.kind} {name!r}. {nearest(name, self._table)}")
+        module, _, attribute = self._table[name].partition(":")
+        return getattr(import_module(module), attribute)

@@ -1,0 +1,99 @@
+"""What a run needs around its computation: devices, randomness, atomic files and the run record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Resolve `auto` to the first of cuda, mps, cpu. Raises ValueError when the named device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Device {name!r} is not available here ({error}); use --device auto or cpu.") from None
+    return torch.device(name)
+
+
+def item_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Give the generator of one item: the same on any worker, in any order, after any resume."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target` (file or folder) that is moved into place when the block succeeds."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    staged = scratch / target.name
+    try:
+        yield staged
+        if staged.is_dir() and target.is_dir():
+            target.replace(scratch / "old")
+        staged.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically."""
+    with atomic_path(path) as staged:
+        staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_run(folder: str | Path, config: dict[str, Any], seed: int | None) -> None:
+    """Write `run.json` (command, config, git commit, versions, seed) before the first step of a run."""
+    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "deepspeed", "numpy")
+    write_json(
+        Path(folder) / "run.json",
+        {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "git_commit": git_commit(),
+            "seed": seed,
+            "python": platform.python_version(),
+            "versions": {name: version for name in packages if (version := _version(name))},
+            "config": config,
+        },
+    )
+
+
+def git_commit() -> str | None:
+    """Give the commit of the source tree, `+dirty` when it has changes, None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

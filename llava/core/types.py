@@ -1,0 +1,127 @@
+"""The nouns of the house: records, samples, verdicts and explanations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+
+REAL, FAKE = 0, 1
+LABEL_NAMES = ("real", "fake")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One item of a data set before a pixel is read.
+
+    label: 0 = real, 1 = fake, None = unknown. `video`: frames that share it are averaged into one score.
+    `group`: what must never cross a split, and the unit of every bootstrap. `where`: how the source finds
+    the item again (a path, or path::key::frame).
+    """
+
+    id: str
+    label: int | None
+    class_name: str
+    video: str
+    group: str
+    where: str
+    split: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One utterance of a conversation."""
+
+    role: Literal["human", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz."""
+
+    record: Record
+    image: np.ndarray
+    frames: np.ndarray | None = None
+    audio: np.ndarray | None = None
+    turns: Sequence[Turn] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """What one named tensor of a detector must look like; data code reads it, the detector declares it.
+
+    The image is resized so that its shortest edge is `size` (PIL resampling `interpolation`), centre-cropped to
+    (size, size), scaled to [0, 1] and normalised by mean and std. `views`: what is averaged at test time.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    views: tuple[Literal["plain", "flip"], ...] = ("plain",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """From which p_fake on the verdict is FAKE, and what that threshold was chosen on."""
+
+    threshold: float = 0.5
+    chosen_on: str = "default"
+
+
+class VerdictLabel(StrEnum):
+    """What the product says of an image."""
+
+    REAL = "REAL"
+    FAKE = "FAKE"
+    UNCERTAIN = "UNCERTAIN"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A detector's answer about one face.
+
+    p_fake and every probability and evidence value lie in [0, 1]; p_fake is None when INCONCLUSIVE.
+    `calibration` names what the probability was calibrated on, or is "not calibrated".
+    `reason` says in words why there is no verdict, or what limits it.
+    """
+
+    label: VerdictLabel
+    p_fake: float | None
+    probabilities: Mapping[str, float]
+    evidence: Mapping[str, float]
+    detector: str
+    threshold: float = 0.5
+    calibration: str = "not calibrated"
+    risk_band: str | None = None
+    face_box: tuple[int, int, int, int] | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """A verdict with the words that explain it.
+
+    text_verdict: what the text itself says (0 real, 1 fake, None undecided). `agrees` is False when the text
+    contradicts the verdict, None when either of them is undecided; the verdict stands in every case.
+    """
+
+    verdict: Verdict
+    question: str
+    text: str
+    text_verdict: int | None
+    agrees: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON values."""
+        return asdict(self)

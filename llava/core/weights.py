@@ -1,0 +1,89 @@
+"""Where weights are found, and how a module is saved and loaded: config.json + model.safetensors, strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llava.core.registry import nearest
+from llava.core.runtime import atomic_path, write_json
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+
+
+def checkpoints_dir() -> Path:
+    """Give the folder where trained models live: $M2F2_CHECKPOINTS, or `checkpoints` below the current folder."""
+    return Path(os.environ.get("M2F2_CHECKPOINTS", "checkpoints"))
+
+
+def resolve(name: str | Path) -> Path:
+    """Turn a path, the name of a folder in `checkpoints/` or a hub id into a local folder.
+
+    Raises FileNotFoundError that says what was tried.
+    """
+    for candidate in (Path(name), checkpoints_dir() / name):
+        if candidate.exists():
+            return candidate
+    root = checkpoints_dir()
+    known = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    message = f"No model at {str(name)!r}: not a path, not in {str(root)!r} ({nearest(str(name), known)})"
+    if str(name).count("/") != 1:
+        raise FileNotFoundError(f"{message} Give a path, such a name, or a hub id like owner/model.")
+    try:
+        return Path(snapshot_download(str(name)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{message} and the model hub gave nothing ({type(error).__name__}).") from error
+
+
+def save_module(folder: str | Path, module: nn.Module, config: dict[str, Any]) -> None:
+    """Write config and weights of `module` into `folder`; each file is moved into place complete."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
+    with atomic_path(Path(folder) / WEIGHTS_NAME) as staged:
+        save_file(tensors, staged, metadata={"format": "pt"})
+    write_json(Path(folder) / CONFIG_NAME, config)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the config.json of a saved module. Raises FileNotFoundError when the folder has none."""
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {CONFIG_NAME}; give the folder that training wrote.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load `state` into `module`. Raises ValueError that counts and names missing, extra and misshapen tensors."""
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(state.keys() - own.keys())
+    shapes = [k for k in sorted(own.keys() & state.keys()) if own[k].shape != state[k].shape]
+    if missing or extra or shapes:
+        parts = [
+            f"{len(keys)} {word} (first: {keys[0]})"
+            for word, keys in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+            if keys
+        ]
+        raise ValueError(f"{what} does not fit {type(module).__name__}: tensors {', '.join(parts)}.")
+    module.load_state_dict(state, strict=True)
+
+
+def load_module(folder: str | Path, module: nn.Module) -> None:
+    """Load model.safetensors of `folder` into `module`, strictly. Raises ValueError or FileNotFoundError."""
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS_NAME}; give the folder that training wrote.")
+    load_strictly(module, load_file(path), str(path))
+
+
+def sha256_of(path: str | Path) -> str:
+    """Give the SHA-256 of a file in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Storage to samples: sources, images, faces, splits, conversations, data sets."""

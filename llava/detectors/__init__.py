@@ -1,0 +1,11 @@
+"""Pixels to evidence: every detector by its name. A new detector is one file and one line here."""
+
+from llava.core.registry import Registry
+from llava.detectors.base import Detector
+
+DETECTORS: Registry[type[Detector]] = Registry(
+    "detector",
+    {
+        "m2f2det": "llava.detectors.m2f2det:M2F2Det",
+    },
+)

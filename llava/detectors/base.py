@@ -1,0 +1,110 @@
+"""What every detector is: named inputs in, logits and named evidence out, saved and loaded strictly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from llava.core.config import build, to_dict
+from llava.core.types import Decision, InputSpec
+from llava.core.weights import load_module, read_config, save_module
+
+
+@dataclass
+class DetectorOutput(ModelOutput):
+    """loss: scalar; logits (B, classes); evidence (B, E) in [0, 1]; evidence_map (B, h, w); losses: named parts."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    evidence: Tensor | None = None
+    evidence_map: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+class Detector(nn.Module):
+    """Base of all detectors.
+
+    A subclass sets `name`, `Config`, `classes` (class 0 is `real`) and `evidence_names`, declares `inputs`, and
+    writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    classes: tuple[str, ...] = ("real", "fake")
+    evidence_names: tuple[str, ...] = ("p_real", "p_fake")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.decision = Decision()
+        self.register_buffer("class_weights", torch.ones(len(self.classes)), persistent=False)
+
+    @property
+    def inputs(self) -> dict[str, InputSpec]:
+        """Name each tensor of `forward` and say what it looks like."""
+        raise NotImplementedError
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """List submodules that are not trained; they stay in eval mode while the rest trains."""
+        return []
+
+    def train(self, mode: bool = True) -> Detector:
+        """Switch mode, but keep frozen parts in eval mode so that no BatchNorm statistic drifts."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def p_fake(self, logits: Tensor) -> Tensor:
+        """Map logits (B, classes) to the probability of not being real, (B,) in [0, 1]."""
+        return 1.0 - logits.float().softmax(dim=-1)[:, self.classes.index("real")]
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Give optimiser groups that cover every trainable weight exactly once."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder`."""
+        save_module(folder, self, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """Give what `from_description` needs to build this detector again, without its weights."""
+        return {"detector": self.name, "config": to_dict(self.config), "decision": asdict(self.decision)}
+
+
+def create(name: str, config: dict[str, Any]) -> Detector:
+    """Build a detector with fresh weights from its name and plain settings. Raises ValueError on unknown ones."""
+    from llava.detectors import DETECTORS
+
+    detector_class = DETECTORS.get(name)
+    return detector_class(build(detector_class.Config, config, where="model"))
+
+
+def from_description(description: dict[str, Any]) -> Detector:
+    """Build the detector of a `describe()` dictionary, with fresh weights."""
+    detector = create(description["detector"], description["config"])
+    detector.decision = Decision(**description.get("decision", {}))
+    return detector
+
+
+def load(folder: str | Path, expected: str | None = None) -> Detector:
+    """Load a saved detector in eval mode. Raises ValueError when the folder holds another kind of model."""
+    description = read_config(folder)
+    kind = description.get("detector")
+    if kind is None or (expected is not None and kind != expected):
+        found = (
+            f"a {kind!r} detector"
+            if kind
+            else f"a {description.get('model_type', 'model of unknown type')!r} checkpoint"
+        )
+        raise ValueError(
+            f"{str(folder)!r} holds {found}, not {'a detector' if expected is None else repr(expected)}; give another folder."
+        )
+    detector = from_description(description)
+    load_module(folder, detector)
+    return detector.eval()

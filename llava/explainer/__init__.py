@@ -1,0 +1,1 @@
+"""The LLaVA that reads a detector's evidence."""

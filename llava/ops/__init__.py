@@ -1,0 +1,1 @@
+"""Pure tensor and array functions; they know neither files nor models."""

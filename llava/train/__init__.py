@@ -1,0 +1,1 @@
+"""Training of detectors and explainer on one engine, the HF Trainer."""
