@@ -97,14 +97,9 @@ def load(folder: str | Path, expected: str | None = None) -> Detector:
     description = read_config(folder)
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):
-        found = (
-            f"a {kind!r} detector"
-            if kind
-            else f"a {description.get('model_type', 'model of unknown type')!r} checkpoint"
-        )
-        raise ValueError(
-            f"{str(folder)!r} holds {found}, not {'a detector' if expected is None else repr(expected)}; give another folder."
-        )
+        found = f"detector {kind!r}" if kind else f"model type {description.get('model_type')!r}"
+        wanted = "a detector" if expected is None else f"detector {expected!r}"
+        raise ValueError(f"{str(folder)!r} holds {found}, not {wanted}; give another folder.")
     detector = from_description(description)
     load_module(folder, detector)
     return detector.eval()
