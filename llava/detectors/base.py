@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from llava.core.config import build, to_dict
+from llava.core.registry import nearest
 from llava.core.types import Decision, InputSpec
 from llava.core.weights import load_module, read_config, save_module
 
@@ -35,6 +38,7 @@ class Detector(nn.Module):
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    class_weights: Tensor
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
 
@@ -42,12 +46,22 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.decision = Decision()
+        self._frozen_by_name: set[str] = set()
         self.register_buffer("class_weights", torch.ones(len(self.classes)), persistent=False)
 
     @property
     def inputs(self) -> dict[str, InputSpec]:
         """Name each tensor of `forward` and say what it looks like."""
         raise NotImplementedError
+
+    @property
+    def shares_vision(self) -> bool:
+        """Say whether `forward` needs a host's vision features as `clip_features`."""
+        return False
+
+    def without_vision(self) -> Detector:
+        """Give the same detector without its own vision tower, to live in a host that has the same one."""
+        raise ValueError(f"Detector {self.name!r} has no vision tower that a host could share.")
 
     def frozen_modules(self) -> list[nn.Module]:
         """List submodules that are not trained; they stay in eval mode while the rest trains."""
@@ -56,9 +70,27 @@ class Detector(nn.Module):
     def train(self, mode: bool = True) -> Detector:
         """Switch mode, but keep frozen parts in eval mode so that no BatchNorm statistic drifts."""
         super().train(mode)
-        for module in self.frozen_modules():
+        for module in (*self.frozen_modules(), *map(self.get_submodule, self._frozen_by_name)):
             module.eval()
         return self
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Stop training submodules whose dotted names match a shell pattern; they keep to eval mode from now on.
+
+        Raises ValueError for a pattern that matches nothing.
+        """
+        for pattern in patterns:
+            names = [name for name, _ in self.named_modules() if name and fnmatchcase(name, pattern)]
+            if not names:
+                children = [name for name, _ in self.named_children()]
+                raise ValueError(f"freeze: no module is called {pattern!r}. {nearest(pattern, children)}")
+            self._frozen_by_name.update(names)
+            for name in names:
+                self.get_submodule(name).requires_grad_(False)
+        self.train(self.training)
+
+    def load_pretrained(self) -> None:
+        """Load the published initial weights that the config names; there are none by default."""
 
     def p_fake(self, logits: Tensor) -> Tensor:
         """Map logits (B, classes) to the probability of not being real, (B,) in [0, 1]."""

@@ -1,0 +1,78 @@
+"""CNN feature extractors by name: torchvision's DenseNets and EfficientNets, and small ones for two CPU cores."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+from torchvision import models
+
+from llava.core.registry import nearest
+
+DENSENETS = ("densenet121", "densenet161", "densenet169", "densenet201")
+EFFICIENTNETS = tuple(f"efficientnet_b{i}" for i in range(8))
+# name -> growth rate, layers per block, channels of the stem, stride of the stem (the max-pool after it halves again)
+SMALL_DENSENETS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
+    "densenet_micro": (4, (1, 1, 1, 1), 8, 2),
+    "densenet_tiny": (16, (3, 4, 6, 4), 32, 2),
+    "densenet_tiny_fine": (16, (3, 4, 6, 4), 32, 1),
+}
+BACKBONES = (*DENSENETS, *EFFICIENTNETS, *SMALL_DENSENETS)
+_DENSENET_STAGES = ("denseblock2", "denseblock3", "denseblock4")
+_EFFICIENTNET_STAGES = ("4", "5", "6")
+
+
+class Backbone(nn.Sequential):
+    """The `features` of a classifier, which also gives the maps of named inner stages."""
+
+    def __init__(self, features: nn.Module, stages: tuple[str, ...]) -> None:
+        super().__init__(OrderedDict(features.named_children()))
+        self.stages = stages
+
+    def forward_stages(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Give the last map and the maps of `stages` for images (B, 3, H, W); each (B, C, h, w)."""
+        maps = []
+        x = images
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in self.stages:
+                maps.append(x)
+        return x, maps
+
+
+def make_backbone(name: str, pretrained: bool = False) -> tuple[Backbone, int]:
+    """Build the feature extractor `name` and give its output channels.
+
+    DenseNet features end at `norm5`, without the ReLU of torchvision's classifier, as M2F2-Det uses them.
+    pretrained: download torchvision's ImageNet weights. Raises ValueError for an unknown name or no such weights.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"Unknown backbone {name!r}. {nearest(name, BACKBONES)}")
+    if name in SMALL_DENSENETS:
+        if pretrained:
+            raise ValueError(f"Backbone {name!r} has no ImageNet weights; use pretrained=false or one of {DENSENETS}.")
+        return _small_densenet(name)
+    model = models.get_model(name, weights="DEFAULT" if pretrained else None)
+    if name in DENSENETS:
+        return Backbone(model.features, _DENSENET_STAGES), model.classifier.in_features
+    return Backbone(model.features, _EFFICIENTNET_STAGES), model.classifier[1].in_features
+
+
+def stage_channels(backbone: Backbone) -> list[int]:
+    """Give the channels of each stage map, read from the layers that make them."""
+    return [_out_channels(backbone.get_submodule(name)) for name in backbone.stages]
+
+
+def _small_densenet(name: str) -> tuple[Backbone, int]:
+    growth, blocks, stem, stride = SMALL_DENSENETS[name]
+    model = models.DenseNet(growth_rate=growth, block_config=blocks, num_init_features=stem, bn_size=2)  # type: ignore[arg-type]
+    model.features.conv0.stride = (stride, stride)
+    return Backbone(model.features, _DENSENET_STAGES), model.classifier.in_features
+
+
+def _out_channels(stage: nn.Module) -> int:
+    convolutions = {name: m for name, m in stage.named_modules() if isinstance(m, nn.Conv2d)}
+    if "denselayer1.conv1" not in convolutions:
+        return list(convolutions.values())[-1].out_channels
+    first = convolutions["denselayer1.conv1"].in_channels  # a dense block passes its input on beside what layers add
+    return first + sum(m.out_channels for name, m in convolutions.items() if name.endswith("conv2"))

@@ -1,0 +1,212 @@
+"""M2F2-Det: CLIP features, a learned forgery prompt and a CNN decide together whether a face is forged.
+
+Guo et al., "Rethinking Vision-Language Model in Face Forensics: Multi-Modal Interpretable Forged Face Detector",
+CVPR 2025. `fusion="similarity"` is the head inside the published explainer. What differs: the text transformer and the
+vision tower are really frozen, the prompt vector is kept in eval mode only, `fusion="bridge"` is a bridge that works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava.core.config import setting
+from llava.core.types import InputSpec
+from llava.core.weights import load_strictly
+from llava.detectors.backbones import make_backbone, stage_channels
+from llava.detectors.base import Detector, DetectorOutput
+from llava.detectors.bridge import Bridge, BridgeConfig, Projection
+from llava.detectors.clip_prompt import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ClipTextSizes,
+    ClipVisionSizes,
+    PromptEncoder,
+    VisionEncoder,
+    load_clip,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class M2F2DetConfig:
+    """Settings of M2F2-Det; the defaults are the published detector with DenseNet-121 and CLIP ViT-L/14-336."""
+
+    fusion: Literal["similarity", "bridge", "none"] = setting(
+        "similarity", "similarity = patch-prompt cosines, bridge = attention between them, none = CLS and CNN only"
+    )
+    backbone: str = setting("densenet121", "CNN: densenet121/161/169/201, efficientnet_b0..b7, or a small densenet_*")
+    backbone_pretrained: bool = setting(False, "start the CNN from torchvision's ImageNet weights when training")
+    hidden_size: int = setting(1024, "width of the projected CLIP, prompt and CNN features")
+    prompt_tokens: int = setting(7, "learned prompt tokens")
+    clip_name: str | None = setting(None, "CLIP checkpoint to start training from (folder or hub id)")
+    text: ClipTextSizes = setting(ClipTextSizes())
+    vision: ClipVisionSizes = setting(ClipVisionSizes())
+    bridge: BridgeConfig = setting(BridgeConfig())
+    own_vision: bool = setting(True, "has its own CLIP vision tower; false = features are always passed in")
+    freeze_vision: bool = setting(True, "keep the CLIP vision tower as it is")
+    freeze_text: bool = setting(True, "keep the CLIP text transformer as it is; prompt tokens are always learned")
+    vision_alpha: float = setting(0.5, "initial weight of the CLS features")
+    text_alpha: float = setting(4.0, "initial weight of the patch-prompt cosines")
+    vision_alpha_lr: float = setting(1e-3, "learning rate of vision_alpha, as published")
+    text_alpha_lr: float = setting(3e-3, "learning rate of text_alpha, as published")
+    views: tuple[Literal["plain", "flip"], ...] = setting(("plain",), "views averaged at test time")
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Give sizes for tests: 32 px, a few thousand weights."""
+        return cls(
+            backbone="densenet_micro",
+            hidden_size=16,
+            prompt_tokens=3,
+            text=ClipTextSizes(
+                vocab_size=8,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=8,
+            ),
+            vision=ClipVisionSizes(
+                image_size=32,
+                patch_size=8,
+                hidden_size=24,
+                intermediate_size=48,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+            ),
+            bridge=BridgeConfig(width=16, heads=2, mlp_width=16, grid=3, output_size=8),
+        )
+
+
+class M2F2Det(Detector):
+    """Classify a face from CLIP features, patch-prompt similarities and CNN features.
+
+    evidence = (p_real, p_fake), the softmax of the logits; evidence_map = patch-prompt similarity (B, h, w), cosine
+    moved from [-1, 1] to [0, 1], None for `fusion="none"`.
+    """
+
+    name = "m2f2det"
+    Config = M2F2DetConfig
+    config: M2F2DetConfig
+
+    def __init__(self, config: M2F2DetConfig) -> None:
+        super().__init__(config)
+        hidden, patches = config.hidden_size, config.vision.grid**2
+        self.vision_encoder = VisionEncoder(config.vision, config.freeze_vision) if config.own_vision else None
+        self.backbone, channels = make_backbone(config.backbone)
+        self.vision_proj = Projection(config.vision.hidden_size, hidden)
+        self.backbone_proj = Projection(channels, hidden)
+        self.vision_alpha = nn.Parameter(torch.tensor(config.vision_alpha))
+        fused = 0
+        if config.fusion != "none":
+            self.text_encoder = PromptEncoder(config.text, config.prompt_tokens, config.freeze_text)
+            self.text_proj = Projection(config.text.hidden_size, hidden)
+            self.text_alpha = nn.Parameter(torch.tensor(config.text_alpha))
+            fused = patches
+        if config.fusion == "bridge":
+            self.bridge = Bridge(config.bridge, stage_channels(self.backbone), config.vision.hidden_size, hidden)
+            fused = config.bridge.output_size
+        self.classifier = nn.Linear(fused + 2 * hidden, len(self.classes))
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Draw the published initial weights: N(0, 0.01) for the CLIP projections and the classifier."""
+        projections = [self.vision_proj] if self.config.fusion == "none" else [self.vision_proj, self.text_proj]
+        for linear in (self.classifier, *(p.linear for p in projections)):
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+
+    @property
+    def inputs(self) -> dict[str, InputSpec]:
+        """Give the one input: the CLIP-normalised image, which tower and CNN share."""
+        size = self.config.vision.image_size
+        return {"pixel_values": InputSpec(size=size, mean=CLIP_MEAN, std=CLIP_STD, views=self.config.views)}
+
+    def forward(
+        self, pixel_values: Tensor, clip_features: Tensor | None = None, labels: Tensor | None = None
+    ) -> DetectorOutput:
+        """Classify pixel_values (B, 3, S, S); labels (B,) with 0 = real, 1 = fake.
+
+        clip_features: (B, 1 + patches, D) selected hidden state of a CLIP tower, CLS first; the own tower is then not
+        run. Raises ValueError when they are missing without an own tower, or have another shape.
+        """
+        clip = self._clip_features(pixel_values, clip_features)
+        cls, patches = clip[:, 0], clip[:, 1:]
+        features, stages = self.backbone.forward_stages(pixel_values.to(self.classifier.weight.dtype))
+        parts = [
+            self.vision_alpha * self.vision_proj(cls),
+            self.backbone_proj(features.mean(dim=(2, 3))),
+        ]
+        evidence_map = None
+        if self.config.fusion != "none":
+            prompt = self.text_proj(self.text_encoder())  # (1, hidden)
+            similarity = F.cosine_similarity(self.vision_proj(patches), prompt[:, None], dim=-1)  # (B, patches)
+            evidence_map = (similarity + 1).div(2).unflatten(1, (self.config.vision.grid, -1))
+            fused = similarity if self.config.fusion == "similarity" else self.bridge(stages, patches, prompt)
+            parts.insert(0, self.text_alpha * fused)
+        logits = self.classifier(torch.cat(parts, dim=-1))
+        return DetectorOutput(
+            loss=self._loss(logits, labels),
+            logits=logits,
+            evidence=logits.float().softmax(dim=-1),
+            evidence_map=evidence_map,
+        )
+
+    def _clip_features(self, pixel_values: Tensor, clip_features: Tensor | None) -> Tensor:
+        if clip_features is None:
+            if self.vision_encoder is None:
+                raise ValueError("This detector has no CLIP tower of its own (own_vision=false): pass clip_features.")
+            clip_features = self.vision_encoder(pixel_values)
+        vision = self.config.vision
+        expected = (len(pixel_values), 1 + vision.grid**2, vision.hidden_size)
+        if clip_features.shape != expected:
+            raise ValueError(f"clip_features: expected {expected}, got {tuple(clip_features.shape)}.")
+        return clip_features.to(self.classifier.weight.dtype)
+
+    def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+        if labels is None:
+            return None
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return F.cross_entropy(logits, labels, weight=self.class_weights.to(logits.dtype))
+
+    @property
+    def shares_vision(self) -> bool:
+        """Say whether the CLIP features come from outside."""
+        return self.vision_encoder is None
+
+    def without_vision(self) -> Detector:
+        """Give the same detector without its own CLIP tower."""
+        guest = M2F2Det(replace(self.config, own_vision=False))
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("vision_encoder.")}
+        load_strictly(guest, own, "the detector without its tower")
+        guest.decision = self.decision
+        return guest.train(self.training)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """List the CLIP towers that are not trained."""
+        frozen: list[nn.Module] = []
+        if self.config.freeze_vision and self.vision_encoder is not None:
+            frozen.append(self.vision_encoder)
+        if self.config.freeze_text and self.config.fusion != "none":
+            frozen.append(self.text_encoder.model)
+        return frozen
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Give the two alphas their own rates and the rest `lr`, as published."""
+        own = {"vision_alpha": self.config.vision_alpha_lr, "text_alpha": self.config.text_alpha_lr}
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = [{"params": [p], "lr": own[name]} for name, p in trained if name in own]
+        return [*groups, {"params": [p for name, p in trained if name not in own], "lr": lr}]
+
+    def load_pretrained(self) -> None:
+        """Load the CLIP and ImageNet weights that the config names. Raises FileNotFoundError when they are nowhere."""
+        if self.config.clip_name is not None:
+            text = None if self.config.fusion == "none" else self.text_encoder
+            load_clip(self.config.clip_name, text, self.vision_encoder)
+        if self.config.backbone_pretrained:
+            source, _ = make_backbone(self.config.backbone, pretrained=True)
+            load_strictly(self.backbone, source.state_dict(), f"ImageNet weights of {self.config.backbone}")

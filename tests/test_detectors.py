@@ -1,0 +1,362 @@
+"""What every detector must keep, by its name in the table; then M2F2-Det's own promises."""
+
+import copy
+import importlib.util
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llava.core.config import build, to_dict
+from llava.core.weights import load_strictly
+from llava.detectors import DETECTORS
+from llava.detectors.backbones import BACKBONES, SMALL_DENSENETS, make_backbone, stage_channels
+from llava.detectors.base import create, load
+from llava.detectors.clip_prompt import ClipTextSizes, PromptEncoder, VisionEncoder, load_clip
+from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+from llava.detectors.published_keys import our_key, rename_published
+
+DETECTORS.add("toy", "toy_detector:ToyDetector")
+NAMES = list(DETECTORS)
+FUSIONS = ("similarity", "bridge", "none")
+
+
+def batch_for(detector, n=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batch = {
+        name: torch.randn(n, 3, spec.size, spec.size, generator=generator) for name, spec in detector.inputs.items()
+    }
+    return batch, torch.arange(n) % len(detector.classes)
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    detector_class = DETECTORS.get(name)
+    return detector_class(detector_class.Config.tiny())
+
+
+def m2f2(**changes):
+    torch.manual_seed(0)
+    return M2F2Det(replace(M2F2DetConfig.tiny(), **changes))
+
+
+# ---- the contract -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[*NAMES, *(f"m2f2det/{fusion}" for fusion in FUSIONS[1:]), "m2f2det/trained_towers"])
+def detector(request):
+    name, _, variant = request.param.partition("/")
+    if variant == "trained_towers":
+        return m2f2(freeze_text=False, freeze_vision=False)
+    return m2f2(fusion=variant) if variant else tiny(name)
+
+
+def test_forward_gives_logits_loss_and_named_evidence(detector):
+    inputs, labels = batch_for(detector)
+    output = detector.train()(**inputs, labels=labels)
+    assert output.logits.shape == (4, len(detector.classes))
+    assert output.evidence.shape == (4, len(detector.evidence_names))
+    assert output.evidence.min() >= 0 and output.evidence.max() <= 1
+    assert output.loss.shape == () and torch.isfinite(output.loss)
+    if output.evidence_map is not None:
+        assert output.evidence_map.dim() == 3 and output.evidence_map.min() >= 0 and output.evidence_map.max() <= 1
+    assert detector.eval()(**inputs).loss is None
+
+
+def test_every_trainable_weight_learns_and_no_frozen_one_does(detector):
+    inputs, labels = batch_for(detector)
+    detector.train()(**inputs, labels=labels).loss.backward()
+    without = [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert not [n for n, p in detector.named_parameters() if not p.requires_grad and p.grad is not None]
+
+
+def test_parameter_groups_cover_each_trainable_weight_once(detector):
+    grouped = [id(p) for group in detector.parameter_groups(1e-4) for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in detector.parameters() if p.requires_grad}
+
+
+def test_saved_and_loaded_it_answers_the_same(detector, tmp_path):
+    inputs, _ = batch_for(detector)
+    detector.train()(**inputs)  # moves BatchNorm statistics away from their initial values
+    detector.eval().save(tmp_path / "model")
+    loaded = load(tmp_path / "model", expected=detector.name)
+    assert not loaded.training and loaded.config == detector.config
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, detector(**inputs).logits, rtol=0, atol=0)
+
+
+def test_frozen_parts_stay_in_eval_mode(detector):
+    detector.train()
+    assert all(not m.training for part in detector.frozen_modules() for m in part.modules())
+    assert all(not p.requires_grad for part in detector.frozen_modules() for p in part.parameters())
+    before = copy.deepcopy(detector.state_dict())
+    inputs, labels = batch_for(detector)
+    detector.freeze(["*"])
+    detector.train()(**inputs, labels=labels)
+    assert all(torch.equal(before[name], tensor) for name, tensor in detector.state_dict().items())
+
+
+def test_freeze_names_the_nearest_module(detector):
+    with pytest.raises(ValueError, match="Did you mean 'classifier'"):
+        detector.freeze(["clasifier"])
+
+
+def test_forward_lists_its_inputs(detector):
+    parameters = inspect.signature(type(detector).forward).parameters
+    assert all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    assert set(detector.inputs) <= set(parameters) and "labels" in parameters
+
+
+def test_eval_is_deterministic_and_samples_are_independent(detector):
+    inputs, _ = batch_for(detector.eval())
+    other, _ = batch_for(detector, seed=1)
+    mixed = {name: torch.cat([inputs[name][:1], other[name][1:]]) for name in inputs}
+    with torch.no_grad():
+        first = detector(**inputs).logits
+        torch.testing.assert_close(detector(**inputs).logits, first, rtol=0, atol=0)
+        torch.testing.assert_close(detector(**mixed).logits[0], first[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.05)])
+def test_other_precisions_agree(detector, dtype, tolerance):
+    inputs, labels = batch_for(detector.eval())
+    with torch.no_grad():
+        expected = detector(**inputs).evidence
+        moved = detector.to(dtype)
+        output = moved(**{name: x.to(dtype) for name, x in inputs.items()}, labels=labels)
+    assert torch.isfinite(output.loss)
+    torch.testing.assert_close(output.evidence.float(), expected.float(), rtol=0, atol=tolerance)
+
+
+def test_class_weights_enter_the_loss(detector):
+    inputs, _ = batch_for(detector.eval())
+    labels = torch.tensor([0, 1, 1, 1])
+    with torch.no_grad():
+        logits = detector(**inputs).logits
+        detector.class_weights.copy_(torch.tensor([3.0, 1.0]))
+        loss = detector(**inputs, labels=labels).loss
+    nll = -logits.log_softmax(-1)[torch.arange(4), labels]
+    expected = (nll * torch.tensor([3.0, 1, 1, 1])).sum() / 6
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_to_tell_noise_from_flat(name):
+    detector = tiny(name).train()
+    optimizer = torch.optim.Adam(detector.parameter_groups(1e-2))
+    inputs, labels = batch_for(detector, n=16)
+    inputs = {k: x * labels.view(-1, 1, 1, 1) for k, x in inputs.items()}
+    losses = []
+    for _ in range(15):
+        loss = detector(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_survives_yaml_and_misspelt_keys_are_named(name):
+    config = DETECTORS.get(name).Config.tiny()
+    assert build(type(config), to_dict(config)) == config
+    field = next(iter(to_dict(config)))
+    with pytest.raises(ValueError, match=rf"Unknown setting 'model.{field}x'.*Did you mean '{field}'"):
+        create(name, {f"{field}x": 1})
+
+
+def test_another_detectors_checkpoint_is_refused(tmp_path):
+    tiny("toy").save(tmp_path)
+    with pytest.raises(ValueError, match="holds detector 'toy', not detector 'm2f2det'"):
+        load(tmp_path, expected="m2f2det")
+
+
+# ---- M2F2-Det ---------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_are_the_published_ones():
+    detector = m2f2()
+    rates = {id(p): group["lr"] for group in detector.parameter_groups(0.5) for p in group["params"]}
+    assert rates[id(detector.vision_alpha)] == 1e-3
+    assert rates[id(detector.text_alpha)] == 3e-3
+    assert rates[id(detector.text_encoder.prompt_tokens)] == rates[id(detector.classifier.weight)] == 0.5
+
+
+def test_passed_features_replace_the_own_tower():
+    detector = m2f2().eval()
+    inputs, _ = batch_for(detector)
+    with torch.no_grad():
+        features = detector.vision_encoder(inputs["pixel_values"])
+        expected = detector(**inputs).logits
+        without = M2F2Det(replace(detector.config, own_vision=False)).eval()
+        state = {k: v for k, v in detector.state_dict().items() if not k.startswith("vision_encoder.")}
+        load_strictly(without, state, "test")
+        torch.testing.assert_close(without(**inputs, clip_features=features).logits, expected)
+    with pytest.raises(ValueError, match="pass clip_features"):
+        without(**inputs)
+    with pytest.raises(ValueError, match=r"expected \(4, 17, 24\), got \(4, 16, 24\)"):
+        without(**inputs, clip_features=features[:, 1:])
+
+
+def test_vision_tower_gives_transformers_second_last_hidden_state():
+    tower = VisionEncoder(M2F2DetConfig.tiny().vision, frozen=True).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = tower.model(pixels, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(tower(pixels), expected)
+
+
+def test_prompt_encoder_is_transformers_text_model_on_embedded_tokens():
+    encoder = PromptEncoder(M2F2DetConfig.tiny().text, tokens=3, frozen=True).eval()
+    ids = torch.tensor([[4, 1, 6]])
+    with torch.no_grad():
+        encoder.prompt_tokens.copy_(encoder.model.embeddings.token_embedding(ids))
+        encoder.model.eos_token_id = 6  # transformers pools at this token
+        torch.testing.assert_close(encoder(), encoder.model(ids).pooler_output)
+
+
+def test_prompt_vector_is_kept_in_eval_mode_only_and_dropped_by_every_change():
+    encoder = PromptEncoder(M2F2DetConfig.tiny().text, tokens=3, frozen=True)
+    holder = nn.ModuleDict({"inner": encoder})
+    with torch.no_grad():
+        encoder.train()
+        encoder()
+        assert encoder._cached is None
+        encoder.eval()
+        kept = encoder()
+        assert encoder() is kept
+        for change in (
+            lambda: holder.load_state_dict({k: v + 1 for k, v in holder.state_dict().items()}),
+            lambda: holder.double(),
+            lambda: holder.train(),
+        ):
+            change()
+            assert encoder._cached is None
+            encoder.eval()
+            kept = encoder()
+    encoder.eval()
+    assert encoder().requires_grad, "with gradients wanted, the prompt must stay in the graph"
+    with torch.inference_mode():
+        encoder.eval()
+        encoder()
+    assert not encoder._cached.is_inference()
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_evidence_map_follows_the_patches(fusion):
+    detector = m2f2(fusion=fusion).eval()
+    inputs, _ = batch_for(detector)
+    output = detector(**inputs)
+    assert (output.evidence_map is None) == (fusion == "none")
+    if output.evidence_map is not None:
+        assert output.evidence_map.shape == (4, 4, 4)
+        prompt = detector.text_proj(detector.text_encoder())[0]
+        patch = detector.vision_proj(detector.vision_encoder(inputs["pixel_values"]))[2, 1 + 4 * 1 + 3]
+        cosine = patch @ prompt / (patch.norm() * prompt.norm())
+        torch.testing.assert_close(output.evidence_map[2, 1, 3], (cosine + 1) / 2)
+
+
+def test_the_bridge_depends_on_image_features_and_prompt():
+    detector = m2f2(fusion="bridge").eval()
+    seen = []
+    detector.bridge.register_forward_hook(lambda module, arguments, output: seen.append(output.detach()))
+    inputs, _ = batch_for(detector)
+    with torch.no_grad():
+        features = detector.vision_encoder(inputs["pixel_values"])
+        detector(**inputs, clip_features=features)
+        detector(**inputs, clip_features=features.flip(0))
+        detector(inputs["pixel_values"].flip(0), clip_features=features)
+        detector.text_encoder.prompt_tokens.neg_()
+        detector.eval()  # drops the kept prompt vector
+        detector(**inputs, clip_features=features)
+    plain, *others = seen
+    assert plain.std(dim=0).max() > 0.01, "the published bridge was the same for every image"
+    for other in others:
+        assert (plain - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_say_their_channels(name):
+    with torch.device("meta"):
+        backbone, channels = make_backbone(name)
+        features, stages = backbone.forward_stages(torch.zeros(1, 3, 64, 64))
+    assert features.shape[1] == channels
+    assert [m.shape[1] for m in stages] == stage_channels(backbone)
+    if name == "efficientnet_b4":
+        assert stage_channels(backbone) == [112, 160, 272]
+
+
+def test_densenet_features_end_without_relu():
+    backbone, _ = make_backbone(next(iter(SMALL_DENSENETS)))
+    assert backbone.eval()(torch.randn(2, 3, 32, 32)).min() < 0
+
+
+def test_unknown_backbone_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'densenet121'"):
+        make_backbone("densenet12")
+    with pytest.raises(ValueError, match="no ImageNet weights"):
+        make_backbone("densenet_tiny", pretrained=True)
+
+
+def test_clip_weights_come_from_a_folder_strictly(tmp_path):
+    source, target = m2f2(), M2F2Det(M2F2DetConfig.tiny())
+    source.vision_encoder.model.save_pretrained(tmp_path / "vision")
+    load_clip(str(tmp_path / "vision"), None, target.vision_encoder)
+    for a, b in zip(source.vision_encoder.parameters(), target.vision_encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+    larger = VisionEncoder(replace(target.config.vision, intermediate_size=96), frozen=True)
+    with pytest.raises(ValueError, match="of another shape"):
+        load_clip(str(tmp_path / "vision"), None, larger)
+    with pytest.raises(FileNotFoundError, match="No model at"):
+        load_clip("no_such_clip", None, target.vision_encoder)
+
+
+# ---- the published detector -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared():
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip("no shared/golden folder beside the checkout")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("own_vision", "variant"),
+    [(False, "llm_densenet121_h1024_no_clipvision"), (True, "llmclass_densenet121_h1024_with_clipvision")],
+)
+def test_full_size_tensors_are_the_published_ones(shared, own_vision, variant):
+    published = json.loads((shared / "m2f2" / "full_size_keys.json").read_text())[variant]
+    with torch.device("meta"):
+        detector = M2F2Det(M2F2DetConfig(own_vision=own_vision))
+    shapes = {name: list(tensor.shape) for name, tensor in detector.state_dict().items()}
+    assert shapes == {our_key(k): v["shape"] if isinstance(v, dict) else v for k, v in published.items()}
+
+
+def test_logits_equal_the_published_code(shared):
+    spec = importlib.util.spec_from_file_location("gen_weights", shared / "golden" / "gen_weights.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    folder = shared / "golden" / "dev" / "det_llm_densenet121"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    expected = np.load(folder / "expected.npz")
+    sizes = {k: v for k, v in manifest["clip_config"]["text"].items() if k in ClipTextSizes.__dataclass_fields__}
+    detector = M2F2Det(M2F2DetConfig(text=ClipTextSizes(**sizes), own_vision=False)).eval()
+    weights = generator.gen_state_dict(manifest["weights"], manifest["seed"])
+    load_strictly(detector, rename_published(weights), "golden")
+    inputs = [
+        torch.from_numpy(generator.gen_input(v["gen_input_name"], v["shape"], manifest["seed"], v["kind"]))
+        for v in (manifest["inputs"]["images"], manifest["inputs"]["clip_vision_features"])
+    ]
+    with torch.no_grad():
+        output = detector(*inputs)
+    np.testing.assert_allclose(output.logits, expected["logits"], atol=2e-4)
+    np.testing.assert_allclose(output.evidence, expected["probs"], atol=2e-4)

@@ -1,0 +1,44 @@
+"""A second detector, to show that one file and one table line are enough: the average high-pass energy, learned."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava.core.types import InputSpec
+from llava.detectors.base import Detector, DetectorOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    size: int = 32
+    filters: int = 8
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(size=16, filters=4)
+
+
+class ToyDetector(Detector):
+    name = "toy"
+    Config = ToyConfig
+    evidence_names = ("energy", "p_fake")
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.filters = nn.Conv2d(3, config.filters, 3, bias=False)
+        self.norm = nn.BatchNorm1d(config.filters)
+        self.classifier = nn.Linear(config.filters, len(self.classes))
+
+    @property
+    def inputs(self) -> dict[str, InputSpec]:
+        return {"raw": InputSpec(size=self.config.size, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")}
+
+    def forward(self, raw: Tensor, labels: Tensor | None = None) -> DetectorOutput:
+        energy = self.filters(raw).square().mean(dim=(2, 3))
+        logits = self.classifier(self.norm(energy.log1p()))
+        loss = None if labels is None else F.cross_entropy(logits, labels, weight=self.class_weights)
+        evidence = torch.stack([energy.mean(dim=1).tanh(), self.p_fake(logits)], dim=1)
+        return DetectorOutput(loss=loss, logits=logits, evidence=evidence)
