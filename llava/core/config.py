@@ -1,57 +1,59 @@
 """One configuration mechanism: a dataclass field is a YAML key is a command-line flag.
 
 The recipe (YAML) comes first, flags override it (`--optim.lr 1e-3`), unknown keys fail and name the nearest.
-Types are checked and converted by pydantic, field by field, so any dataclass works, Hugging Face's included.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from llava.core.registry import nearest
+from llava.core.fields import (
+    MAPPINGS,
+    MISSING,
+    NONE_WORDS,
+    SEQUENCES,
+    Leaf,
+    build,
+    is_a,
+    leaves,
+    members,
+    setting,
+    to_dict,
+)
+from llava.core.registry import closest, nearest
+
+__all__ = ["assign", "build", "leaves", "load_yaml", "merge", "parse", "read_values", "setting", "to_dict"]
 
 T = TypeVar("T")
+BOOLEAN_WORDS = ("true", "false", "1", "0", "yes", "no", "on", "off", *NONE_WORDS)
 
 
-def setting(default: Any = dataclasses.MISSING, help: str = "", **field_options: Any) -> Any:
-    """Declare a dataclass field with its help text; mutable defaults are copied for each instance."""
-    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return dataclasses.field(default_factory=lambda: _copied(default), metadata={"help": help}, **field_options)
-    return dataclasses.field(default=default, metadata={"help": help}, **field_options)
-
-
-def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Make a `cls` from plain values. Raises ValueError that names the key, what is allowed and the nearest name."""
-    hints = _hints(cls)  # type: ignore[arg-type]
-    names = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    arguments = {}
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in names:
-            raise ValueError(f"Unknown setting {path!r}. {nearest(str(key), names)}")
-        arguments[key] = _convert(hints[key], value, path)
-    missing = [n for n, f in names.items() if n not in arguments and _is_required(f)]
-    if missing:
-        prefix = f"{where}." if where else ""
-        names_missing = ", ".join(repr(prefix + n) for n in missing)
-        raise ValueError(f"Missing setting {names_missing}; give it in the recipe or as --{prefix}{missing[0]}.")
-    return cls(**arguments)
-
-
-def parse(cls: type[T], argv: Sequence[str] | None = None, description: str = "", recipe: Path | None = None) -> T:
+def parse(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    recipe: Path | None = None,
+    prog: str | None = None,
+) -> T:
     """Read `--config RECIPE` and flags into a `cls`; exits with a message on any mistake, like argparse."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    positional = "".join(f" [{_metavar(leaf)} ...]" for leaf in leaves(cls) if leaf.is_positional)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"%(prog)s{positional} [--config RECIPE] [--setting value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
+    )
     try:
         return build(cls, read_values(cls, argv, parser, recipe))
     except (ValueError, FileNotFoundError) as error:
@@ -61,23 +63,24 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str = ""
 def read_values(
     cls: type, argv: Sequence[str], parser: argparse.ArgumentParser, recipe: Path | None = None
 ) -> dict[str, Any]:
-    """Merge recipe and flags into plain nested values, not yet converted."""
-    parser.add_argument(
-        "--config",
-        default=None if recipe is None else str(recipe),
-        metavar="RECIPE",
-        help=f"YAML recipe (default: {recipe})",
-    )
-    for path, field, hint in leaves(cls):
-        _add_flag(parser, path, field, hint)
-    known, rest = parser.parse_known_args([_underscored(a) for a in argv])
+    """Merge recipe and flags into plain nested values, not yet converted. Raises ValueError or FileNotFoundError."""
+    settings = list(leaves(cls))
+    words = list(_normalised(argv, {leaf.path for leaf in settings if bool in members(leaf.hint)}))
+    _add_flags(parser, settings, recipe)
+    _add_free_flags(parser, settings, words)
+    known, rest = parser.parse_known_intermixed_args(words)
+    if rest:
+        close = closest(rest[0].partition("=")[0][2:], [leaf.path for leaf in settings])
+        is_flag = rest[0].startswith("--") and close
+        raise ValueError(f"Unknown argument {rest[0]!r}. " + (f"Did you mean --{close}?" if is_flag else "See --help."))
     given = vars(known)
     chosen = given.pop("config")
     values = load_yaml(chosen) if chosen else {}
-    for path, text in given.items():
-        assign(values, path, text)
-    for path, text in _free_flags(rest, cls):
-        assign(values, path, text)
+    for leaf in settings:
+        if any(path.startswith(f"{leaf.path}.") for path in given) and not _has(values, leaf.path):
+            assign(values, leaf.path, TypeAdapter(Any).dump_python(leaf.default, mode="json"))
+    for path, value in given.items():
+        assign(values, path, value)
     return values
 
 
@@ -87,7 +90,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"Recipe {str(path)!r} does not exist. {nearest(path.name, others)}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"Recipe {str(path)!r} must be a mapping of settings, got {type(values).__name__}.")
     return values
@@ -102,39 +108,16 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Give the plain JSON/YAML values of a config dataclass."""
-    return TypeAdapter(dict[str, Any]).dump_python(dataclasses.asdict(config), mode="json")
-
-
-def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """List (dotted path, field, type) of every setting that is not itself a dataclass."""
-    hints = _hints(cls)  # type: ignore[arg-type]
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        nested = _dataclass_in(hint)
-        if not field.init:
-            continue
-        if nested is not None:
-            yield from leaves(nested, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field, hint
-
-
 def assign(values: dict[str, Any], path: str, value: Any) -> None:
     """Set a dotted path inside nested values; a number steps into a list. Raises ValueError when it cannot."""
     *parents, last = path.split(".")
     node: Any = values
     for i, part in enumerate(parents):
-        if isinstance(node, list):
-            node = _item(node, part, path)
-        else:
-            child = node.get(part)
-            if not isinstance(child, (dict, list)):
-                child = node[part] = {}
-            node = child
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = _item(node, part, path) if isinstance(node, list) else node[part]
         if not isinstance(node, (dict, list)):
-            raise ValueError(f"--{path}: {'.'.join(parents[: i + 1])} is a value, not a group of settings.")
+            raise ValueError(f"--{path}: {'.'.join(parents[: i + 1])} is {node!r}, not a group of settings.")
     if isinstance(node, list):
         _item(node, last, path)
         node[int(last)] = value
@@ -142,96 +125,106 @@ def assign(values: dict[str, Any], path: str, value: Any) -> None:
         node[last] = value
 
 
+def _has(values: Mapping[str, Any], path: str) -> bool:
+    first, _, rest = path.partition(".")
+    return first in values and (not rest or (isinstance(values[first], Mapping) and _has(values[first], rest)))
+
+
 def _item(node: list[Any], part: str, path: str) -> Any:
     if not part.isdigit() or int(part) >= len(node):
-        raise ValueError(f"--{path}: {part!r} is not an index of a list of {len(node)}; allowed: 0 to {len(node) - 1}.")
+        allowed = f"0 to {len(node) - 1}" if node else "none, the list is empty"
+        raise ValueError(f"--{path}: {part!r} is no index of a list of {len(node)}; allowed: {allowed}.")
     return node[int(part)]
 
 
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+def _normalised(argv: Iterable[str], bool_flags: set[str]) -> Iterator[str]:
+    """Write `--a-b` as `--a_b`, and `--flag` as `--flag=true` unless a boolean word follows; values stay."""
+    words = list(argv)
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if not word.startswith("--"):
+            yield word
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        is_bare = name in bool_flags and not equals and following.lower() not in BOOLEAN_WORDS
+        yield f"--{name}=true" if is_bare else f"--{name}{equals}{value}"
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _add_flags(parser: argparse.ArgumentParser, settings: Sequence[Leaf], recipe: Path | None) -> None:
+    default = f" (default: {recipe})" if recipe else ""
+    recipe_text = f"YAML file of settings; flags override it{default}"
+    parser.add_argument("--config", default=recipe and str(recipe), metavar="RECIPE", help=recipe_text)
+    groups: dict[str, Any] = {}
+    for leaf in settings:
+        if leaf.section not in groups:
+            groups[leaf.section] = parser.add_argument_group(leaf.section)
+        shown = "required" if leaf.default is MISSING else f"default: {_shown(leaf.default)}"
+        parts = {
+            "default": argparse.SUPPRESS,
+            "metavar": _metavar(leaf),
+            "help": f"{leaf.help} ({shown})".strip().replace("%", "%%"),
+            "action": _StoreWords if is_a(leaf.hint, SEQUENCES) else "store",
+        }
+        if is_a(leaf.hint, SEQUENCES) or leaf.is_positional:
+            parts["nargs"] = "*" if is_a(leaf.hint, SEQUENCES) else "?"
+        groups[leaf.section].add_argument(leaf.path if leaf.is_positional else f"--{leaf.path}", **parts)
 
 
-def _copied(default: Any) -> Any:
-    if dataclasses.is_dataclass(default):
-        return dataclasses.replace(default)  # type: ignore[type-var]
-    return default.copy()
+def _add_free_flags(parser: argparse.ArgumentParser, settings: Sequence[Leaf], words: Iterable[str]) -> None:
+    """Accept flags that step into a free mapping or a list, as given: `--model.fusion bridge`, `--phases.0.lr 1`."""
+    free = tuple(f"--{leaf.path}." for leaf in settings if is_a(leaf.hint, SEQUENCES + MAPPINGS))
+    for name in dict.fromkeys(word.partition("=")[0] for word in words):
+        if name.startswith(free):
+            parser.add_argument(name, nargs="*", action=_StoreFree, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+class _StoreWords(argparse.Action):
+    """Keep the words of a list; `none` alone stays a word, so that it can mean None."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        is_none = len(values) == 1 and values[0] in NONE_WORDS
+        is_unused_positional = not values and option_string is None
+        if not is_unused_positional:
+            setattr(namespace, self.dest, values[0] if is_none else values)
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """Give the dataclass of `X` or `X | None`, else None."""
-    found = [m for m in _members(hint) if dataclasses.is_dataclass(m)]
-    return found[0] if len(found) == 1 else None  # type: ignore[return-value]
+class _StoreFree(argparse.Action):
+    """Keep no word as true, one word as itself, several as a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0] if values else "true")
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    nested = _dataclass_in(hint)
-    if nested is not None and isinstance(value, Mapping):
-        return build(nested, value, path)
-    if nested is not None and isinstance(value, nested):
-        return value
-    if value in ("null", "none", "None") and type(None) in _members(hint):
-        return None
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {value!r} is not usable: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
+def _metavar(leaf: Leaf) -> str:
+    """Name what a flag takes in as few words as possible: `int`, `a|b`, `path`; a list by its items."""
+    if leaf.is_positional:
+        return leaf.path.upper()
+    return "|".join(dict.fromkeys(_type_name(member) for member in members(leaf.hint)))
 
 
-def _add_flag(parser: argparse.ArgumentParser, path: str, field: dataclasses.Field[Any], hint: Any) -> None:
-    kinds = _members(hint)
-    is_list = any((get_origin(k) or k) in (list, tuple, Sequence) for k in kinds)
-    options: dict[str, Any] = {"nargs": "*"} if is_list else {}
-    if bool in kinds:
-        options = {"nargs": "?", "const": "true"}
-    names = " | ".join(
-        getattr(k, "__name__", str(k)) if not get_args(k) else str(k).replace("typing.", "") for k in kinds
-    )
-    default = "required" if _is_required(field) else f"default: {_shown_default(field)}"
-    text = f"{field.metadata.get('help', '')} ({default})".strip().replace("%", "%%")
-    parser.add_argument(f"--{path}", default=argparse.SUPPRESS, metavar=names, help=text, **options)
+def _type_name(hint: Any) -> str:
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return "|".join(str(a) for a in arguments)
+    if kind in SEQUENCES and arguments:
+        return "|".join(_type_name(member) for member in members(arguments[0]))
+    if kind in MAPPINGS:
+        return "mapping"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "|".join(str(member.value) for member in kind)
+    return str(getattr(kind, "__name__", kind)).lower()
 
 
-def _shown_default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory in (list, dict, tuple) else "per recipe"  # type: ignore[misc]
-
-
-def _underscored(argument: str) -> str:
-    """Let `--save-model-path` mean `--save_model_path`; values are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _free_flags(rest: list[str], cls: type) -> Iterator[tuple[str, str]]:
-    """Give flags that step into a free mapping or list field (`--model.fusion bridge`); reject all others."""
-    free = {
-        path
-        for path, _, hint in leaves(cls)
-        if any((get_origin(m) or m) in (dict, list, Mapping) for m in _members(hint))
-    }
-    words = iter(rest)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not any(name.startswith(f"{prefix}.") for prefix in free):
-            known = [path for path, _, _ in leaves(cls)]
-            close = nearest(name, known).rpartition("Did you mean ")[2] if word.startswith("--") else ""
-            hint = f" Did you mean --{close.strip(chr(39) + '?')}?" if close and len(close) < 60 else " See --help."
-            raise ValueError(f"Unknown argument {word!r}.{hint}")
-        text = value if equals else next(words, None)
-        if text is None:
-            raise ValueError(f"--{name} needs a value.")
-        yield name, text
+def _shown(default: Any) -> str:
+    """Give a default as one would type it, cut where it is long."""
+    if is_dataclass(default) and not isinstance(default, type):
+        default = to_dict(default)
+    if isinstance(default, (list, tuple)):
+        text = " ".join(_shown(item) for item in default) or "empty"
+    elif isinstance(default, dict):
+        text = "{" + ", ".join(f"{key}: {_shown(value)}" for key, value in default.items()) + "}"
+    elif default is None or isinstance(default, bool):
+        text = str(default).lower()
+    else:
+        text = str(default.value if isinstance(default, Enum) else default)
+    return text if len(text) <= 60 else f"{text[:57]}..."

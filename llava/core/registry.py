@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+LISTED_AT_MOST = 12
 
 
-def nearest(word: str, choices: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """Give the choice that `word` was probably meant to be, or None."""
+    found = get_close_matches(word, sorted(choices), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
     """Say which choices exist and which one is closest to `word`, as the tail of an error message."""
     names = sorted(choices)
-    close = get_close_matches(word, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    close = closest(word, names)
+    hint = f" Did you mean {close!r}?" if close else ""
+    if len(names) > LISTED_AT_MOST:
+        listed = get_close_matches(word, names, n=LISTED_AT_MOST, cutoff=0.0)
+        return f"Allowed, the closest of {len(names)}: {', '.join(listed)}.{hint}"
     return f"Allowed: {', '.join(names) or 'none'}.{hint}"
 
 

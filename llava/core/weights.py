@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,18 +30,28 @@ def resolve(name: str | Path) -> Path:
 
     Raises FileNotFoundError that says what was tried.
     """
-    for candidate in (Path(name), checkpoints_dir() / name):
-        if candidate.exists():
-            return candidate
     root = checkpoints_dir()
-    known = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    message = f"No model at {str(name)!r}: not a path, not in {str(root)!r} ({nearest(str(name), known)})"
-    if str(name).count("/") != 1:
-        raise FileNotFoundError(f"{message} Give a path, such a name, or a hub id like owner/model.")
+    for candidate in (Path(name), root / name):
+        if str(name) and candidate.is_dir():
+            return candidate
+    if Path(name).is_file():
+        raise FileNotFoundError(f"{str(name)!r} is a file; give the folder that holds it.")
+    known = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")] if root.is_dir() else []
+    tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({nearest(str(name), known)})"
+    if not _may_be_hub_id(str(name)):
+        raise FileNotFoundError(f"{tried} Give a folder, such a name, or a hub id like owner/model.")
     try:
         return Path(snapshot_download(str(name)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{message} and the model hub gave nothing ({type(error).__name__}).") from error
+        why = "is switched off by HF_HUB_OFFLINE" if is_offline_mode() else f"gave nothing ({type(error).__name__})"
+        raise FileNotFoundError(f"{tried} and the model hub {why}. Give the folder of a downloaded copy.") from error
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Tell `owner/model` from a mistyped path such as `checkpoints/modle`, which no hub should be asked for."""
+    owner, _, model = name.partition("/")
+    is_path = Path(owner).is_dir() or owner in ("", "~") or owner.startswith(".") or owner == checkpoints_dir().name
+    return bool(model) and "/" not in model and not is_path
 
 
 def save_module(folder: str | Path, module: nn.Module, config: dict[str, Any]) -> None:
@@ -56,7 +67,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {CONFIG_NAME}; give the folder that training wrote.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); copy the folder again.") from error
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -80,7 +94,11 @@ def load_module(folder: str | Path, module: nn.Module) -> None:
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS_NAME}; give the folder that training wrote.")
-    load_strictly(module, load_file(path), str(path))
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged or incomplete ({error}); copy the folder again.") from error
+    load_strictly(module, state, str(path))
 
 
 def sha256_of(path: str | Path) -> str:
