@@ -139,7 +139,8 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
-    if (value is None or (isinstance(value, str) and value in NONE_WORDS)) and NoneType in get_args(hint):
+    is_none_word = isinstance(value, str) and value in NONE_WORDS and value != default  # report_to's default is "none"
+    if (value is None or is_none_word) and NoneType in get_args(hint):
         return None
     nested = _dataclass_in(hint)
     if nested is not None:

@@ -1,0 +1,137 @@
+"""The console command `m2f2`: a table of sub-commands, each imported only when it is called.
+
+A command is a function of one config dataclass (or of nothing). What it returns is printed: text as it is, pieces of
+text as they come, a mapping or dataclass as JSON.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, NamedTuple, get_type_hints
+
+from llava import __version__
+
+
+class Command(NamedTuple):
+    """Where the function of a sub-command is (`module:function`) and what it does, in a line."""
+
+    target: str
+    help: str
+
+
+COMMANDS = {
+    "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
+    "data ddvqa": Command("llava.data.ddvqa:build_ddvqa", "turn DD-VQA annotation files into training files"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and give its exit code: 2 for a mistake in what was asked, with one line that says which."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _run(words)
+    except (ValueError, FileNotFoundError) as error:
+        if is_debug:
+            raise
+        print(f"m2f2: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe went away, as in `m2f2 ... | head`
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def list_detectors() -> str:
+    """Give a table of the detectors: name, classes, first line of their documentation."""
+    from llava.detectors import DETECTORS
+
+    lines = []
+    for name in DETECTORS:
+        detector = DETECTORS.get(name)
+        lines.append(
+            f"{name:<12} {' | '.join(detector.classes):<12} {(inspect.getdoc(detector) or '').splitlines()[0]}"
+        )
+    return "\n".join(lines)
+
+
+def _run(words: list[str]) -> int:
+    if words and words[0] == "--version":
+        print(f"m2f2 {__version__}")
+        return 0
+    name, rest = _split(words)
+    if name not in COMMANDS:
+        return _help_or_complain(name, rest)
+    from llava.core.config import parse
+    from llava.core.logs import setup_logging
+    from llava.core.registry import Registry
+
+    setup_logging()
+    command = COMMANDS[name]
+    function = Registry[Any]("command", {name: command.target}).get(name)
+    hints = {key: hint for key, hint in get_type_hints(function).items() if key != "return"}
+    config_class = next(iter(hints.values()), NoSettings)
+    config = parse(config_class, rest, description=command.help, prog=f"m2f2 {name}")
+    for piece in _pieces(function(config) if hints else function()):
+        print(piece, end="", flush=True)
+    return 0
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """What a command without settings takes."""
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """Give the longest sub-command (of one or two words) that `words` begin with, and what follows it."""
+    for length in (2, 1):
+        if " ".join(words[:length]) in COMMANDS:
+            return " ".join(words[:length]), words[length:]
+    return (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+
+
+def _help_or_complain(name: str, rest: list[str]) -> int:
+    """Print the commands of a group (all without a name). Raises ValueError for a command that does not exist."""
+    below = {key: command for key, command in COMMANDS.items() if not name or key.startswith(f"{name} ")}
+    wrong = next((word for word in rest if word not in ("-h", "--help")), None)
+    if not below or wrong:
+        from llava.core.registry import nearest
+
+        asked = f"{name} {wrong or ''}".strip()
+        raise ValueError(f"Unknown command {asked!r}. {nearest(asked, COMMANDS)}")
+    width = max(map(len, below))
+    lines = [f"  m2f2 {key:<{width}}  {command.help}" for key, command in below.items()]
+    print("Is this face real or forged, how sure are we, and why?\n\n" + "\n".join(lines))
+    print("\nm2f2 COMMAND --help lists its settings; --debug shows where an error came from; --version the version.")
+    return 0
+
+
+def _pieces(result: Any) -> Iterator[str]:
+    """Turn what a command returned into text to print."""
+    if result is None:
+        return
+    if is_dataclass(result) and not isinstance(result, type):
+        from llava.core.config import to_dict
+
+        result = to_dict(result)
+    if isinstance(result, Mapping):
+        yield json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    elif isinstance(result, Iterable) and not isinstance(result, str):
+        yield from map(str, result)
+    else:
+        yield f"{result}\n"
+
+
+def _one_line(error: Exception) -> str:
+    """Give an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())
