@@ -1,0 +1,184 @@
+"""A LLaVA that owns its detector and reads its evidence.
+
+M2F2-Det (Guo et al., CVPR 2025): the detector's probabilities pass a Linear-GELU-Linear adapter and stand as
+tokens at `<deepfake>`. Different here: the detector always runs in eval mode and in float32, the vision tower
+runs once for both readers, and only what was asked for is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+from llava.detectors.base import Detector, DetectorOutput, from_description
+from llava.explainer.configuration import ForgeryLlavaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What the images of a batch become before a word is read.
+
+    image_features (N, patches, hidden); evidence (N, E); detection: the detector's whole output.
+    """
+
+    image_features: Tensor
+    evidence: Tensor
+    detection: DetectorOutput
+
+    def take(self, rows: list[int]) -> Encoded:
+        """Give the rows of some images, repeated as asked."""
+        picked = {k: v[rows] for k, v in self.detection.items() if isinstance(v, Tensor) and v.ndim > 0}
+        return Encoded(
+            image_features=self.image_features[rows],
+            evidence=self.evidence[rows],
+            detection=DetectorOutput(**picked),  # type: ignore[arg-type]
+        )
+
+
+class EvidenceAdapter(nn.Sequential):
+    """Map evidence (B, E) to tokens (B, T * hidden): Linear, GELU, Linear (the published deepfake_projector)."""
+
+    def __init__(self, evidence_size: int, hidden_size: int, tokens: int) -> None:
+        super().__init__(nn.Linear(evidence_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, tokens * hidden_size))
+
+
+class ForgeryLlava(LlavaForConditionalGeneration):
+    """LLaVA-1.5 with a detector inside; `<image>` and `<deepfake>` ids may lie beyond the vocabulary."""
+
+    config_class = ForgeryLlavaConfig
+    _keep_in_fp32_modules_strict = frozenset({"detector"})
+
+    def __init__(self, config: ForgeryLlavaConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        if config.detector is None:
+            raise ValueError("ForgeryLlavaConfig.detector is empty; merge a stage-1 detector into the base first.")
+        self.detector: Detector = from_description(config.detector)
+        hidden = config.text_config.hidden_size
+        self.deepfake_projector = EvidenceAdapter(config.evidence_size, hidden, config.evidence_tokens)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as transformers does; a detector's unsaved buffers are restored after a meta-device build."""
+        super()._init_weights(module)
+        if isinstance(module, Detector):
+            init.ones_(module.class_weights)
+
+    def train(self, mode: bool = True) -> ForgeryLlava:
+        """Switch mode; the detector and the vision tower stay in eval mode (no BatchNorm drift, no dropout)."""
+        super().train(mode)
+        self.detector.eval()
+        self.model.vision_tower.eval()
+        return self
+
+    @torch.no_grad()
+    def detect(self, vision_features: Tensor, detector_inputs: dict[str, Tensor]) -> DetectorOutput:
+        """Run the detector in its own precision; one that shares the tower gets its features (N, 1 + P, D)."""
+        dtype = next(self.detector.parameters()).dtype
+        inputs: dict[str, Any] = {k: v.to(dtype) for k, v in detector_inputs.items()}
+        if self.detector.shares_vision:
+            inputs["clip_features"] = vision_features.to(dtype)
+        with torch.autocast(vision_features.device.type, enabled=False):
+            return self.detector(**inputs)
+
+    def encode(self, pixel_values: Tensor, detector_inputs: dict[str, Tensor]) -> Encoded:
+        """Run vision tower, projector and detector once for N images; pixel_values (N, 3, S, S)."""
+        with torch.no_grad():
+            tower = self.model.vision_tower
+            output = tower(pixel_values.to(tower.dtype), output_hidden_states=True)
+        features = output.hidden_states[self.config.vision_feature_layer]  # (N, 1 + P, D)
+        detection = self.detect(features, detector_inputs)
+        projector = self.model.multi_modal_projector
+        projected = projector(features[:, 1:].to(projector.linear_1.weight.dtype))  # the LLM never sees CLS
+        assert detection.evidence is not None
+        return Encoded(image_features=projected, evidence=detection.evidence, detection=detection)
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None, evidence: Tensor | None) -> Tensor:
+        """Embed ids (B, L) and put image and evidence tokens at their placeholders, in reading order."""
+        is_image = input_ids == self.config.image_token_id
+        is_evidence = input_ids == self.config.deepfake_token_index
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image | is_evidence, 0))
+        if evidence is not None:
+            tokens = self.deepfake_projector(evidence)
+            embeddings = _put(embeddings, is_evidence, tokens, "<deepfake>")
+        if image_features is not None:
+            embeddings = _put(embeddings, is_image, image_features, "<image>")
+        return embeddings
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        detector_inputs: dict[str, Tensor] | None = None,
+        image_features: Tensor | None = None,
+        evidence: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Give logits (B, L, vocabulary) and, with labels, the loss averaged over the answer's tokens.
+
+        Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
+        given beside pixel_values replaces the detector's own.
+        """
+        if inputs_embeds is None:
+            if pixel_values is not None:
+                encoded = self.encode(pixel_values, detector_inputs or {})
+                image_features = encoded.image_features
+                evidence = encoded.evidence if evidence is None else evidence
+            inputs_embeds = self.embed(input_ids, image_features, evidence)  # type: ignore[arg-type]
+        outputs = self.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Hand images and evidence to the first step only; later steps read them from the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "detector_inputs", "image_features", "evidence"):
+                inputs.pop(name, None)
+        return inputs
+
+
+def _put(embeddings: Tensor, where: Tensor, tokens: Tensor, tag: str) -> Tensor:
+    """Scatter tokens, in order, to the marked positions. Raises ValueError when their numbers differ."""
+    wanted, given = int(where.sum()), tokens.numel() // embeddings.shape[-1]
+    if wanted != given:
+        raise ValueError(f"{tag}: the prompt has room for {wanted} tokens, the images give {given}; one tag per image.")
+    return embeddings.masked_scatter(where.unsqueeze(-1), tokens.to(embeddings.dtype))
+
+
+AutoConfig.register(ForgeryLlavaConfig.model_type, ForgeryLlavaConfig)
+AutoModelForImageTextToText.register(ForgeryLlavaConfig, ForgeryLlava)

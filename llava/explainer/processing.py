@@ -1,0 +1,112 @@
+"""From images and conversations to the tensors of ForgeryLlava, and back from ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llava.core.types import InputSpec, Turn
+from llava.data.transforms import to_tensor
+from llava.explainer.configuration import CLIP_MEAN, ForgeryLlavaConfig
+from llava.explainer.prompts import EVIDENCE_TAG, IMAGE_TAG, TAGS, lay_out
+
+IGNORE = -100
+
+
+class ExplainerProcessor:
+    """Tokeniser and picture preparation of one explainer.
+
+    Text pieces between tags are tokenised one by one, as the published code does, so the tags need no place in
+    the vocabulary and the word "deepfake" in a question is just a word.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ForgeryLlavaConfig,
+        detector_inputs: dict[str, InputSpec],
+    ) -> None:
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer needs a BOS and an EOS token; LLaVA's and the tiny base's have both.")
+        self.tokenizer = tokenizer
+        self.config = config
+        self.detector_inputs = detector_inputs
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, config: ForgeryLlavaConfig, detector_inputs: dict[str, InputSpec]
+    ) -> ExplainerProcessor:
+        """Read the tokeniser beside the model."""
+        return cls(AutoTokenizer.from_pretrained(folder), config, detector_inputs)
+
+    def pixels(self, image: np.ndarray) -> dict[str, Any]:
+        """Give pixel_values (3, S, S) for the vision tower and the detector's own tensors, from uint8 (H, W, 3)."""
+        canvas = _pad_to_square(image) if self.config.image_aspect_ratio == "pad" else image
+        return {
+            "pixel_values": to_tensor(canvas, self.config.vision_input),
+            "detector_inputs": {name: to_tensor(image, spec) for name, spec in self.detector_inputs.items()},
+        }
+
+    def encode(self, turns: Sequence[Turn], layout: str | None = None) -> tuple[list[int], list[int]]:
+        """Give (ids, labels) of a conversation; labels are -100 outside the answers."""
+        ids, labels = [self.tokenizer.bos_token_id], [IGNORE]
+        for segment in lay_out(turns, layout or self.config.layout):
+            piece = self._segment_ids(segment.text)
+            if segment.is_answer:
+                piece.append(self.tokenizer.eos_token_id)
+            ids += piece
+            labels += piece if segment.is_answer else [IGNORE] * len(piece)
+        return ids, labels
+
+    def collate(self, items: Sequence[dict[str, Any]], side: str = "right") -> dict[str, Any]:
+        """Pad ids (and labels) to one length and stack the pictures; `side` is left for generation."""
+        batch: dict[str, Any] = {
+            "input_ids": _padded([i["input_ids"] for i in items], self.pad_id, side),
+            "attention_mask": _padded([[1] * len(i["input_ids"]) for i in items], 0, side),
+        }
+        if "labels" in items[0]:
+            batch["labels"] = _padded([i["labels"] for i in items], IGNORE, side)
+        if "pixel_values" in items[0]:
+            batch["pixel_values"] = torch.stack([i["pixel_values"] for i in items])
+            names = items[0]["detector_inputs"]
+            batch["detector_inputs"] = {n: torch.stack([i["detector_inputs"][n] for i in items]) for n in names}
+        return batch
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Give the text of generated ids without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _segment_ids(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in TAGS.split(text):
+            if piece == IMAGE_TAG:
+                ids += [self.config.image_token_id] * self.config.image_tokens
+            elif piece == EVIDENCE_TAG:
+                ids += [self.config.deepfake_token_index] * self.config.evidence_tokens
+            elif piece:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _padded(rows: list[list[int]], fill: int, side: str) -> Tensor:
+    width = max(len(r) for r in rows)
+    gaps = [[fill] * (width - len(r)) for r in rows]
+    return torch.tensor([r + g if side == "right" else g + r for r, g in zip(rows, gaps, strict=True)])
+
+
+def _pad_to_square(image: np.ndarray) -> np.ndarray:
+    """Centre the picture on a square canvas of the CLIP mean colour, as LLaVA-1.5 does."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    canvas = np.empty((side, side, 3), dtype=np.uint8)
+    canvas[:] = [int(c * 255) for c in CLIP_MEAN]
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = image
+    return canvas

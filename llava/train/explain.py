@@ -1,0 +1,178 @@
+"""Train an explainer: the adapter alone (stage 2), or LoRA with projector and adapter (stage 3), on HF Trainer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava.core.runtime import write_run
+from llava.core.types import Record
+from llava.core.weights import resolve
+from llava.data.conversations import ConversationSource
+from llava.data.sources import DataConfig
+from llava.explainer.delta import Model, add_lora, fingerprint, inner, load_delta, save_delta
+from llava.explainer.loading import load_model, load_processor
+from llava.explainer.processing import IGNORE, ExplainerProcessor
+from llava.train.arguments import ExplainArguments
+
+log = logging.getLogger(__name__)
+
+
+class ExplainDataset(Dataset[dict[str, Any]]):
+    """Conversations about images as ids, labels and pixels; every item is the same in every epoch."""
+
+    def __init__(self, source: ConversationSource, processor: ExplainerProcessor, max_length: int) -> None:
+        self.source = source
+        self.processor = processor
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.source.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Give input_ids, labels, pixel_values and detector_inputs of one record."""
+        record = self.source.records[index]
+        sample = self.source.load(record)
+        ids, labels = self.processor.encode(sample.turns)
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORE for label in labels):
+            raise ValueError(self._no_answer(record))
+        return {"input_ids": ids, "labels": labels, **self.processor.pixels(sample.image)}
+
+    def _no_answer(self, record: Record) -> str:
+        return (
+            f"Record {record.id!r} has no answer within {self.max_length} tokens; "
+            "give it one, or raise --model_max_length."
+        )
+
+
+class ExplainTrainer(Trainer):
+    """HF Trainer that saves and restores exactly what is trained, LoRA included, in every checkpoint."""
+
+    def __init__(self, *, base: dict[str, Any], projector_lr: float | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.base = base
+        self.projector_lr = projector_lr
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Give projector and adapter their own learning rate, and weight decay to matrices only."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(self._groups(), **options)
+        return self.optimizer
+
+    def _groups(self) -> list[dict[str, Any]]:
+        decaying = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                key = ("projector" in name and ".lora_" not in name, name in decaying)
+                groups.setdefault(key, []).append(parameter)
+        rates = {True: self.projector_lr or self.args.learning_rate, False: self.args.learning_rate}
+        return [
+            {"params": params, "lr": rates[is_projector], "weight_decay": self.args.weight_decay if decays else 0.0}
+            for (is_projector, decays), params in groups.items()
+        ]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            save_delta(self._model(), output_dir or self.args.output_dir, self.base, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        count = load_delta(self._model(), resume_from_checkpoint)
+        log.info("restored %d trained tensors from %s", count, resume_from_checkpoint)
+
+    def _model(self) -> Model:
+        return self.accelerator.unwrap_model(self.model)
+
+
+def prepare(args: ExplainArguments) -> tuple[Model, ExplainerProcessor]:
+    """Load the merged explainer and open for training exactly what the flags ask for."""
+    model = load_model(args.model_name_or_path, dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
+    model.set_attn_implementation({"text_config": args.attn_implementation})
+    _check_against_model(args, model.config)
+    processor = load_processor(args.model_name_or_path, model)
+    model.config.layout = args.version
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    wrapped = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout) if args.lora_enable else model
+    parts: list[nn.Module] = []
+    if args.tune_deepfake_mlp_adapter:
+        parts.append(model.deepfake_projector)
+    if args.trains_projector:
+        parts.append(model.model.multi_modal_projector)
+    if not args.freeze_backbone:
+        parts += [model.model.language_model, model.lm_head]
+    for part in parts:
+        part.float().requires_grad_(True)
+    if not parts and not args.lora_enable:
+        raise ValueError(
+            "Nothing to train: give --tune_deepfake_mlp_adapter True, --tune_mm_mlp_adapter True or --lora_enable True."
+        )
+    return wrapped, processor
+
+
+def train(args: ExplainArguments) -> dict[str, float]:
+    """Run one stage; resumes from the last checkpoint in output_dir when there is one. Gives the metrics."""
+    if not args.output_dir or not args.model_name_or_path or not args.data_path:
+        raise ValueError("Give --model_name_or_path, --data_path and --output_dir.")
+    train_source = _open(args.data_path, args.image_folder)
+    eval_source = _open(args.eval_data_path, args.image_folder) if args.eval_data_path else None
+    set_seed(args.seed)  # LoRA's fresh weights
+    if args.should_save:
+        write_run(args.output_dir, {k: v for k, v in args.to_dict().items() if v is not None}, args.seed)
+    model, processor = prepare(args)
+    base = {"name": args.model_name_or_path, "sha256": fingerprint(resolve(args.model_name_or_path))}
+    trainer = ExplainTrainer(
+        base=base,
+        projector_lr=args.mm_projector_lr,
+        model=model,
+        args=args,
+        data_collator=processor.collate,
+        train_dataset=ExplainDataset(train_source, processor, args.model_max_length),
+        eval_dataset=ExplainDataset(eval_source, processor, args.model_max_length) if eval_source else None,
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("training %s weights of %s", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
+    result = trainer.train(resume_from_checkpoint=_checkpoint(args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    inner(model).config.use_cache = True
+    return result.metrics
+
+
+def _open(path: str, image_folder: str) -> ConversationSource:
+    return ConversationSource(DataConfig(source="conversations", path=path, root=image_folder or None))
+
+
+def _checkpoint(args: ExplainArguments) -> str | None:
+    if args.resume_from_checkpoint and str(args.resume_from_checkpoint).lower() not in ("true", "false"):
+        return str(args.resume_from_checkpoint)
+    if str(args.resume_from_checkpoint).lower() == "false" or not Path(args.output_dir).is_dir():
+        return None
+    last = get_last_checkpoint(args.output_dir)
+    if last:
+        log.info("going on from %s (--resume_from_checkpoint False starts afresh)", last)
+    return last
+
+
+def _check_against_model(args: ExplainArguments, config: Any) -> None:
+    fixed = {"mm_vision_select_layer": config.vision_feature_layer, "image_aspect_ratio": config.image_aspect_ratio}
+    for name, value in fixed.items():
+        given = getattr(args, name)
+        if given is not None and given != value:
+            raise ValueError(
+                f"--{name} {given}: {args.model_name_or_path!r} was merged with {value}; merge again to change it."
+            )
+    for name in ("vision_tower", "deepfake_ckpt_path"):
+        if getattr(args, name):
+            log.info("--%s %s: the merged model holds its own; the flag is not used", name, getattr(args, name))
