@@ -140,7 +140,7 @@ def _item(node: list[Any], part: str, path: str) -> Any:
 def _normalised(argv: Iterable[str], bool_flags: set[str]) -> Iterator[str]:
     """Write `--a-b` as `--a_b`, and `--flag` as `--flag=true` unless a boolean word follows; values stay."""
     words = list(argv)
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if not word.startswith("--"):
             yield word
             continue
