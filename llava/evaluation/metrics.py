@@ -1,0 +1,220 @@
+"""Numbers of a detector: AUC, AP, EER, accuracy and the rest, per frame and per video, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from llava.core.registry import nearest
+from llava.evaluation.predictions import Predictions, by_video
+from llava.evaluation.statistics import Interval, group_bootstrap, group_bootstraps
+
+ThresholdRule = Literal["youden", "eer", "accuracy"]
+METRICS = ("auc", "ap", "eer", "accuracy", "balanced_accuracy", "recall_real", "recall_fake", "precision", "f1")
+
+
+@dataclass(frozen=True)
+class RocCurve:
+    """Cumulated weights of reals (`false_fakes`) and fakes (`true_fakes`) at or above each distinct score.
+
+    All are (M + 1,), highest score first; entry 0 is "nothing is called fake", with threshold infinity.
+    """
+
+    thresholds: np.ndarray
+    false_fakes: np.ndarray
+    true_fakes: np.ndarray
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether both classes are there."""
+        return bool(self.false_fakes[-1] > 0 and self.true_fakes[-1] > 0)
+
+    @property
+    def fpr(self) -> np.ndarray:
+        """Rate of reals called fake."""
+        return self.false_fakes / self.false_fakes[-1]
+
+    @property
+    def tpr(self) -> np.ndarray:
+        """Rate of fakes called fake."""
+        return self.true_fakes / self.true_fakes[-1]
+
+    def auc(self) -> float:
+        """Give the area under the ROC curve (ties count half); NaN with one class."""
+        return float(np.trapezoid(self.tpr, self.fpr)) if self.is_defined else math.nan
+
+    def average_precision(self) -> float:
+        """Give the step-wise area under precision over recall, as scikit-learn does; NaN with one class."""
+        if not self.is_defined:
+            return math.nan
+        called_fake = self.true_fakes[1:] + self.false_fakes[1:]
+        precision = self.true_fakes[1:] / np.maximum(called_fake, np.finfo(float).tiny)
+        return float(np.diff(self.tpr) @ precision)
+
+    def eer(self) -> float:
+        """Give the equal error rate: where the linearly interpolated ROC has FPR = 1 - TPR; NaN with one class."""
+        if not self.is_defined:
+            return math.nan
+        excess = self.fpr - (1 - self.tpr)  # from -1 up to 1
+        after = int(np.argmax(excess >= 0))
+        part = -excess[after - 1] / (excess[after] - excess[after - 1])
+        return float(self.fpr[after - 1] + part * (self.fpr[after] - self.fpr[after - 1]))
+
+
+class RankedScores:
+    """Scores sorted once, so that ROC curves of many weightings (a bootstrap) are cheap."""
+
+    def __init__(self, labels: np.ndarray, p_fake: np.ndarray) -> None:
+        self._order = np.argsort(-p_fake, kind="stable")
+        ranked = p_fake[self._order]
+        self._fake = labels[self._order] == 1
+        self._ends = np.flatnonzero(np.append(np.diff(ranked) != 0, True))  # last item of each run of ties
+        self._thresholds = np.concatenate([[np.inf], ranked[self._ends]])
+
+    def curve(self, weights: np.ndarray | None = None) -> RocCurve:
+        """Give the ROC curve; weights (N,) say how often each item counts."""
+        ranked = np.ones(len(self._order)) if weights is None else weights[self._order]
+        sums = [np.cumsum(ranked * chosen)[self._ends] for chosen in (~self._fake, self._fake)]
+        return RocCurve(self._thresholds, *(np.concatenate([[0.0], s]) for s in sums))
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts (or sums of weights) of answers; fake is the positive class. A ratio of nothing is NaN."""
+
+    tn: float
+    fp: float
+    fn: float
+    tp: float
+
+    @property
+    def accuracy(self) -> float:
+        """Part of all answers that are right."""
+        return _ratio(self.tn + self.tp, self.tn + self.fp + self.fn + self.tp)
+
+    @property
+    def recall_real(self) -> float:
+        """Part of the reals that are called real (specificity)."""
+        return _ratio(self.tn, self.tn + self.fp)
+
+    @property
+    def recall_fake(self) -> float:
+        """Part of the fakes that are called fake (recall)."""
+        return _ratio(self.tp, self.tp + self.fn)
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the recalls of both classes."""
+        return (self.recall_real + self.recall_fake) / 2
+
+    @property
+    def precision(self) -> float:
+        """Part of the answers "fake" that are right."""
+        return _ratio(self.tp, self.tp + self.fp)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall of fake."""
+        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+
+def confusion(labels: np.ndarray, answers: np.ndarray, weights: np.ndarray | None = None) -> Confusion:
+    """Count answers (N,) of 0/1 against labels (N,) of 0/1."""
+    cells = np.bincount(2 * np.asarray(labels) + np.asarray(answers), weights=weights, minlength=4)
+    return Confusion(*(float(c) for c in cells))
+
+
+def choose_threshold(labels: np.ndarray, p_fake: np.ndarray, rule: ThresholdRule = "youden") -> float:
+    """Choose from which p_fake on an item is called fake; to be used on validation data only.
+
+    youden: largest TPR - FPR; eer: smallest |FPR - FNR|; accuracy: most right answers. The threshold lies midway
+    between neighbouring scores; of equally good ones the nearest to 0.5. Raises ValueError with one class.
+    """
+    if rule not in get_args(ThresholdRule):
+        raise ValueError(f"Unknown threshold rule {rule!r}. {nearest(rule, get_args(ThresholdRule))}")
+    curve = RankedScores(labels, p_fake).curve()
+    if not curve.is_defined:
+        raise ValueError("A threshold needs validation items of both classes, got one class; use another split.")
+    merit = {
+        "youden": curve.tpr - curve.fpr,
+        "eer": -np.abs(curve.fpr - (1 - curve.tpr)),
+        "accuracy": curve.true_fakes - curve.false_fakes,
+    }[rule]
+    scores = curve.thresholds[1:]
+    above = np.nextafter(scores[0], np.inf) if scores[0] >= 1 else (1 + scores[0]) / 2
+    midway = np.concatenate([[above], (scores[:-1] + scores[1:]) / 2, scores[-1:] / 2])
+    best = midway[np.isclose(merit, merit.max(), rtol=0, atol=1e-12)]
+    return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+def detection_report(
+    predictions: Predictions, threshold: float = 0.5, n_boot: int = 2000, seed: int = 0, trim: float = 0.0
+) -> dict[str, Any]:
+    """Give every number of METRICS per frame and per video, with 95 % group-bootstrap intervals, as plain values.
+
+    Videos keep the mean (trimmed by `trim`) of their frames. `classes`: AUC of each kind of fake against all
+    reals, and its recall. An item is called fake when p_fake >= threshold.
+    """
+    videos = by_video(predictions, trim)
+    return {
+        "threshold": threshold,
+        "bootstrap": {"n_boot": n_boot, "seed": seed, "level": 0.95, "unit": "group"},
+        "n": {
+            "frames": len(predictions),
+            "videos": len(videos),
+            "groups": len(set(predictions.groups)),
+            "real": int((predictions.labels == 0).sum()),
+            "fake": int((predictions.labels == 1).sum()),
+            "classes": dict(sorted(Counter(predictions.class_names.tolist()).items())),
+        },
+        "frame": _level_report(predictions, threshold, n_boot, seed),
+        "video": _level_report(videos, threshold, n_boot, seed),
+        "classes": {
+            str(name): _class_report(str(name), predictions, videos, threshold, n_boot, seed)
+            for name in sorted(set(predictions.class_names[predictions.labels == 1]))
+        },
+    }
+
+
+def _level_report(items: Predictions, threshold: float, n_boot: int, seed: int) -> dict[str, Any]:
+    ranked = RankedScores(items.labels, items.p_fake)
+    answers = (items.p_fake >= threshold).astype(int)
+
+    def all_metrics(weights: np.ndarray) -> np.ndarray:
+        curve, counts = ranked.curve(weights), confusion(items.labels, answers, weights)
+        ranking = [curve.auc(), curve.average_precision(), curve.eer()]
+        return np.array(ranking + [getattr(counts, name) for name in METRICS[3:]])
+
+    intervals = group_bootstraps(items.groups, all_metrics, n_boot, seed)
+    counts = confusion(items.labels, answers)
+    cells = {name: int(getattr(counts, name)) for name in ("tn", "fp", "fn", "tp")}
+    return {name: i.to_dict() for name, i in zip(METRICS, intervals, strict=True)} | {"confusion": cells}
+
+
+def _class_report(
+    name: str, frames: Predictions, videos: Predictions, threshold: float, n_boot: int, seed: int
+) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for level, items in (("frame", frames), ("video", videos)):
+        is_class = (items.class_names == name) & (items.labels == 1)
+        auc = _auc_interval(items, is_class | (items.labels == 0), n_boot, seed)
+        recall = _mean_interval(items.p_fake[is_class] >= threshold, items.groups[is_class], n_boot, seed)
+        report[level] = {"n": int(is_class.sum()), "auc": auc.to_dict(), "recall": recall.to_dict()}
+    return report
+
+
+def _auc_interval(items: Predictions, kept: np.ndarray, n_boot: int, seed: int) -> Interval:
+    ranked = RankedScores(items.labels[kept], items.p_fake[kept])
+    return group_bootstrap(items.groups[kept], lambda weights: ranked.curve(weights).auc(), n_boot, seed)
+
+
+def _mean_interval(values: np.ndarray, groups: np.ndarray, n_boot: int, seed: int) -> Interval:
+    return group_bootstrap(groups, lambda weights: float(np.average(values, weights=weights)), n_boot, seed)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
