@@ -1,28 +1,41 @@
-"""What all tests share: no network, end-to-end tests last, the data folder that may lie beside the checkout."""
+"""Fixtures that several test files share."""
 
-import os
+from __future__ import annotations
+
 from pathlib import Path
 
+import numpy as np
 import pytest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-OFF_BY_DEFAULT = ("gpu", "network")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put end-to-end tests last; leave `gpu` and `network` tests out unless `-m` names them."""
-    unwanted = {name for name in OFF_BY_DEFAULT if name not in config.option.markexpr}
-    dropped = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
-    config.hook.pytest_deselected(items=dropped)
-    kept = [item for item in items if item not in dropped]
-    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("e2e") is not None)
+from PIL import Image
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Give the folder with real test images, or skip: it is no part of the repository."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    """Give the folder of real faces beside the checkout; tests that need it are skipped where it is absent."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("no shared/data folder beside the checkout")
+        pytest.skip("the shared face data does not lie beside this checkout (../shared/data)")
     return folder
+
+
+@pytest.fixture
+def class_folder(tmp_path: Path) -> Path:
+    """Write train/val/test folders of generated images: real = smooth waves, fake = the same with a fine grid."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "faces"
+    for split, count in (("train", 8), ("val", 4), ("test", 4)):
+        for class_name in ("real", "fake"):
+            folder = root / split / class_name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(_picture(rng, class_name == "fake")).save(folder / f"{i:02d}.png")
+    return root
+
+
+def _picture(rng: np.random.Generator, is_fake: bool, size: int = 48) -> np.ndarray:
+    y, x = np.mgrid[0:size, 0:size] / size
+    waves = [np.sin(2 * np.pi * (rng.uniform(0.5, 2) * x + rng.uniform(0.5, 2) * y + rng.random())) for _ in range(3)]
+    image = 128 + 60 * np.stack(waves, axis=-1)
+    if is_fake:
+        image += 30 * ((np.indices((size, size)).sum(0) % 2) * 2 - 1)[..., None]
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)

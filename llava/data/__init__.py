@@ -1,1 +1,12 @@
 """Storage to samples: sources, images, faces, splits, conversations, data sets."""
+
+from llava.core.registry import Registry
+
+SOURCES: Registry[type] = Registry(
+    "data source",
+    {
+        "folder": "llava.data.folder:FolderSource",
+        "csv": "llava.data.csv_table:CsvSource",
+        "conversations": "llava.data.conversations:ConversationSource",
+    },
+)

@@ -1,0 +1,110 @@
+"""Records to batches of tensors, random only through (seed, epoch, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from llava.core.runtime import item_rng
+from llava.core.types import InputSpec, Record
+from llava.data.sources import Source
+from llava.data.transforms import to_tensor, view_tensors
+
+# `llava.ops.degrade.DegradeConfig` is one: settings that can be called.
+Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+class DetectionDataset(Dataset[dict[str, Any]]):
+    """What a detector's forward reads: its inputs by name, `labels` (0 real, 1 fake) and the record's `index`.
+
+    Each input is (3, S, S), or (V, 3, S, S) with `with_views`. An item is an index (epoch 0), or (epoch, index) as
+    `EpochSampler` yields it; equal items are equal tensors on any worker. Raises ValueError when labels are unknown.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        records: Sequence[Record],
+        inputs: Mapping[str, InputSpec],
+        degrade: Degradation | None = None,
+        seed: int = 0,
+        with_views: bool = False,
+    ) -> None:
+        unknown = [r.id for r in records if r.label is None]
+        if unknown:
+            raise ValueError(f"{len(unknown)} of {len(records)} records have no label (first: {unknown[0]}); add it.")
+        reserved = {"labels", "index"} & inputs.keys()
+        if reserved:
+            raise ValueError(f"inputs: the name {sorted(reserved)[0]!r} is taken by the data set; rename the input.")
+        self.source, self.records, self.inputs = source, tuple(records), dict(inputs)
+        self.degrade, self.seed, self.with_views = degrade, seed, with_views
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def labels(self) -> list[int]:
+        """Give the label of every record, in order."""
+        return [int(r.label) for r in self.records if r.label is not None]
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        record = self.records[index]
+        rng = item_rng(self.seed, epoch, index)
+        image = self.source.load(record, rng).image
+        if self.degrade is not None:
+            image = self.degrade(image, rng)
+        prepare = view_tensors if self.with_views else to_tensor
+        tensors: dict[str, Any] = {name: prepare(image, spec) for name, spec in self.inputs.items()}
+        return {**tensors, "labels": torch.tensor(record.label), "index": torch.tensor(index)}
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yield (epoch, index) pairs in an order that is a function of (seed, epoch).
+
+    One epoch has as many draws as there are records. `balanced`: every class is drawn equally often (the remainder
+    goes to the lowest labels); a class is gone through completely before any of its records comes again, so the
+    minority is repeated and of the majority a fresh part is drawn without replacement. A record repeated within one
+    epoch has the same degradation each time. Without `shuffle` the draws are in the order of the records.
+    """
+
+    def __init__(self, labels: Sequence[int], seed: int, balanced: bool, shuffle: bool = True) -> None:
+        if not labels:
+            raise ValueError("labels: nothing to draw from; give at least one record.")
+        self.labels = np.asarray(labels)
+        self.seed, self.balanced, self.shuffle, self.epoch = seed, balanced, shuffle, 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch
+        # The index after the last record's, so that no record shares the sampler's generator.
+        rng = item_rng(self.seed, epoch, len(self.labels))
+        drawn = self._balanced(rng) if self.balanced else np.arange(len(self.labels))
+        order = rng.permutation(drawn) if self.shuffle else np.sort(drawn)
+        return iter([(epoch, int(i)) for i in order])
+
+    def _balanced(self, rng: np.random.Generator) -> np.ndarray:
+        classes = np.unique(self.labels)
+        base, extra = divmod(len(self.labels), len(classes))
+        drawn = []
+        for position, label in enumerate(classes):
+            members = np.flatnonzero(self.labels == label)
+            passes, rest = divmod(base + (position < extra), len(members))
+            drawn += [np.tile(members, passes), rng.permutation(members)[:rest]]
+        return np.concatenate(drawn)
+
+
+def collate(batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack items along a new first axis, name by name."""
+    return default_collate(list(batch))

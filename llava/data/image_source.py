@@ -1,0 +1,62 @@
+"""What all sources of single images share: reading, face crop, memory cache, counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from llava.core.types import Record, Sample
+from llava.data.faces import crop_face, find_faces
+from llava.data.images import read_image
+from llava.data.sources import DataConfig
+from llava.data.storage import stored_image
+
+
+class ImageSource:
+    """Records with one image each; a subclass lists the records.
+
+    With `face_crop`, a sample's record says in its tag `face` whether the largest of `one` or `several` faces was
+    cut out, or there was `none` and the image is whole; `face_counts` adds these up within this process.
+    """
+
+    def __init__(self, config: DataConfig, records: Sequence[Record]) -> None:
+        self.config = config
+        self._records = tuple(records)
+        self._cache: dict[str, tuple[np.ndarray, str]] = {}
+        self.face_counts: Counter[str] = Counter()
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Give every record; no pixel is read for it."""
+        return self._records
+
+    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+        """Read the record's image, uint8 RGB (H, W, 3). Raises UnreadableImage naming the file."""
+        image, face = self._image(record)
+        if face:
+            record = replace(record, tags={**record.tags, "face": face})
+        return Sample(record=record, image=image)
+
+    def _image(self, record: Record) -> tuple[np.ndarray, str]:
+        if record.where in self._cache:
+            return self._cache[record.where]
+        image = read_image(stored_image(record.where), name=record.where)
+        face = ""
+        if self.config.face_crop:
+            image, face = _largest_face(image)
+            self.face_counts[face] += 1
+        if self.config.cache:
+            # Shared by every later sample, so nobody may write into it.
+            image.setflags(write=False)
+            self._cache[record.where] = (image, face)
+        return image, face
+
+
+def _largest_face(image: np.ndarray) -> tuple[np.ndarray, str]:
+    faces = find_faces(image)
+    if not faces:
+        return image, "none"
+    return crop_face(image, faces[0]), "one" if len(faces) == 1 else "several"

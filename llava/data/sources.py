@@ -1,0 +1,82 @@
+"""What every data source is, its settings, and how records of one split are picked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from llava.core.config import setting
+from llava.core.registry import nearest
+from llava.core.types import FAKE, REAL, Record, Sample
+from llava.data import SOURCES
+
+REAL_NAMES = ("real", "0_real", "original", "originals", "pristine", "authentic")
+EVERY_SPLIT = "all"
+_LABELS = {"0": REAL, "real": REAL, "1": FAKE, "fake": FAKE}
+
+
+class Source(Protocol):
+    """Where samples come from: a cheap list of records, and pixels on request."""
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Give every record; no pixel is read for it."""
+
+    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+        """Read one record's content. `rng` serves sources that choose a frame at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Say which source, where it lies and how its names map to ours."""
+
+    source: str = setting("folder", "kind of source: folder, csv or conversations")
+    path: str = setting(help="the class folder, the csv table or the conversation json")
+    root: str | None = setting(None, "folder or zip that relative file names start from (default: folder of the table)")
+    train: str = setting("train", "name of the training split")
+    val: str = setting("val", "name of the validation split")
+    test: str = setting("test", "name of the test split")
+    columns: dict[str, str] = setting({}, "csv column of file, label, split, video, group, class_name (default: same)")
+    group_ids: bool = setting(False, "the group column holds ids joined by _; records that share an id form one group")
+    real_names: tuple[str, ...] = setting(REAL_NAMES, "class names that mean real; any other class name means fake")
+    face_crop: bool = setting(False, "crop each image to its largest face (an image without a face stays whole)")
+    cache: bool = setting(False, "keep decoded images in memory (per worker process)")
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the source that `config` names. Raises ValueError or FileNotFoundError naming what is wrong."""
+    return SOURCES.get(config.source)(config)
+
+
+def split_of(source: Source, name: str) -> list[Record]:
+    """Give the records of one split, or every record for the name `all`.
+
+    Raises ValueError that lists the splits and their sizes when there is no record in it.
+    """
+    found = [r for r in source.records if name in (r.split, EVERY_SPLIT)]
+    if found:
+        return found
+    sizes = Counter(r.split for r in source.records)
+    known = ", ".join(f"{split!r} ({count})" for split, count in sorted(sizes.items())) or "none"
+    hint = nearest(name, sorted(split for split in sizes if split)).partition(" Did you mean")[2]
+    also = f" Did you mean{hint}" if hint else ""
+    raise ValueError(f"Split {name!r} has no records. Splits here: {known}; {EVERY_SPLIT!r} takes every record.{also}")
+
+
+def parse_label(value: object, where: str) -> int | None:
+    """Turn real/fake/0/1 into 0 = real, 1 = fake, and an empty value into None. Raises ValueError naming `where`."""
+    text = "" if value is None else str(value).strip().lower()
+    if not text:
+        return None
+    if text not in _LABELS:
+        raise ValueError(f"{where}: label {value!r} is unknown; allowed: real, fake, 0 (real), 1 (fake), or empty.")
+    return _LABELS[text]
+
+
+def label_of_class(class_name: str, real_names: Sequence[str]) -> int:
+    """Give 0 when the class name is one of `real_names` (case does not matter), else 1."""
+    return REAL if class_name.strip().lower() in {name.lower() for name in real_names} else FAKE

@@ -1,0 +1,136 @@
+"""What must never cross a split, and how to see that it does not: groups, leaks, near-duplicates, counts."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from llava.core.types import FAKE, LABEL_NAMES, REAL, Record
+from llava.data.sources import Source
+
+
+class LeakError(ValueError):
+    """Two splits share a group."""
+
+
+def check_leaks(splits: Mapping[str, Sequence[Record]]) -> None:
+    """Refuse splits that share a group. Raises LeakError with the count, the first five groups and their files."""
+    found = []
+    for (name_a, a), (name_b, b) in combinations(splits.items(), 2):
+        first_a, first_b = _first_by_group(a), _first_by_group(b)
+        shared = sorted(first_a.keys() & first_b.keys())
+        if shared:
+            files = "; ".join(f"{g!r}: {first_a[g].id} and {first_b[g].id}" for g in shared[:5])
+            found.append(f"{name_a!r} and {name_b!r} share {len(shared)} groups ({files})")
+    if found:
+        raise LeakError(
+            f"Leak between splits: {'. '.join(found)}. Move every record of a group into one split, "
+            "or correct the group column if these are different people."
+        )
+
+
+def near_duplicates(
+    source: Source, splits: Mapping[str, Sequence[Record]], max_distance: int = 4
+) -> list[tuple[str, str, int]]:
+    """List (id, id, distance) of images in different splits that look alike, nearest first.
+
+    distance: differing bits of the 64-bit DCT hash (ImageHash's phash). Reads every image of the splits once.
+    """
+    hashes = {
+        name: np.array([_perceptual_hash(source.load(r).image) for r in records], dtype=np.uint64)
+        for name, records in splits.items()
+    }
+    pairs = []
+    for name_a, name_b in combinations(splits, 2):
+        for i, row in enumerate(hashes[name_a]):
+            distances = np.bitwise_count(hashes[name_b] ^ row)
+            near = np.flatnonzero(distances <= max_distance).tolist()
+            pairs += [(splits[name_a][i].id, splits[name_b][j].id, int(distances[j])) for j in near]
+    return sorted(pairs, key=lambda pair: (pair[2], pair[0], pair[1]))
+
+
+def connected_groups(id_lists: Sequence[Sequence[str]]) -> list[str]:
+    """Give each item its group's name: items that share an id, directly or through others, share a group.
+
+    The name is the group's smallest id. Raises ValueError for an item without ids.
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for index, ids in enumerate(id_lists):
+        if not ids:
+            raise ValueError(f"Item {index} has no group id; give it one, its own name for instance.")
+        for name in ids:
+            parent.setdefault(name, name)
+            low, high = sorted((root(ids[0]), root(name)))
+            # The smaller id stays the root, so the root is the group's name.
+            parent[high] = low
+    return [root(ids[0]) for ids in id_lists]
+
+
+def require_both_classes(records: Sequence[Record], what: str) -> None:
+    """Refuse records that are all real, all fake, or none. Raises ValueError naming `what` and the next step."""
+    counts = Counter(r.label for r in records)
+    if counts[REAL] and counts[FAKE]:
+        return
+    missing = " and no ".join(LABEL_NAMES[label] for label in (REAL, FAKE) if not counts[label])
+    names = ", ".join(sorted({r.class_name for r in records})) or "none"
+    raise ValueError(
+        f"{what} has no {missing} images ({len(records)} records, classes: {names}); training needs both. "
+        "Add the missing class, or list its folder name in real_names."
+    )
+
+
+def choose_groups(groups: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Choose whole groups at random until they hold `fraction` of the items; `groups` has one entry per item."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction: {fraction} is not usable; allowed: between 0 and 1, 0.2 for instance.")
+    sizes = Counter(groups)
+    names = sorted(sizes)
+    chosen: set[str] = set()
+    wanted = fraction * len(groups)
+    for i in np.random.default_rng(seed).permutation(len(names)):
+        if sum(sizes[name] for name in chosen) >= wanted:
+            break
+        chosen.add(names[i])
+    return chosen
+
+
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """Count records, labels, classes, videos and groups, in all and per split."""
+    by_split: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_split[record.split].append(record)
+    return {**_counts(records), "splits": {name: _counts(part) for name, part in sorted(by_split.items())}}
+
+
+def _counts(records: Sequence[Record]) -> dict[str, Any]:
+    labels = Counter("unknown" if r.label is None else LABEL_NAMES[r.label] for r in records)
+    return {
+        "records": len(records),
+        "labels": dict(sorted(labels.items())),
+        "classes": dict(sorted(Counter(r.class_name for r in records).items())),
+        "videos": len({r.video for r in records}),
+        "groups": len({r.group for r in records}),
+    }
+
+
+def _first_by_group(records: Sequence[Record]) -> dict[str, Record]:
+    return {r.group: r for r in reversed(records)}
+
+
+def _perceptual_hash(image: np.ndarray) -> int:
+    # ImageHash comes with the extra [train]; detecting needs no hash.
+    import imagehash
+    from PIL import Image
+
+    return int(str(imagehash.phash(Image.fromarray(image))), 16)
