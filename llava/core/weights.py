@@ -37,21 +37,17 @@ def resolve(name: str | Path) -> Path:
     if Path(name).is_file():
         raise FileNotFoundError(f"{str(name)!r} is a file; give the folder that holds it.")
     known = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")] if root.is_dir() else []
-    tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({nearest(str(name), known)})"
-    if not _may_be_hub_id(str(name)):
+    tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({nearest(Path(name).name, known)})"
+    owner, _, model = str(name).partition("/")
+    if not model or "/" in model or owner in ("", "~") or owner.startswith("."):
         raise FileNotFoundError(f"{tried} Give a folder, such a name, or a hub id like owner/model.")
+    if Path(owner).is_dir() or owner == root.name:  # a mistyped path should not become a question to the hub
+        raise FileNotFoundError(f"{tried} The hub was not asked, because {owner!r} is a folder here.")
     try:
         return Path(snapshot_download(str(name)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         why = "is switched off by HF_HUB_OFFLINE" if is_offline_mode() else f"gave nothing ({type(error).__name__})"
         raise FileNotFoundError(f"{tried} and the model hub {why}. Give the folder of a downloaded copy.") from error
-
-
-def _may_be_hub_id(name: str) -> bool:
-    """Tell `owner/model` from a mistyped path such as `checkpoints/modle`, which no hub should be asked for."""
-    owner, _, model = name.partition("/")
-    is_path = Path(owner).is_dir() or owner in ("", "~") or owner.startswith(".") or owner == checkpoints_dir().name
-    return bool(model) and "/" not in model and not is_path
 
 
 def save_module(folder: str | Path, module: nn.Module, config: dict[str, Any]) -> None:
