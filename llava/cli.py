@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -35,14 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except (ValueError, FileNotFoundError) as error:
         if is_debug:
             raise
         print(f"m2f2: {_one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe went away, as in `m2f2 ... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
@@ -103,7 +106,7 @@ def _help_or_complain(name: str, rest: list[str]) -> int:
     if not below or wrong:
         from llava.core.registry import nearest
 
-        asked = f"{name} {wrong or ''}".strip()
+        asked = f"{name} {wrong}".strip() if below else name
         raise ValueError(f"Unknown command {asked!r}. {nearest(asked, COMMANDS)}")
     width = max(map(len, below))
     lines = [f"  m2f2 {key:<{width}}  {command.help}" for key, command in below.items()]
