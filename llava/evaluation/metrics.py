@@ -151,6 +151,16 @@ def choose_threshold(labels: np.ndarray, p_fake: np.ndarray, rule: ThresholdRule
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
+def threshold_from_validation(validation: Predictions, test: Predictions, rule: ThresholdRule = "youden") -> float:
+    """Choose the threshold on validation frames. Raises ValueError when they share a group with the test items."""
+    shared = sorted(set(validation.groups) & set(test.groups))
+    if shared:
+        raise ValueError(
+            f"Validation and test share {len(shared)} groups ({', '.join(shared[:5])}); choose the threshold on others."
+        )
+    return choose_threshold(validation.labels, validation.p_fake, rule)
+
+
 def detection_report(
     predictions: Predictions, threshold: float = 0.5, n_boot: int = 2000, seed: int = 0, trim: float = 0.0
 ) -> dict[str, Any]:
@@ -201,15 +211,19 @@ def _class_report(
     report: dict[str, Any] = {}
     for level, items in (("frame", frames), ("video", videos)):
         is_class = (items.class_names == name) & (items.labels == 1)
-        auc = _auc_interval(items, is_class | (items.labels == 0), n_boot, seed)
+        kept = is_class | (items.labels == 0)
+        auc = auc_interval(items.labels[kept], items.p_fake[kept], items.groups[kept], n_boot, seed)
         recall = _mean_interval(items.p_fake[is_class] >= threshold, items.groups[is_class], n_boot, seed)
         report[level] = {"n": int(is_class.sum()), "auc": auc.to_dict(), "recall": recall.to_dict()}
     return report
 
 
-def _auc_interval(items: Predictions, kept: np.ndarray, n_boot: int, seed: int) -> Interval:
-    ranked = RankedScores(items.labels[kept], items.p_fake[kept])
-    return group_bootstrap(items.groups[kept], lambda weights: ranked.curve(weights).auc(), n_boot, seed)
+def auc_interval(
+    labels: np.ndarray, p_fake: np.ndarray, groups: np.ndarray, n_boot: int = 2000, seed: int = 0
+) -> Interval:
+    """Give the AUC of items (N,) with its 95 % group-bootstrap interval."""
+    ranked = RankedScores(labels, p_fake)
+    return group_bootstrap(groups, lambda weights: ranked.curve(weights).auc(), n_boot, seed)
 
 
 def _mean_interval(values: np.ndarray, groups: np.ndarray, n_boot: int, seed: int) -> Interval:

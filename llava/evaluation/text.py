@@ -109,10 +109,10 @@ class _Reading(NamedTuple):
 
 
 def strip_tags(text: str) -> str:
-    """Remove the model's `</s>`, `<s>` and `</n>`; nothing else."""
+    """Remove the model's `</s>`, `<s>` and `</n>`, and white space at both ends."""
     for tag in TAGS:
         text = text.replace(tag, "")
-    return text
+    return text.strip()
 
 
 def parse_verdict(text: str) -> int | None:

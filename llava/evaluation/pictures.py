@@ -1,0 +1,55 @@
+"""Pictures of predictions: the ROC curve and the histogram of scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from llava.core.runtime import atomic_path
+from llava.evaluation.metrics import RankedScores, auc_interval
+from llava.evaluation.predictions import Predictions, by_video
+
+REAL_COLOUR = "#1b7837"
+
+
+def draw_roc(path: str | Path, predictions: Predictions, n_boot: int = 2000, seed: int = 0, trim: float = 0.0) -> None:
+    """Draw the ROC curves of frames and videos, with AUC and its 95 % group-bootstrap interval, into a picture."""
+    figure = Figure(figsize=(5.5, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for level, items in (("frames", predictions), ("videos", by_video(predictions, trim))):
+        curve = RankedScores(items.labels, items.p_fake).curve()
+        if not curve.is_defined:
+            raise ValueError("A ROC curve needs real and fake items, got one class; give another split.")
+        auc = auc_interval(items.labels, items.p_fake, items.groups, n_boot, seed)
+        text = f"{len(items)} {level}: AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
+        axes.plot(curve.fpr, curve.tpr, label=text)
+    axes.set(xlabel="reals called fake", ylabel="fakes called fake", title="ROC", aspect="equal")
+    axes.legend(loc="lower right", fontsize="small")
+    _save(figure, path)
+
+
+def draw_histogram(path: str | Path, predictions: Predictions, threshold: float | None = None) -> None:
+    """Draw how p_fake is distributed in each class, and the threshold, into a picture."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.linspace(0, 1, 26)
+    for name in sorted(set(predictions.class_names.tolist()), key=lambda n: (n != "real", n)):
+        scores = predictions.p_fake[predictions.class_names == name]
+        parts, _ = np.histogram(scores, edges)
+        colour = REAL_COLOUR if name == "real" else None
+        axes.stairs(parts / len(scores), edges, label=f"{name} ({len(scores)})", color=colour, linewidth=1.5)
+    if threshold is not None:
+        axes.axvline(threshold, color="0.4", linestyle="--", label=f"threshold {threshold:.3f}")
+    axes.set(xlabel="p_fake", ylabel="part of the class", title="Scores of each class", xlim=(0, 1))
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as staged:
+        figure.savefig(staged, dpi=150)

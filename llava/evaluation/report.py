@@ -1,0 +1,120 @@
+"""Reports as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+CAPTION_ROWS = (
+    *((f"bleu_{i}", f"BLEU-{i}") for i in range(1, 5)),
+    ("bleu_mean", "BLEU mean"),
+    ("rouge_l", "ROUGE-L"),
+    ("cider", "CIDEr"),
+    ("meteor", "METEOR"),
+    ("spice", "SPICE"),
+)
+DETECTION_ROWS = (
+    ("auc", "AUC"),
+    ("ap", "AP"),
+    ("eer", "EER"),
+    ("accuracy", "accuracy"),
+    ("balanced_accuracy", "balanced accuracy"),
+    ("recall_real", "recall of real"),
+    ("recall_fake", "recall of fake"),
+    ("precision", "precision"),
+    ("f1", "F1"),
+)
+PIPE_WIDTH = 120
+
+
+def console() -> Console:
+    """Give a console that is wide enough for every table, also when its output goes into a file."""
+    width = Console().width
+    return Console(width=max(width, PIPE_WIDTH), highlight=False, soft_wrap=False)
+
+
+def interval_text(interval: Mapping[str, Any]) -> str:
+    """Write `0.9444 [0.8943, 0.9715]`; a dash stands for what is undefined."""
+    value, low, high = (interval[name] for name in ("value", "low", "high"))
+    shown = "-" if value is None else f"{value:.4f}"
+    return shown if low is None else f"{shown} [{low:.4f}, {high:.4f}]"
+
+
+def detection_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Give a table of frame and video numbers, and one of kinds of fakes."""
+    n = report["n"]
+    levels = _table(
+        f"{n['frames']} frames ({n['real']} real, {n['fake']} fake), {n['videos']} videos, {n['groups']} groups; "
+        f"fake from p_fake {report['threshold']:.4f} on; 95 % intervals by group bootstrap",
+        "",
+        "frame",
+        "video",
+    )
+    for key, title in DETECTION_ROWS:
+        levels.add_row(title, *(interval_text(report[level][key]) for level in ("frame", "video")))
+    classes = _table("Each kind of fake against all reals", "class", "frames", "videos", "frame AUC", "video AUC")
+    for name, row in report["classes"].items():
+        counts = (str(row[level]["n"]) for level in ("frame", "video"))
+        classes.add_row(name, *counts, *(interval_text(row[level]["auc"]) for level in ("frame", "video")))
+    return [levels, classes]
+
+
+def judgement_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Give a table of scores, one per manipulation, and one of undecided answers where there are any."""
+    n = report["n"]
+    scores = _table(
+        f"{n['answers']} answers, {n['scored']} scored ({n['real']} real, {n['fake']} fake); parser: "
+        f"{report['parser']}; {n['undecided']} undecided ({report['undecided_are']}), "
+        f"{len(n['missing'])} missing, {len(n['extra'])} extra",
+        "fake = positive",
+        "value",
+        "interval",
+    )
+    rows = (("accuracy", "accuracy"), ("f1", "F1"), ("precision", "precision"), ("recall", "recall"))
+    for key, title in (*rows, ("recall_real", "recall of real")):
+        kind = "group bootstrap" if key == "f1" else "Wilson"
+        scores.add_row(title, interval_text(report[key]), kind)
+    classes = _table("Per manipulation", "class", "said real", "said fake", "undecided", "right")
+    for name, row in report["classes"].items():
+        classes.add_row(name, *(str(c) for c in row["said"].values()), interval_text(row["accuracy"]))
+    tables = [scores, classes]
+    if report["undecided"]:
+        undecided = _table("Undecided answers", "image", "text")
+        for answer in report["undecided"]:
+            undecided.add_row(escape(answer["image"]), escape(answer["text"] or "(missing)"))
+        tables.append(undecided)
+    return tables
+
+
+def caption_table(report: Mapping[str, Any]) -> Table:
+    """Give a table of scores by question type, intervals below the values."""
+    n, scores = report["n"], report["scores"]
+    heads = (f"{name}\nn = {row['n']}" for name, row in scores.items())
+    table = _table(
+        f"{n['items']} questions, {n['groups']} groups; {len(n['missing'])} missing (scored as empty), "
+        f"{len(n['extra'])} extra (left out); {n['verbatim']} equal a reference; tokens: {report['tokenisation']}",
+        "",
+        *heads,
+    )
+    for key, title in CAPTION_ROWS:
+        if key in scores["all"]:
+            table.add_row(title, *(_narrow(row[key]) for row in scores.values()))
+    return table
+
+
+def _narrow(interval: Mapping[str, Any]) -> str:
+    """Write value and interval one below the other."""
+    value, low, high = (interval[name] for name in ("value", "low", "high"))
+    bounds = "" if low is None else f"{low:.3f}-{high:.3f}"
+    return f"{value:.4f}\n{bounds}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
