@@ -23,6 +23,7 @@ from llava.core.fields import (
     SEQUENCES,
     Leaf,
     build,
+    convert,
     is_a,
     leaves,
     members,
@@ -31,7 +32,7 @@ from llava.core.fields import (
 )
 from llava.core.registry import closest, nearest
 
-__all__ = ["assign", "build", "leaves", "load_yaml", "merge", "parse", "read_values", "setting", "to_dict"]
+__all__ = ["assign", "build", "convert", "leaves", "load_yaml", "merge", "parse", "read_values", "setting", "to_dict"]
 
 T = TypeVar("T")
 BOOLEAN_WORDS = ("true", "false", "1", "0", "yes", "no", "on", "off", *NONE_WORDS)

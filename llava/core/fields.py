@@ -49,8 +49,23 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | No
 
     base: what settings that are not given keep; without it, the defaults of the class.
     """
-    hints = _hints(cls)
+    arguments = convert(cls, values, where, base)
+    if base is not None:
+        return dataclasses.replace(base, **arguments)  # type: ignore[type-var]
     fields = _fields(cls)
+    missing = [name for name, field in fields.items() if name not in arguments and _default(field) is MISSING]
+    if missing:
+        prefix = f"{where}." if where else ""
+        names = ", ".join(repr(prefix + name) for name in missing)
+        is_positional = fields[missing[0]].metadata.get("positional", False)
+        flag = "on the command line" if is_positional else f"as --{prefix}{missing[0]}"
+        raise ValueError(f"Missing setting {names}; give it in the recipe or {flag}.")
+    return cls(**arguments)
+
+
+def convert(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> dict[str, Any]:
+    """Give `values` in the types of `cls`, which is not built. Raises ValueError on an unknown key or a wrong value."""
+    hints, fields = _hints(cls), _fields(cls)
     arguments = {}
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
@@ -58,16 +73,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | No
             raise ValueError(f"Unknown setting {path!r}. {nearest(str(key), fields)}")
         default = _default(fields[key]) if base is None else getattr(base, key)
         arguments[key] = _convert(hints[key], value, path, default)
-    if base is not None:
-        return dataclasses.replace(base, **arguments)  # type: ignore[type-var]
-    missing = [name for name, field in fields.items() if name not in arguments and _default(field) is MISSING]
-    if missing:
-        prefix = f"{where}." if where else ""
-        names = ", ".join(repr(prefix + name) for name in missing)
-        first = fields[missing[0]].metadata
-        flag = "on the command line" if first.get("positional") else f"as --{prefix}{missing[0]}"
-        raise ValueError(f"Missing setting {names}; give it in the recipe or {flag}.")
-    return cls(**arguments)
+    return arguments
 
 
 def to_dict(config: Any) -> dict[str, Any]:
