@@ -38,7 +38,7 @@ def read_image(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXEL
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             _check_size(image.size, name, max_pixels)
             image.load()
-            return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:
@@ -81,7 +81,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def _to_eight_bits(values: np.ndarray, is_16_bit: bool) -> np.ndarray:

@@ -1,0 +1,178 @@
+"""Tensors equal transformers' processor; items are a function of (seed, epoch, index); the sampler survives Trainer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava.core.types import InputSpec
+from llava.data.dataset import DetectionDataset, EpochSampler, collate
+from llava.data.folder import FolderSource
+from llava.data.sources import DataConfig, split_of
+from llava.data.transforms import to_tensor, view_tensors
+from llava.ops.degrade import DegradeConfig
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SMALL = InputSpec(size=24, mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("size", [(336, 336), (224, 224), (257, 401), (641, 333), (335, 336), (97, 31), (336, 700)])
+def test_tensor_equals_transformers_pil_processor(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    expected = processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+    ours = to_tensor(image, InputSpec(size=336, mean=MEAN, std=STD, interpolation="bicubic"))
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_interpolations_differ_and_a_plain_image_is_normalised_by_hand() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    kinds = [to_tensor(image, InputSpec(size=24, mean=MEAN, std=STD, interpolation=k)) for k in ("bilinear", "bicubic")]
+    assert not torch.equal(*kinds)
+    grey = to_tensor(np.full((30, 40, 3), 51, np.uint8), InputSpec(size=8, mean=(0.1,) * 3, std=(0.5,) * 3))
+    torch.testing.assert_close(grey, torch.full((3, 8, 8), (0.2 - 0.1) / 0.5))
+
+
+def test_views_are_in_the_declared_order() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    views = view_tensors(image, InputSpec(size=8, mean=MEAN, std=STD, views=("flip", "plain")))
+    plain = to_tensor(image, SMALL.__class__(size=8, mean=MEAN, std=STD))
+    assert views.shape == (2, 3, 8, 8)
+    assert torch.equal(views[1], plain)
+    assert torch.equal(views[0], plain.flip(-1))
+
+
+@pytest.fixture
+def dataset(class_folder: Path) -> DetectionDataset:
+    source = FolderSource(DataConfig(path=str(class_folder)))
+    return DetectionDataset(source, split_of(source, "train"), {"pixels": SMALL, "raw": SMALL}, DegradeConfig(), seed=3)
+
+
+def test_items_hold_every_input_label_and_index(dataset: DetectionDataset) -> None:
+    item = dataset[3]
+    assert item.keys() == {"pixels", "raw", "labels", "index"}
+    assert item["pixels"].shape == (3, 24, 24)
+    assert (item["labels"].dtype, item["labels"].item(), item["index"].item()) == (torch.int64, 1, 3)
+    batch = collate([dataset[0], dataset[15]])
+    assert batch["pixels"].shape == (2, 3, 24, 24)
+    assert batch["labels"].tolist() == [1, 0]
+    assert dataset.labels == [1] * 8 + [0] * 8
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_index(dataset: DetectionDataset, class_folder: Path) -> None:
+    assert torch.equal(dataset[1, 4]["pixels"], dataset[1, 4]["pixels"])
+    assert torch.equal(dataset[5]["pixels"], dataset[0, 5]["pixels"])
+    epochs = [dataset[e, 4]["pixels"] for e in range(12)]
+    assert any(not torch.equal(epochs[0], other) for other in epochs[1:])
+    cached = FolderSource(DataConfig(path=str(class_folder), cache=True))
+    same = DetectionDataset(cached, split_of(cached, "train"), dataset.inputs, DegradeConfig(), seed=3)
+    for _ in range(2):
+        assert torch.equal(same[7, 4]["pixels"], dataset[7, 4]["pixels"])
+
+
+def test_workers_give_what_one_process_gives(dataset: DetectionDataset) -> None:
+    def batches(workers: int) -> torch.Tensor:
+        sampler = EpochSampler(dataset.labels, seed=1, balanced=True)
+        sampler.set_epoch(2)
+        loader = DataLoader(dataset, 4, sampler=sampler, num_workers=workers, collate_fn=collate)
+        return torch.cat([b["pixels"] for b in loader])
+
+    assert torch.equal(batches(0), batches(2))
+
+
+def test_views_without_degradation_and_unlabelled_records(class_folder: Path) -> None:
+    source = FolderSource(DataConfig(path=str(class_folder)))
+    spec = InputSpec(size=24, mean=MEAN, std=STD, views=("plain", "flip"))
+    records = split_of(source, "val")
+    views = DetectionDataset(source, records, {"pixels": spec}, with_views=True)
+    assert collate([views[0], views[1]])["pixels"].shape == (2, 2, 3, 24, 24)
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match=r"1 of 8 records have no label .first: val/fake/00.png"):
+        DetectionDataset(source, [replace(records[0], label=None), *records[1:]], {"pixels": spec})
+    with pytest.raises(ValueError, match="'labels' is taken"):
+        DetectionDataset(source, records, {"labels": spec})
+
+
+def drawn(sampler: EpochSampler, epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    pairs = list(sampler)
+    assert {e for e, _ in pairs} == {epoch}
+    return [i for _, i in pairs]
+
+
+def test_balanced_epochs_draw_classes_equally_often() -> None:
+    labels = [1] * 60 + [0] * 11
+    sampler = EpochSampler(labels, seed=0, balanced=True)
+    for epoch in range(3):
+        indices = drawn(sampler, epoch)
+        assert len(indices) == len(sampler) == 71
+        assert Counter(labels[i] for i in indices) == {0: 36, 1: 35}
+        times = Counter(indices)
+        assert max(times[i] for i in range(60)) == 1  # majority: without replacement
+        assert {times[i] for i in range(60, 71)} == {3, 4}  # minority: 36 = 3 * 11 + 3
+    seen = {i for epoch in range(12) for i in drawn(sampler, epoch) if i < 60}
+    assert seen == set(range(60))
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    labels = [0, 1] * 20
+    first, again, other = (EpochSampler(labels, seed=s, balanced=False) for s in (5, 5, 6))
+    assert drawn(first, 3) == drawn(again, 3) != drawn(again, 4)
+    assert drawn(first, 3) != drawn(other, 3)
+    assert sorted(drawn(first, 0)) == list(range(40))
+    assert drawn(EpochSampler(labels, seed=5, balanced=False, shuffle=False), 0) == list(range(40))
+    with pytest.raises(ValueError, match="at least one"):
+        EpochSampler([], seed=0, balanced=False)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Give the sampler's own pair back."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, item: tuple[int, int]) -> torch.Tensor:
+        return torch.tensor(item)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sampler_survives_accelerates_sharding(processes: int) -> None:
+    """Every process sees its own part of the same epoch order, and the epoch advances with set_epoch."""
+    sampler = EpochSampler([0, 1] * 6, seed=0, balanced=True)
+    for epoch in range(2):
+        expected = drawn(sampler, epoch)
+        seen = []
+        for rank in range(processes):
+            own = EpochSampler([0, 1] * 6, seed=0, balanced=True)
+            loader = prepare_data_loader(
+                DataLoader(Pairs(), batch_size=2, sampler=own), num_processes=processes, process_index=rank
+            )
+            loader.set_epoch(epoch)
+            pairs = torch.cat(list(loader))
+            assert set(pairs[:, 0].tolist()) == {epoch}
+            seen += pairs[:, 1].tolist()
+        assert Counter(seen) == Counter(expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_epoch_goes_on_where_it_stopped(processes: int) -> None:
+    """In the middle of an epoch and with two processes, accelerate cannot reach the sampler: set its epoch yourself."""
+    sampler = EpochSampler([0, 1] * 6, seed=0, balanced=True)
+    whole = prepare_data_loader(DataLoader(Pairs(), 2, sampler=sampler), num_processes=processes, process_index=0)
+    whole.set_epoch(1)
+    unbroken = torch.cat(list(whole))
+    fresh = EpochSampler([0, 1] * 6, seed=0, balanced=True)
+    loader = prepare_data_loader(DataLoader(Pairs(), 2, sampler=fresh), num_processes=processes, process_index=0)
+    resumed = skip_first_batches(loader, 2)
+    resumed.set_epoch(1)
+    assert fresh.epoch == (1 if processes == 1 else 0)
+    fresh.set_epoch(1)
+    assert torch.equal(torch.cat(list(resumed)), unbroken[4:])
