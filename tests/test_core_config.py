@@ -51,6 +51,13 @@ class Training:
     named: Mapping[str, Phase] = setting({})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Switched:
+    """A group that may be switched off."""
+
+    optim: Optim | None = setting(Optim(lr=5.0))
+
+
 def run(*argv: str) -> Training:
     return parse(Training, ["--data", "x", *argv])
 
@@ -94,6 +101,16 @@ def test_a_group_given_in_part_keeps_the_rest_of_its_own_default(recipe: Path) -
     assert run("--fallback.name", "sgd").fallback == Optim(name="sgd")
     phases = build(Training, {"data": "x", "phases": [{"name": "a", "optim": {"name": "sgd"}}]}).phases
     assert phases[0].optim == Optim(lr=0.5, name="sgd")
+
+
+def test_a_flag_switches_an_optional_group_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(Switched, {}).optim == Optim(lr=5.0)
+    assert parse(Switched, ["--optim", "none"]).optim is None
+    assert parse(Switched, ["--optim.name", "sgd"]).optim == Optim(lr=5.0, name="sgd")
+    for words in (["--optim", "sgd"], ["--optim", "none", "--optim.lr", "1"]):
+        with pytest.raises(SystemExit):
+            parse(Switched, words)
+        assert "group of settings" in capsys.readouterr().err
 
 
 def test_flags_step_into_free_mappings_and_keep_what_they_do_not_name() -> None:
@@ -241,6 +258,17 @@ def test_help_shows_sections_short_types_and_true_defaults(capsys, monkeypatch: 
     assert lines["--save_model_path"] == "str (default: none)"
     assert lines["--is_balanced"] == "bool weigh classes (default: true)"
     assert "NoneType" not in text and "typing" not in text
+
+
+def test_help_shows_what_the_recipe_sets(recipe: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for words, default in (["--help"], recipe), (["--config", str(recipe), "--help"], None):
+        with pytest.raises(SystemExit):
+            parse(Training, words, recipe=default)
+        text = capsys.readouterr().out
+        assert "(recipe: 7)" in text and "peak learning rate, 100% of it (recipe: 1e-2)" in text
+        assert "(recipe: {name: a} {name: b, lr: 3})" in text and "(default: 32 64)" in text
+        assert str(recipe.parent) not in text
 
 
 def test_merge_descends_into_mappings_only() -> None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -67,16 +69,15 @@ def read_values(
     """Merge recipe and flags into plain nested values, not yet converted. Raises ValueError or FileNotFoundError."""
     settings = list(leaves(cls))
     words = list(_normalised(argv, {leaf.path for leaf in settings if bool in members(leaf.hint)}))
-    _add_flags(parser, settings, recipe)
+    values = _recipe_values(parser, words, recipe)
+    _add_flags(parser, settings, values)
     _add_free_flags(parser, settings, words)
     known, rest = parser.parse_known_intermixed_args(words)
     if rest:
         close = closest(rest[0].partition("=")[0][2:], [leaf.path for leaf in settings])
         is_flag = rest[0].startswith("--") and close
         raise ValueError(f"Unknown argument {rest[0]!r}. " + (f"Did you mean --{close}?" if is_flag else "See --help."))
-    given = vars(known)
-    chosen = given.pop("config")
-    values = load_yaml(chosen) if chosen else {}
+    given = {path: value for path, value in vars(known).items() if path != "config"}
     for leaf in settings:
         if any(path.startswith(f"{leaf.path}.") for path in given) and not _has(values, leaf.path):
             assign(values, leaf.path, TypeAdapter(Any).dump_python(leaf.default, mode="json"))
@@ -151,15 +152,25 @@ def _normalised(argv: Iterable[str], bool_flags: set[str]) -> Iterator[str]:
         yield f"--{name}=true" if is_bare else f"--{name}{equals}{value}"
 
 
-def _add_flags(parser: argparse.ArgumentParser, settings: Sequence[Leaf], recipe: Path | None) -> None:
-    default = f" (default: {recipe})" if recipe else ""
-    recipe_text = f"YAML file of settings; flags override it{default}"
-    parser.add_argument("--config", default=recipe and str(recipe), metavar="RECIPE", help=recipe_text)
+def _recipe_values(parser: argparse.ArgumentParser, words: Sequence[str], recipe: Path | None) -> dict[str, Any]:
+    """Read the recipe before all else, so that --help shows what it sets."""
+    default = f" (default: {recipe.name})" if recipe else ""
+    text = f"YAML file of settings; flags override it{default}"
+    parser.add_argument("--config", default=recipe, metavar="RECIPE", help=text)
+    first = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=recipe, metavar="RECIPE")
+    chosen = first.parse_known_args(words)[0].config
+    return load_yaml(chosen) if chosen else {}
+
+
+def _add_flags(parser: argparse.ArgumentParser, settings: Sequence[Leaf], values: Mapping[str, Any]) -> None:
     groups: dict[str, Any] = {}
     for leaf in settings:
         if leaf.section not in groups:
             groups[leaf.section] = parser.add_argument_group(leaf.section)
         shown = "required" if leaf.default is MISSING else f"default: {_shown(leaf.default)}"
+        if _has(values, leaf.path):
+            shown = f"recipe: {_shown(reduce(getitem, leaf.path.split('.'), values))}"
         parts = {
             "default": argparse.SUPPRESS,
             "metavar": _metavar(leaf),
@@ -211,6 +222,8 @@ def _type_name(hint: Any) -> str:
         return "|".join(_type_name(member) for member in members(arguments[0]))
     if kind in MAPPINGS:
         return "mapping"
+    if is_dataclass(kind):
+        return "none"  # a flag can only switch a group off; its settings have their own flags
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "|".join(str(member.value) for member in kind)
     return str(getattr(kind, "__name__", kind)).lower()
@@ -227,5 +240,5 @@ def _shown(default: Any) -> str:
     elif default is None or isinstance(default, bool):
         text = str(default).lower()
     else:
-        text = str(default.value if isinstance(default, Enum) else default)
+        text = str(default.value if isinstance(default, Enum) else default) or "empty"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -23,7 +23,7 @@ MAPPINGS: tuple[Any, ...] = (dict, Mapping)
 
 
 class Leaf(NamedTuple):
-    """One setting that is not itself a group: where it is, its type, what it is when nobody says, and its words."""
+    """One setting as a flag: where it is, its type, what it is when nobody says, and its words."""
 
     path: str
     hint: Any
@@ -82,20 +82,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def leaves(cls: type, prefix: str = "", base: Any = None) -> Iterator[Leaf]:
-    """List every setting that is not itself a dataclass, nested ones by their dotted path, inherited ones last."""
+    """List every setting, nested ones by dotted path, inherited ones last; groups only where they may be None."""
     hints = _hints(cls)
     owners = {name: owner for owner in reversed(cls.__mro__) for name in vars(owner).get("__annotations__", ())}
     own_first = sorted(_fields(cls).items(), key=lambda item: cls.__mro__.index(owners.get(item[0], cls)))
     for name, field in own_first:
         default = _default(field) if base is None else getattr(base, name)
         nested = _dataclass_in(hints[name])
+        if nested is None or NoneType in get_args(hints[name]):
+            section = f"{prefix[:-1]}: {_headline(cls)}" if prefix else _headline(owners.get(name, cls))
+            text, is_positional = field.metadata.get("help", ""), field.metadata.get("positional", False)
+            yield Leaf(f"{prefix}{name}", hints[name], default, text, is_positional, section)
         if nested is not None:
-            inner = default if isinstance(default, nested) else None
-            yield from leaves(nested, f"{prefix}{name}.", inner)
-            continue
-        section = f"{prefix[:-1]}: {_headline(cls)}" if prefix else _headline(owners.get(name, cls))
-        text, is_positional = field.metadata.get("help", ""), field.metadata.get("positional", False)
-        yield Leaf(f"{prefix}{name}", hints[name], default, text, is_positional, section)
+            yield from leaves(nested, f"{prefix}{name}.", default if isinstance(default, nested) else None)
 
 
 def members(hint: Any) -> tuple[Any, ...]:
