@@ -54,11 +54,17 @@ class ExplainerProcessor:
             "detector_inputs": {name: to_tensor(image, spec) for name, spec in self.detector_inputs.items()},
         }
 
-    def encode(self, turns: Sequence[Turn], layout: str | None = None) -> tuple[list[int], list[int]]:
-        """Give (ids, labels) of a conversation; labels are -100 outside the answers."""
+    def encode(
+        self, turns: Sequence[Turn], layout: str | None = None, evidence_word: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Give (ids, labels) of a conversation; labels are -100 outside the answers.
+
+        evidence_word stands at `<deepfake>` for a language model that has no adapter yet.
+        """
         ids, labels = [self.tokenizer.bos_token_id], [IGNORE]
         for segment in lay_out(turns, layout or self.config.layout):
-            piece = self._segment_ids(segment.text)
+            text = segment.text if evidence_word is None else segment.text.replace(EVIDENCE_TAG, evidence_word)
+            piece = self._segment_ids(text)
             if segment.is_answer:
                 piece.append(self.tokenizer.eos_token_id)
             ids += piece

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -91,9 +93,14 @@ class ExplainArguments(TrainingArguments):
             raise ValueError("--lora_enable True trains beside a frozen language model; leave --freeze_backbone True.")
         if not torch.cuda.is_available():
             self.use_cpu = True
-            self.ddp_backend = self.ddp_backend or "gloo"
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                self.ddp_backend = "gloo"
         self.remove_unused_columns = False
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values, for run.json and the loggers."""
+        return super().to_dict() | {"merge": asdict(self.merge)}
 
     @property
     def trains_projector(self) -> bool:

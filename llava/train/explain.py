@@ -63,7 +63,7 @@ class ExplainTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give projector and adapter their own learning rate, and weight decay to matrices only."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(self._groups(), **options)
         return self.optimizer
@@ -102,6 +102,9 @@ def prepare(args: ExplainArguments) -> tuple[Model, ExplainerProcessor]:
     model.config.layout = args.version
     model.config.use_cache = False
     model.requires_grad_(False)
+    for parameter in model.detector.parameters():
+        if parameter.ndim == 0:  # DeepSpeed broadcasts bytes, which a scalar parameter cannot give; frozen, not saved
+            parameter.data = parameter.data.reshape(1)
     wrapped = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout) if args.lora_enable else model
     parts: list[nn.Module] = []
     if args.tune_deepfake_mlp_adapter:

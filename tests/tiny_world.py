@@ -1,0 +1,72 @@
+"""A small forged world: noise faces with and without a checkerboard, a detector that sees it, and conversations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava.core.runtime import item_rng
+from llava.data.transforms import to_tensor
+from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+
+REASONS = {0: "The nose has natural pores.", 1: "The nose shows a regular grid."}
+
+
+def draw(label: int, index: int, size: int = 32) -> np.ndarray:
+    """Draw one picture; forged ones carry a checkerboard."""
+    rng = item_rng(7, label, index)
+    picture = rng.normal(110 + 30 * rng.random(3), 18, (size, size, 3))
+    if label:
+        picture += 45 * (np.indices((size, size)).sum(0) % 2)[..., None]
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def write_world(folder: Path, count: int = 48) -> Path:
+    """Write images and label-free conversations below `folder`; gives the conversation file."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for index in range(count):
+        label = index % 2
+        name = f"{label}_{index:03d}.png"
+        Image.fromarray(draw(label, index)).save(folder / "images" / name)
+        word = ("real", "fake")[label]
+        for number, (question, answer) in enumerate(
+            (
+                ("Determine the authenticity of this image.", f"The image is {word}."),
+                ("Does the nose look real or fake?", f"The image is {word}. {REASONS[label]}"),
+            )
+        ):
+            rows.append(
+                {
+                    "id": f"{index:03d}_{number}",
+                    "image": name,
+                    "label": word,
+                    "conversations": [
+                        {"from": "human", "value": f"<image>\n<deepfake>\n{question}"},
+                        {"from": "gpt", "value": answer},
+                    ],
+                }
+            )
+    path = folder / "conversations.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def train_detector(folder: Path, steps: int = 40) -> M2F2Det:
+    """Train a tiny M2F2-Det on the checkerboard with a plain loop and save it."""
+    torch.manual_seed(0)
+    detector = M2F2Det(M2F2DetConfig.tiny()).train()
+    spec = detector.inputs["pixel_values"]
+    optimiser = torch.optim.Adam(detector.parameter_groups(3e-3))
+    for step in range(steps):
+        labels = torch.arange(16) % 2
+        pixels = torch.stack([to_tensor(draw(int(y), 1000 + 16 * step + i), spec) for i, y in enumerate(labels)])
+        optimiser.zero_grad()
+        detector(pixels, labels=labels).loss.backward()
+        optimiser.step()
+    detector.eval().save(folder)
+    return detector
