@@ -108,8 +108,10 @@ def programs_in_documents() -> tuple[set[str], list[str]]:
 
 
 def programs_in_tree() -> set[str]:
-    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.py"), *ROOT.glob("eval/*.py")]
-    named = {p.relative_to(ROOT).as_posix() for p in scripts if not p.name.startswith("_")}
+    shell = [*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")]
+    scripts = [p for p in shell if p.read_text().startswith("#!")]  # the others are sourced, not run
+    scripts += [*ROOT.glob("scripts/*.py"), *ROOT.glob("eval/*.py")]
+    named = {p.relative_to(ROOT).as_posix() for p in scripts}
     return named | {f"m2f2 {name}" for name in COMMANDS} | {"m2f2"} | {f"make {name}" for name in make_targets()}
 
 
