@@ -66,17 +66,17 @@ def read_caption_set(predict_path: str | Path, gt_path: str | Path) -> CaptionSe
     Raises FileNotFoundError, or ValueError naming the line, for unreadable rows and repeated keys, and when no
     key of the two files is the same.
     """
+    answers: dict[str, str] = {}
+    for where, row in read_jsonl(predict_path):
+        if not {"key", "text"} <= row.keys():
+            raise ValueError(f"{where}: expected the fields key and text, got {', '.join(row)}.")
+        _add(answers, row["key"], strip_tags(row["text"]), where)
     truths: dict[str, dict[str, Any]] = {}
     for where, row in read_jsonl(gt_path):
         for key, truth in row.items():
             if not isinstance(truth, dict) or not truth.get("question") or not truth.get("answer"):
                 raise ValueError(f"{where}: expected {{key: {{question, answer: [...]}}}}, got key {key!r}: {truth!r}.")
             _add(truths, key, truth, where)
-    answers: dict[str, str] = {}
-    for where, row in read_jsonl(predict_path):
-        if not {"key", "text"} <= row.keys():
-            raise ValueError(f"{where}: expected the fields key and text, got {', '.join(row)}.")
-        _add(answers, row["key"], strip_tags(row["text"]), where)
     if not truths.keys() & answers.keys():
         raise ValueError(f"{str(predict_path)!r} answers no key of {str(gt_path)!r}; give the matching pair of files.")
     groups = image_groups([key.rpartition("_")[0] for key in truths])
