@@ -1,0 +1,242 @@
+"""One phase of detector training on HF Trainer: our samples, parameter groups, metrics and file format."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from llava.core.weights import load_module
+from llava.data.dataset import DetectionDataset, EpochSampler, collate
+from llava.detectors.base import Detector
+from llava.evaluation.metrics import detection_report
+from llava.evaluation.predictions import Predictions, from_records
+from llava.train.callbacks import CollapseCheck, ProgressLine, TensorBoard, check_collapse
+from llava.train.config import OptimConfig, PhaseConfig
+from llava.train.scoring import mean_over_views, probe_answers
+from llava.train.splits import PhaseData
+
+log = logging.getLogger(__name__)
+BEST = "best"  # sub-folder of a phase with its best detector; it exists when the phase is finished
+RESAMPLES_WHILE_TRAINING = 200
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
+
+
+class DetectorTrainer(Trainer):
+    """HF Trainer for a detector: batches carry `index`, which leads back to the record for video metrics."""
+
+    model: Detector
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, detector: Detector, phase: PhaseConfig, data: PhaseData, args: TrainingArguments) -> None:
+        self.phase, self.val_records = phase, data.val
+        train_set = DetectionDataset(data.source, data.train, detector.inputs, phase.degrade, phase.seed)
+        val_set = DetectionDataset(data.source, data.val, detector.inputs, with_views=True)
+        config, detector.config = detector.config, None  # Trainer writes `use_cache` into any config that it finds
+        super().__init__(
+            model=detector,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_set,
+            eval_dataset=val_set,
+            compute_metrics=self._metrics,
+        )
+        detector.config = config
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
+        dataset = train_dataset or self.train_dataset
+        assert isinstance(dataset, DetectionDataset)
+        return EpochSampler(dataset.labels, self.phase.seed, balanced=self.phase.loss.class_balance == "sampling")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Use the detector's parameter groups; the largest comes first, because its rate is the one shown."""
+        if self.optimizer is None:
+            optim = self.phase.optim
+            groups = sorted(self.model.parameter_groups(optim.lr), key=lambda group: -len(group["params"]))
+            self.optimizer = OPTIMIZERS[optim.optimizer](groups, betas=optim.betas, weight_decay=optim.weight_decay)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Leave `index` out of what the detector reads."""
+        inputs = {name: tensor for name, tensor in inputs.items() if name != "index"}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Give the cross-entropy of p_fake, p_fake averaged over views, and (labels, index)."""
+        inputs = self._prepare_inputs(inputs)
+        labels, index = inputs.pop("labels"), inputs.pop("index")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            p_fake = mean_over_views(model, inputs, self.model.p_fake).float()
+        loss = nn.functional.binary_cross_entropy(p_fake.clamp(0, 1), labels.float())
+        return loss, p_fake, (labels, index)
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        p_fake, (_, index) = prediction.predictions, prediction.label_ids
+        return flat_metrics(from_records([self.val_records[int(i)] for i in index], np.asarray(p_fake).tolist()))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.accelerator.unwrap_model(self.model).save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_module(resume_from_checkpoint, self.model)
+
+    def _load_best_model(self) -> None:
+        load_module(self.state.best_model_checkpoint, self.model)
+
+
+def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder: Path) -> None:
+    """Train `detector` in place and leave it with its best weights, which are also written to `folder/best`.
+
+    Goes on from the last complete checkpoint in `folder`. Raises CollapseError.
+    """
+    balance_classes(detector, phase, [r.label for r in data.train if r.label is not None])
+    detector.to(memory_format=torch.channels_last)
+    args = training_arguments(phase, len(data.train), folder)
+    trainer = DetectorTrainer(detector, phase, data, args)
+    trainer.remove_callback(PrinterCallback)
+
+    def answers() -> dict[str, float]:
+        return probe_answers(detector, args.device)
+
+    for callback in (ProgressLine(), TensorBoard(folder / "tensorboard"), CollapseCheck(phase.collapse, answers)):
+        trainer.add_callback(callback)
+    if phase.patience:
+        trainer.add_callback(EarlyStoppingCallback(phase.patience))
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        log.info("going on from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    check_collapse(trainer.evaluate(), phase.collapse, answers)
+    if args.should_save:
+        detector.save(folder / BEST)
+        for old in folder.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    trainer.accelerator.wait_for_everyone()
+
+
+def training_arguments(phase: PhaseConfig, images: int, folder: Path) -> TrainingArguments:
+    """Translate a phase into Hugging Face's arguments."""
+    precision = usable_precision(phase.precision)
+    is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    every = {"strategy": "steps" if phase.eval_steps else "epoch", "steps": phase.eval_steps or 1}
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=phase.batch_size,
+        per_device_eval_batch_size=phase.batch_size,
+        gradient_accumulation_steps=phase.accumulation,
+        num_train_epochs=phase.epochs,
+        max_steps=phase.steps or -1,
+        learning_rate=phase.optim.lr,
+        lr_scheduler_type=SCHEDULES[phase.optim.schedule],
+        lr_scheduler_kwargs=_schedule_options(phase.optim),
+        warmup_steps=phase.optim.warmup,
+        max_grad_norm=phase.optim.max_grad_norm,
+        eval_strategy=every["strategy"],
+        eval_steps=every["steps"],
+        save_strategy=every["strategy"],
+        save_steps=every["steps"],
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_video_auc",
+        greater_is_better=True,
+        logging_steps=10,
+        seed=phase.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
+        dataloader_num_workers=phase.workers,
+        dataloader_persistent_workers=phase.workers > 0,
+        dataloader_drop_last=images >= phase.batch_size,  # a last batch of one image has no batch statistics
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels", "index"],
+        restore_callback_states_from_checkpoint=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def usable_precision(wanted: str) -> str:
+    """Resolve `auto` to the fastest arithmetic this device has: bf16, fp16 (older GPUs) or fp32."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def balance_classes(detector: Detector, phase: PhaseConfig, labels: list[int]) -> None:
+    """Set the weights of the loss to n / (classes * count), so that every class weighs the same, or to one."""
+    counts = torch.bincount(torch.tensor(labels), minlength=len(detector.classes)).clamp(min=1)
+    even = torch.ones(len(detector.classes))
+    weights = len(labels) / (len(detector.classes) * counts)
+    detector.class_weights.copy_(weights if phase.loss.class_balance == "weights" else even)
+
+
+def flat_metrics(predictions: Predictions, threshold: float = 0.5) -> dict[str, float]:
+    """Give frame and video numbers with interval bounds as one level of names, and sd(p_fake).
+
+    Undefined numbers (a precision when nothing is called fake) are left out.
+    """
+    report = detection_report(predictions, threshold, RESAMPLES_WHILE_TRAINING)
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    flat = {
+        f"{level}_{name}{ends[end]}": numbers[end]
+        for level in ("frame", "video")
+        for name, numbers in report[level].items()
+        for end in ends
+        if numbers.get(end) is not None
+    }
+    return {**flat, "sd_p_fake": float(predictions.p_fake.std())}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Give the newest checkpoint that was written to its end; Trainer writes its state last."""
+    complete = [p for p in folder.glob("checkpoint-*") if _is_complete(p)]
+    return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    state = checkpoint / "trainer_state.json"
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        log.warning("%s is not complete and is passed over", checkpoint)
+        return False
+    return True
+
+
+def _schedule_options(optim: OptimConfig) -> dict[str, Any]:
+    if optim.schedule != "plateau":
+        return {}
+    return {
+        "mode": "max",  # of the video AUC
+        "factor": optim.plateau_factor,
+        "patience": optim.plateau_patience,
+        "cooldown": optim.plateau_cooldown,
+        "min_lr": 1e-8,
+    }

@@ -1,0 +1,82 @@
+"""Detector and records to predictions, the same way during training, after it and for a split on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from llava.core.types import Record
+from llava.data.dataset import DetectionDataset, collate
+from llava.data.sources import Source
+from llava.data.transforms import view_tensors
+from llava.detectors.base import Detector, DetectorOutput
+from llava.evaluation.predictions import Predictions, from_records
+
+PLAIN_COLOURS = {
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "white": (255, 255, 255),
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+}
+
+
+def score(
+    detector: Detector,
+    source: Source,
+    records: Sequence[Record],
+    device: torch.device,
+    batch_size: int = 32,
+    workers: int = 0,
+) -> Predictions:
+    """Give p_fake of every record, averaged over the test-time views that the detector declares, in fp32."""
+    dataset = DetectionDataset(source, records, detector.inputs, with_views=True)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    scores = []
+    with evaluating(detector, device):
+        for batch in loader:
+            inputs = {name: batch[name].to(device) for name in detector.inputs}
+            scores.append(mean_over_views(detector, inputs, detector.p_fake).cpu())
+    return from_records(records, torch.cat(scores).tolist())
+
+
+def probe_answers(detector: Detector, device: torch.device, seed: int = 0) -> dict[str, float]:
+    """Give p_fake of plain colours and of noise, where a sound detector knows nothing."""
+    side = max(spec.size for spec in detector.inputs.values())
+    images = {name: np.full((side, side, 3), colour, np.uint8) for name, colour in PLAIN_COLOURS.items()}
+    images["noise"] = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    inputs = {
+        name: torch.stack([view_tensors(image, spec) for image in images.values()]).to(device)
+        for name, spec in detector.inputs.items()
+    }
+    with evaluating(detector, device):
+        scores = mean_over_views(detector, inputs, detector.p_fake)
+    return {name: round(p, 4) for name, p in zip(images, scores.tolist(), strict=True)}
+
+
+def mean_over_views(
+    model: Callable[..., DetectorOutput], inputs: Mapping[str, Tensor], p_fake: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Average p_fake over views: inputs (B, V, 3, S, S) each, gives (B,)."""
+    batch, views = next(iter(inputs.values())).shape[:2]
+    output = model(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
+    assert output.logits is not None
+    return p_fake(output.logits).unflatten(0, (batch, views)).mean(dim=1)
+
+
+@contextmanager
+def evaluating(detector: Detector, device: torch.device) -> Iterator[None]:
+    """Put the detector on `device` in eval mode, without gradients; its mode is restored afterwards."""
+    was_training = detector.training
+    detector.to(device).eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        detector.train(was_training)

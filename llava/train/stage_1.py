@@ -1,0 +1,203 @@
+"""Stage 1: train a detector by a recipe, choose its threshold on validation, and say how good it is on test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from llava.core.config import parse, to_dict
+from llava.core.logs import setup_logging
+from llava.core.runtime import pick_device, write_json, write_run
+from llava.core.types import Decision
+from llava.core.weights import CONFIG_NAME, load_strictly, resolve
+from llava.detectors.base import Detector, create, load
+from llava.evaluation.metrics import choose_threshold, detection_report
+from llava.evaluation.predictions import write_csv
+from llava.train.callbacks import CollapseError
+from llava.train.config import PhaseConfig, Recipe
+from llava.train.engine import BEST, train_phase
+from llava.train.scoring import probe_answers, score
+from llava.train.splits import PhaseData, open_data, report_near_duplicates
+
+log = logging.getLogger(__name__)
+DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
+RESULTS = "metrics.json"
+# Settings that may differ between an interrupted run and the one that goes on with it.
+FREE_TO_CHANGE = ("resume", "output_dir", "workers", "near_duplicates", "resamples")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train by `--config RECIPE` and flags; gives 0, or 1 after a collapse, or 2 for a mistake in what was asked.
+
+    `--debug` shows where an error came from.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in words
+    setup_logging(is_debug)
+    recipe = parse(
+        Recipe,
+        [word for word in words if word != "--debug"],
+        "Train a detector (stage 1).",
+        DEFAULT_RECIPE,
+        prog="stage_1_train.sh",
+    )
+    try:
+        train(recipe)
+    except CollapseError as error:
+        log.error("%s", error)
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        log.error("%s", error, exc_info=is_debug)
+        return 2
+    return 0
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Run all phases, write detector and numbers into `recipe.output_dir`, and give the numbers.
+
+    Raises ValueError, FileNotFoundError or CollapseError.
+    """
+    recipe.require_data()
+    phases = recipe.phase_list()
+    data = [open_data(phase.data, phase.seed) for phase in phases if phase.data is not None]
+    folder = Path(recipe.output_dir)
+    finished = prepare_folder(recipe, folder)
+    if finished is not None:
+        return finished
+    started = time.monotonic()
+    duplicates = report_near_duplicates(data[-1]) if recipe.near_duplicates else None
+    if _is_main():
+        write_run(folder, to_dict(recipe), recipe.seed)
+    previous = None
+    for i, (phase, phase_data) in enumerate(zip(phases, data, strict=True)):
+        previous = _run_phase(recipe, phase, phase_data, folder / "phases" / str(i), previous)
+    assert previous is not None
+    detector = load(previous, expected=recipe.detector)
+    results = finish(detector, recipe, phases[-1], data[-1], folder)
+    results |= {"near_duplicates": duplicates, "minutes": round((time.monotonic() - started) / 60, 2)}
+    if _is_main():
+        write_json(folder / RESULTS, results)
+    log_results(results, folder)
+    return results
+
+
+def prepare_folder(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """Clear the folder, or keep an interrupted run of the same recipe; gives the numbers of a finished one.
+
+    Raises ValueError when the folder holds a run with other settings.
+    """
+    record = folder / "run.json"
+    if not recipe.resume or not record.is_file():
+        if _is_main():
+            shutil.rmtree(folder / "phases", ignore_errors=True)
+            (folder / RESULTS).unlink(missing_ok=True)
+        return None
+    old = json.loads(record.read_text(encoding="utf-8")).get("config", {})
+    new = json.loads(json.dumps(to_dict(recipe)))
+    other = [key for key in new if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
+    if other:
+        raise ValueError(
+            f"{recipe.output_dir!r} holds a run with other settings ({', '.join(other)}); "
+            "give another --output_dir, or --resume false to train afresh there."
+        )
+    if not (folder / RESULTS).is_file():
+        return None
+    log.info("%s is trained already by this recipe; --resume false trains it again", folder)
+    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+
+
+def start(recipe: Recipe, phase: PhaseConfig, previous: Path | None) -> Detector:
+    """Build the detector of a phase: weights of `init_from`, of the phase before, or fresh ones; then freeze parts."""
+    set_seed(phase.seed)
+    detector = create(recipe.detector, recipe.model)
+    origin = resolve(phase.init_from) if phase.init_from else previous
+    if origin is None:
+        detector.load_pretrained()
+    else:
+        load_strictly(detector, load(origin, expected=recipe.detector).state_dict(), str(origin))
+    detector.freeze(phase.freeze)
+    return detector
+
+
+def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path) -> dict[str, Any]:
+    """Choose the threshold on validation, save the detector with it, and score validation and test."""
+    device = pick_device()
+    scored = {"val": score(detector, data.source, data.val, device, phase.batch_size, phase.workers)}
+    threshold = choose_threshold(scored["val"].labels, scored["val"].p_fake, recipe.threshold_rule)
+    assert phase.data is not None
+    chosen_on = f"validation split {phase.data.val!r}, {len(data.val)} images, {recipe.threshold_rule}"
+    detector.decision = Decision(threshold=threshold, chosen_on=chosen_on)
+    if data.test:
+        scored["test"] = score(detector, data.source, data.test, device, phase.batch_size, phase.workers)
+    if _is_main():
+        detector.save(folder)
+        for name, predictions in scored.items():
+            write_csv(folder / f"{name}.csv", predictions)
+    reports = {name: detection_report(p, threshold, recipe.resamples) for name, p in scored.items()}
+    return {
+        "detector": detector.name,
+        "decision": dataclasses.asdict(detector.decision),
+        "data": data.summary(),
+        "plain_images": probe_answers(detector, device),
+        **reports,
+    }
+
+
+def log_results(results: dict[str, Any], folder: Path) -> None:
+    """Log the numbers of validation and test, one line per level."""
+    for split in ("val", "test"):
+        for level in ("frame", "video"):
+            if split in results:
+                log.info("%s", describe_level(f"{split} {level}", results[split][level]))
+    plain = ", ".join(f"{name} {p:.2f}" for name, p in results["plain_images"].items())
+    log.info("p_fake of plain images: %s", plain)
+    decision = results["decision"]
+    log.info("threshold %.3f, chosen on %s", decision["threshold"], decision["chosen_on"])
+    log.info("%.1f minutes; detector and numbers are in %s", results["minutes"], folder)
+
+
+def describe_level(title: str, numbers: dict[str, Any]) -> str:
+    """Put AUC, AP, EER and accuracy with their intervals into one line."""
+    parts = []
+    for name in ("auc", "ap", "eer", "accuracy"):
+        interval = numbers[name]
+        bounds = "" if interval["low"] is None else f" [{interval['low']:.3f}, {interval['high']:.3f}]"
+        parts.append(f"{name.upper() if len(name) < 4 else name} {interval['value']:.3f}{bounds}")
+    return f"{title:<10} {'  '.join(parts)}  ({numbers['auc']['n']} groups)"
+
+
+def _run_phase(recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path, previous: Path | None) -> Path:
+    best = folder / BEST
+    if (best / CONFIG_NAME).is_file():
+        log.info("phase %s is finished already", phase.name or folder.name)
+        return best
+    detector = start(recipe, phase, previous)
+    trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in detector.parameters())
+    log.info(
+        "phase %s: %d training, %d validation, %d test images; %s of %s weights are trained",
+        phase.name or folder.name,
+        *(len(part) for part in (data.train, data.val, data.test)),
+        f"{trained:,}",
+        f"{total:,}",
+    )
+    train_phase(detector, phase, data, folder)
+    return best
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
