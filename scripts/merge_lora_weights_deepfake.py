@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
-from llava.explainer.merge import CERTIFICATE, merge_delta
+from llava.explainer.merge import merge_delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +20,13 @@ class Options:
 
 
 def main() -> None:
-    """Merge and say where the certificate is."""
+    """Merge; the log says what changed, certificate.json proves it."""
     setup_logging()
     options = parse(Options, description=__doc__ or "")
-    out = Path(options.save_model_path)
     try:
-        merge_delta(options.model_base, options.model_path, out)
+        merge_delta(options.model_base, options.model_path, Path(options.save_model_path))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"merge: error: {error}") from error
-    print(f"certificate: {out / CERTIFICATE}")
 
 
 if __name__ == "__main__":

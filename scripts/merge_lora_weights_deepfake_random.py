@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
-from llava.explainer.merge import CERTIFICATE, merge_detector
+from llava.explainer.merge import merge_detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +25,20 @@ class Options:
 
 
 def main() -> None:
-    """Merge and say where the certificate is."""
+    """Merge; the log says what changed, certificate.json proves it."""
     setup_logging()
     options = parse(Options, description=__doc__ or "")
-    out = Path(options.save_model_path)
     try:
         merge_detector(
             options.model_path,
             options.deepfake_model_path,
-            out,
+            Path(options.save_model_path),
             seed=options.seed,
             evidence_tokens=options.evidence_tokens,
             layout=options.layout,
         )
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"merge: error: {error}") from error
-    print(f"certificate: {out / CERTIFICATE}")
 
 
 if __name__ == "__main__":

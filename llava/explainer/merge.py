@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.types import Turn
@@ -41,35 +41,21 @@ def merge_detector(
     base_folder = resolve(base)
     settings = read_config(base_folder)
     check_base(settings, str(base))
+    alone = load_detector(resolve(detector or named_detector(settings, base)))
     llava, report = LlavaForConditionalGeneration.from_pretrained(base_folder, output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"]:
         raise ValueError(f"{base!r}: weights do not fit LLaVA: {sorted(report['missing_keys'])[:3]} are missing.")
-    alone = load_detector(resolve(detector or named_detector(settings, base)))
     guest = share_vision(alone, llava)
-    values = {k: v for k, v in llava.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
-    config = ForgeryLlavaConfig(
-        **values
-        | {
-            "detector": guest.describe(),
-            "evidence_size": len(guest.evidence_names),
-            "evidence_tokens": evidence_tokens,
-            "deepfake_token_index": max(llava.config.image_token_index, llava.config.text_config.vocab_size) + 1,
-            "image_aspect_ratio": settings.get("image_aspect_ratio", "square"),
-            "layout": layout,
-        }
-    )
-    model = ForgeryLlava(config).to(llava.dtype)
+    ratio = settings.get("image_aspect_ratio", "square")
+    model = ForgeryLlava(_explainer_config(llava.config, guest, ratio, evidence_tokens, layout)).to(llava.dtype)
     model.detector.float()
-    adapter_generator = torch.Generator().manual_seed(seed)
-    parts = dict(llava.state_dict()) | {f"detector.{k}": v for k, v in guest.state_dict().items()}
-    for name, tensor in model.deepfake_projector.state_dict().items():
-        drawn = torch.randn(tensor.shape, generator=adapter_generator) * 0.1
-        parts[f"deepfake_projector.{name}"] = drawn if tensor.ndim == 2 else torch.zeros_like(tensor)
+    parts = llava.state_dict() | {f"detector.{k}": v for k, v in guest.state_dict().items()}
+    parts |= {f"deepfake_projector.{k}": v for k, v in fresh_adapter(model, seed).items()}
     load_strictly(model, parts, f"{base!r} with detector {guest.name!r}")
     with atomic_path(out) as staged:
         model.eval().save_pretrained(staged)
         AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
-        certificate = _certify_detector(staged, alone, model, len(parts))
+        certificate = _certify_detector(staged, alone, len(parts))
         write_json(staged / CERTIFICATE, certificate)
     log.info(
         "merged %s and %s into %s (max |delta p_fake| %.1e)", base, guest.name, out, certificate["max_delta_p_fake"]
@@ -85,12 +71,7 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     """
     base_folder, delta_folder = resolve(base), resolve(delta)
     record = read_record(delta_folder)
-    found = fingerprint(base_folder)
-    if record["base"]["sha256"] != found:
-        raise ValueError(
-            f"{base!r} is not the base of {delta!r}: the delta was trained on {record['base']['name']!r} "
-            f"(sha256 {record['base']['sha256'][:12]}), this one is {found[:12]}. Give that base."
-        )
+    check_fingerprint(record["base"], fingerprint(base_folder), str(base))
     model = load_model(base_folder)
     processor = load_processor(base_folder, model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -103,8 +84,7 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     with atomic_path(out) as staged:
         merged.save_pretrained(staged)
         processor.tokenizer.save_pretrained(staged)
-        reloaded = load_model(staged)
-        difference = max_difference(expected, sample_logits(reloaded, processor))
+        difference = max_difference(expected, sample_logits(load_model(staged), processor))
         if difference > TOLERANCE:
             raise ValueError(f"Merging {delta!r} changed the logits by {difference:.1e}, more than {TOLERANCE:.0e}.")
         certificate = {
@@ -120,6 +100,15 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
         write_json(staged / CERTIFICATE, certificate)
     log.info("merged %s into %s: %d tensors changed, max |delta logit| %.1e", delta, out, len(changed), difference)
     return certificate
+
+
+def check_fingerprint(trained_on: dict[str, Any], found: str, name: str) -> None:
+    """Refuse to fold a delta into a model that it was not trained on."""
+    if trained_on["sha256"] != found:
+        raise ValueError(
+            f"{name!r} is not the base of this delta: it was trained on {trained_on['name']!r} "
+            f"(sha256 {trained_on['sha256'][:12]}), this one is {found[:12]}. Give that base."
+        )
 
 
 def check_base(settings: dict[str, Any], name: str) -> None:
@@ -143,6 +132,15 @@ def named_detector(settings: dict[str, Any], base: str) -> str:
             f"No detector: give --deepfake-model-path, or write deepfake_model_path into {base}/config.json."
         )
     return str(path)
+
+
+def fresh_adapter(model: ForgeryLlava, seed: int) -> dict[str, Tensor]:
+    """Draw an adapter: matrices N(0, 0.1) as published, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(tensor.shape, generator=generator) * 0.1 if tensor.ndim == 2 else torch.zeros_like(tensor)
+        for name, tensor in model.deepfake_projector.state_dict().items()
+    }
 
 
 def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> Detector:
@@ -188,8 +186,23 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype))
 
 
+def _explainer_config(
+    base: LlavaConfig, guest: Detector, aspect_ratio: str, evidence_tokens: int, layout: str
+) -> ForgeryLlavaConfig:
+    values = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+    own = {
+        "detector": guest.describe(),
+        "evidence_size": len(guest.evidence_names),
+        "evidence_tokens": evidence_tokens,
+        "deepfake_token_index": max(base.image_token_index, base.text_config.vocab_size) + 1,
+        "image_aspect_ratio": aspect_ratio,
+        "layout": layout,
+    }
+    return ForgeryLlavaConfig(**values | own)
+
+
 @torch.inference_mode()
-def _certify_detector(folder: Path, alone: Detector, model: ForgeryLlava, tensors: int) -> dict[str, Any]:
+def _certify_detector(folder: Path, alone: Detector, tensors: int) -> dict[str, Any]:
     """Compare the detector inside the saved explainer with the detector on its own."""
     merged = load_model(folder)
     processor = load_processor(folder, merged)

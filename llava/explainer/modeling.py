@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llava.detectors.base import Detector, DetectorOutput, from_description
@@ -132,36 +133,24 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
         given beside pixel_values replaces the detector's own.
         """
+        if pixel_values is not None and inputs_embeds is None:
+            encoded = self.encode(pixel_values, detector_inputs or {})
+            image_features = encoded.image_features
+            evidence = encoded.evidence if evidence is None else evidence
         if inputs_embeds is None:
-            if pixel_values is not None:
-                encoded = self.encode(pixel_values, detector_inputs or {})
-                image_features = encoded.image_features
-                evidence = encoded.evidence if evidence is None else evidence
             inputs_embeds = self.embed(input_ids, image_features, evidence)  # type: ignore[arg-type]
+        items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
+            **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-            )
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        vocab_size = self.config.text_config.vocab_size
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size, num_items_in_batch=items)
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Hand images and evidence to the first step only; later steps read them from the cache."""
