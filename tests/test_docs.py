@@ -29,13 +29,14 @@ READERS = {
 FOREIGN = {"cd", "conda", "cp", "curl", "export", "git", "ls", "mkdir", "mv", "pip", "source", "tensorboard", "unzip"}
 LAUNCHERS = {"python", "python3", "bash", "deepspeed", "torchrun", "accelerate"}
 FENCE = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^ {4}(?:python|bash|m2f2|deepspeed) (?:.*\\\n)*.*\n", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """Give the words of every single command in the bash fences of a document."""
+    """Give the words of every single command in the bash fences and indented lines of a document."""
     found = []
-    for block in FENCE.findall(text):
+    for block in [*FENCE.findall(text), *INDENTED.findall(FENCE.sub("", text))]:
         for line in block.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
             lexer.whitespace_split = True
@@ -198,6 +199,11 @@ def test_a_command_that_is_not_there_is_found() -> None:
             program_of(words)
     assert program_of(["m2f2", "data", "ddvqa", "--annotations", "x"]) == "m2f2 data ddvqa"
     assert program_of(["make", "-n", "A=b", "test"]) == "make test"
+
+
+def test_indented_commands_count_too() -> None:
+    text = "Say:\n\n    python eval/no.py --a \\\n        b\n    m2f2 nothing\n\n- a list\n    of words\n"
+    assert commands_in(text) == [["python", "eval/no.py", "--a", "b"], ["m2f2", "nothing"]]
 
 
 def test_a_wrong_recipe_is_found(tmp_path: Path) -> None:
