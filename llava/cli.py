@@ -15,6 +15,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 from llava import __version__
+from llava.core.errors import Incomplete
 
 
 class Command(NamedTuple):
@@ -25,13 +26,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "detect": Command("llava.pipeline.commands:detect", "say of faces whether they are real or forged"),
+    "explain": Command("llava.pipeline.commands:explain", "say it with the reasons in words"),
+    "chat": Command("llava.pipeline.commands:chat", "talk about one face: the verdict, then your questions"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
     "data ddvqa": Command("llava.data.ddvqa:build_ddvqa", "turn DD-VQA annotation files into training files"),
+    "tiny-base": Command(
+        "llava.train.tiny_base:make_tiny_base", "make a tiny LLaVA from training data, for two CPU cores"
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and give its exit code: 2 for a mistake in what was asked, with one line that says which."""
+    """Run one sub-command and give its exit code: 2 for a mistake in what was asked, 1 for a result with gaps."""
     words = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -44,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"m2f2: {_one_line(error)}", file=sys.stderr)
         return 2
+    except Incomplete as error:
+        print(f"m2f2: {_one_line(error)}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of a pipe went away, as in `m2f2 ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,4 +1,5 @@
-# Sourced by every script: go to the repository root and choose the Python of .venv where there is one.
+# Sourced by the shell scripts: goes to the top of the repository and sets $python, which imports this package.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-.venv/bin/python}"
-command -v "$PYTHON" >/dev/null || PYTHON=python3
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

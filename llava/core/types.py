@@ -89,7 +89,8 @@ class Verdict:
 
     p_fake and every probability and evidence value lie in [0, 1]; p_fake is None when INCONCLUSIVE.
     `calibration` names what the probability was calibrated on, or is "not calibrated".
-    `reason` says in words why there is no verdict, or what limits it.
+    `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
+    has `face_count` faces, of which this is number `face`, largest first. face_box: (x, y, width, height) in pixels.
     """
 
     label: VerdictLabel
@@ -102,10 +103,20 @@ class Verdict:
     risk_band: str | None = None
     face_box: tuple[int, int, int, int] | None = None
     reason: str = ""
+    image: str = ""
+    face: int = 1
+    face_count: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON values."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        """Say the verdict in one line."""
+        sure = "" if self.p_fake is None else f"p_fake {self.p_fake:.3f} ({self.calibration})"
+        which = f"face {self.face} of {self.face_count}" if self.face_count > 1 else ""
+        details = ", ".join(part for part in (sure, which, self.reason) if part)
+        return f"{self.label}{': ' if details else ''}{details}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +136,14 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON values."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        """Say the verdict, then the text, then whether the two contradict each other."""
+        return "\n".join(part for part in (str(self.verdict), self.text, self.remark) if part)
+
+    @property
+    def remark(self) -> str:
+        """Mark a text that contradicts the verdict, or takes no side; empty when they agree."""
+        if self.agrees is False:
+            return f"[The text says {LABEL_NAMES[self.text_verdict or REAL]}; the detector's verdict stands.]"
+        return "[The text takes no side.]" if self.text and self.text_verdict is None else ""

@@ -1,0 +1,176 @@
+"""What a person names on the command line (file, folder, glob, zip, URL) as a list of named images."""
+
+from __future__ import annotations
+
+import glob
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib import request
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import numpy as np
+
+from llava.core.config import setting
+from llava.data.images import IMAGE_SUFFIXES, UnreadableImage, list_images, read_image
+from llava.data.storage import MEMBER_MARK, stored_image
+
+SCHEMES = ("http", "https")
+CHUNK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchLimits:
+    """What an image from the web may cost."""
+
+    max_bytes: int = setting(20_000_000, "largest download, in bytes")
+    seconds: float = setting(20.0, "longest download, in seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedImage:
+    """An image with the name it is reported under; `pixels` uint8 RGB (H, W, 3), or None and the `problem` in words."""
+
+    name: str
+    pixels: np.ndarray | None
+    problem: str = ""
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """List the images behind files, folders, globs, zips and http(s) URLs, each once; none of them is opened.
+
+    A word that matches nothing stays in the list, so that `open_input` can say what is wrong with it. Raises
+    FileNotFoundError when no word matches anything.
+    """
+    found = {word: list(_matches(word)) for word in words}
+    if not any(found.values()):
+        asked = ", ".join(map(repr, words)) or "nothing"
+        raise FileNotFoundError(
+            f"No image to look at: {asked} matches nothing. Give image files, folders, zips, quoted globs or URLs; "
+            f"in folders and zips files count that end in {' '.join(IMAGE_SUFFIXES)}."
+        )
+    return list(dict.fromkeys(name for word, names in found.items() for name in names or [word]))
+
+
+def open_input(name: str, limits: FetchLimits | None = None) -> NamedImage:
+    """Read one image of `expand`'s list; what cannot be read comes back with its problem."""
+    try:
+        if is_url(name):
+            return NamedImage(name=name, pixels=read_image(fetch(name, limits or FetchLimits()), name))
+        if not Path(name).exists() and MEMBER_MARK not in name:
+            raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
+        if Path(name).is_dir():
+            raise UnreadableImage(f"{name}: a folder without images.")
+        return NamedImage(name=name, pixels=read_image(stored_image(name), name))
+    except (UnreadableImage, OSError, KeyError, BadZipFile) as error:
+        return NamedImage(name=name, pixels=None, problem=_words(name, error))
+
+
+def is_url(word: str) -> bool:
+    """Say whether a word has the form of an address (`scheme://…`)."""
+    return "://" in word
+
+
+def fetch(url: str, limits: FetchLimits) -> bytes:
+    """Download an address over http or https within the limits. Raises UnreadableImage that names address and reason.
+
+    Any host may be asked: this is for a person at a command line, not for a server that strangers send addresses to.
+    """
+    _check_scheme(url)
+    deadline = time.monotonic() + limits.seconds
+    try:
+        asked = request.Request(url, headers={"User-Agent": "m2f2-det", "Accept": "image/*"})
+        with _opener().open(asked, timeout=limits.seconds) as answer:
+            return _read_within(answer, url, limits, deadline)
+    except HTTPError as error:
+        raise UnreadableImage(f"{url}: the server answers {error.code} {error.reason}.") from error
+    except URLError as error:
+        raise UnreadableImage(f"{url}: cannot be reached ({error.reason}).") from error
+    except TimeoutError:
+        raise UnreadableImage(f"{url}: took longer than {limits.seconds:g} s.") from None
+    except (HTTPException, OSError, ValueError) as error:
+        if isinstance(error, UnreadableImage):
+            raise
+        raise UnreadableImage(f"{url}: cannot be downloaded ({type(error).__name__}: {error}).") from error
+
+
+def _matches(word: str) -> Iterator[str]:
+    path = Path(word)
+    if is_url(word):
+        yield word
+    elif path.is_dir():
+        yield from map(str, list_images(path))
+    elif path.is_file():
+        yield from _zip_members(path) if is_zipfile(path) else [word]
+    elif glob.has_magic(word):
+        for match in sorted(glob.glob(word, recursive=True)):  # noqa: PTH207 (Path.glob knows no absolute ones)
+            yield from _matches(match)
+
+
+def _zip_members(path: Path) -> list[str]:
+    """List the images of an archive; none when it is damaged, so that opening it tells why."""
+    try:
+        with ZipFile(path) as archive:
+            names = [m.filename for m in archive.infolist() if not m.is_dir()]
+    except BadZipFile:
+        return []
+    return [f"{path}{MEMBER_MARK}{n}" for n in sorted(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _check_scheme(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES or not parts.hostname:
+        raise UnreadableImage(f"{url}: only addresses that begin with http:// or https:// and a host are fetched.")
+
+
+class _FewRedirects(request.HTTPRedirectHandler):
+    """Follow a few redirects, to http and https only."""
+
+    max_redirections = 3
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        """Check where a redirect leads before it is followed."""
+        _check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> request.OpenerDirector:
+    """Build an opener that knows http and https and nothing else (urllib's own also opens files and ftp)."""
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler(),
+        request.HTTPHandler(),
+        request.HTTPSHandler(),
+        request.HTTPDefaultErrorHandler(),
+        _FewRedirects(),
+        request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _read_within(answer, url: str, limits: FetchLimits, deadline: float) -> bytes:  # type: ignore[no-untyped-def]
+    too_large = UnreadableImage(f"{url}: larger than {limits.max_bytes:,} bytes, the limit for a download.")
+    announced = answer.headers.get("Content-Length", "")
+    if announced.isdigit() and int(announced) > limits.max_bytes:
+        raise too_large
+    content = bytearray()
+    while chunk := answer.read1(CHUNK_BYTES):
+        content += chunk
+        if len(content) > limits.max_bytes:
+            raise too_large
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    if announced.isdigit() and len(content) < int(announced):
+        raise UnreadableImage(f"{url}: the connection broke off after {len(content):,} of {int(announced):,} bytes.")
+    return bytes(content)
+
+
+def _words(name: str, error: Exception) -> str:
+    """Give an error's message without the name that stands beside it anyway."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.removeprefix(f"{name}: ")

@@ -1,0 +1,45 @@
+"""A conversation about one face: verdict first, answers streamed, the image encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llava.core.types import Explanation, Turn
+from llava.explainer.generation import GenerationSettings
+from llava.pipeline.faces import Face
+from llava.pipeline.pipeline import Pipeline, explanation
+
+
+class Chat:
+    """Ask about one face again and again.
+
+    verdict: the detector's, known before any word is written. turns: what was said so far. last: the last answer with
+    whether it agrees with the verdict; None before the first.
+    """
+
+    def __init__(self, pipeline: Pipeline, face: Face, settings: GenerationSettings | None = None) -> None:
+        self._explainer = pipeline.needed_explainer()
+        self._settings = settings
+        (self.verdict,), self._encoded = pipeline.look([face])
+        self.turns: list[Turn] = []
+        self.last: Explanation | None = None
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Yield the answer piece by piece; it becomes part of the conversation once it is complete.
+
+        Raises ValueError for an empty question, and where there is no face to talk about.
+        """
+        if self._encoded is None:
+            raise ValueError(f"There is nothing to ask about: {self.verdict.reason}.")
+        if not question.strip():
+            raise ValueError("The question is empty; ask something, such as: Why?")
+        asked = [*self.turns, Turn(role="human", text=question.strip())]
+        pieces: list[str] = []
+        for piece in self._explainer.stream(self._encoded, asked, self._settings):
+            shown = piece if pieces else piece.lstrip()
+            if shown:
+                pieces.append(shown)
+                yield shown
+        text = "".join(pieces).rstrip()
+        self.turns = [*asked, Turn(role="assistant", text=text)]
+        self.last = explanation(self.verdict, question, text)

@@ -1,0 +1,151 @@
+"""What `m2f2 detect`, `m2f2 explain` and `m2f2 chat` do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+
+from llava.core.config import setting
+from llava.core.errors import Incomplete
+from llava.core.runtime import batched
+from llava.core.types import Explanation, Verdict, VerdictLabel
+from llava.data.inputs import FetchLimits, NamedImage, expand, open_input
+from llava.pipeline.settings import FaceSettings, ModelSettings, WordSettings
+from llava.pipeline.tables import table_text, write_csv
+
+if TYPE_CHECKING:
+    from llava.pipeline.pipeline import Pipeline
+
+QUIT = "/quit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskSettings(FaceSettings, ModelSettings):
+    """Which model is asked."""
+
+    model: str = setting("m2f2", "folder, name in checkpoints/, or hub id")
+    fetch: FetchLimits = setting(FetchLimits())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectSettings(AskSettings):
+    """What is looked at, and how the answers are given."""
+
+    paths: list[str] = setting(help="image files, folders, zips, quoted globs, http(s) addresses", positional=True)
+    json: bool = setting(False, "print one JSON object per face and line instead of a table")
+    csv: str | None = setting(None, "write the answers to this file as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainSettings(DetectSettings, WordSettings):
+    """What is asked."""
+
+    question: str | None = setting(None, "what to ask; default: Determine the authenticity of this image.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(AskSettings, WordSettings):
+    """What is talked about."""
+
+    image: str = setting(help="image file or http(s) address", positional=True)
+
+
+Answer = Verdict | Explanation
+Ask = Callable[[Sequence[NamedImage]], Iterable[Answer]]
+
+
+def detect(settings: DetectSettings) -> Iterator[str]:
+    """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
+    names = expand(settings.paths)
+    pipeline = load_pipeline(settings)
+    yield from _answers(names, settings, pipeline.detect)
+
+
+def explain(settings: ExplainSettings) -> Iterator[str]:
+    """Yield the verdicts with their reasons, like `detect`."""
+    names = expand(settings.paths)
+    pipeline = load_pipeline(settings)
+    from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
+
+    words = generation_settings(settings.max_new_tokens, settings.temperature)
+    yield from _answers(names, settings, lambda images: pipeline.explain_all(images, settings.question, words))
+
+
+def chat(settings: ChatSettings) -> Iterator[str]:
+    """Yield the verdict, then answers as they are written, until /quit or the end of the input."""
+    (name,) = expand([settings.image])[:1]
+    image = open_input(name, settings.fetch)
+    if image.problem:
+        raise ValueError(f"{name}: {image.problem}")
+    pipeline = load_pipeline(settings)
+    from llava.pipeline.pipeline import generation_settings
+
+    session = pipeline.chat(image, generation_settings(settings.max_new_tokens, settings.temperature))
+    yield f"{session.verdict}\n"
+    if session.verdict.label == VerdictLabel.INCONCLUSIVE:
+        raise Incomplete(f"{name}: there is no verdict to talk about.")
+    for question in _questions():
+        yield from session.ask(question)
+        assert session.last is not None
+        yield "\n" + (f"{session.last.remark}\n" if session.last.remark else "")
+
+
+def load_pipeline(settings: AskSettings) -> Pipeline:
+    """Load the model that the settings name."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from llava.pipeline.pipeline import Pipeline
+
+    disable_progress_bar()
+    faces = FaceSettings(face=settings.face, margin=settings.margin, whole_from=settings.whole_from)
+    return Pipeline.from_pretrained(
+        settings.model, settings.device, settings.precision, settings.quantization, faces, settings.batch_size
+    )
+
+
+def _answers(names: Sequence[str], settings: DetectSettings, ask: Ask) -> Iterator[str]:
+    answers: list[Answer] = []
+    unread = 0
+    for batch in _with_progress(names, settings.batch_size):
+        images = [open_input(name, settings.fetch) for name in batch]
+        unread += sum(image.pixels is None for image in images)
+        for answer in ask(images):
+            answers.append(answer)
+            if settings.json:
+                yield json.dumps(answer.to_dict(), ensure_ascii=False) + "\n"
+    if not settings.json:
+        yield table_text(answers)
+    if settings.csv:
+        write_csv(settings.csv, answers)
+    if unread:
+        raise Incomplete(f"{unread} of {len(names)} inputs could not be read; their rows say why.")
+
+
+def _with_progress(names: Sequence[str], size: int) -> Iterable[list[str]]:
+    """Cut the names into batches, with a bar on standard error when there are many and somebody is watching."""
+    console = Console(stderr=True)
+    batches = list(batched(names, size))
+    is_quiet = len(batches) < 2 or not console.is_terminal
+    return track(batches, "looking", console=console, transient=True, disable=is_quiet)
+
+
+def _questions() -> Iterator[str]:
+    """Give the questions that are typed, or piped in: those are shown as if they had been typed."""
+    is_typed = sys.stdin.isatty()
+    while True:
+        sys.stdout.write("> ")
+        sys.stdout.flush()
+        line = sys.stdin.readline()
+        question = line.strip()
+        if not is_typed or not line:
+            sys.stdout.write(f"{question}\n")
+        if not line or question == QUIT:
+            return
+        if question:
+            yield question

@@ -1,0 +1,218 @@
+"""Image to verdict to explanation: face crop, detector, threshold, words; everything above goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.core.runtime import batched, pick_device
+from llava.core.types import FAKE, REAL, Explanation, Turn, Verdict, VerdictLabel
+from llava.core.weights import read_config, resolve
+from llava.data.images import read_image
+from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
+from llava.data.transforms import view_tensors
+from llava.detectors.base import Detector
+from llava.detectors.base import load as load_detector
+from llava.evaluation.text import parse_verdict
+from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.loading import is_explainer, load_model, load_processor
+from llava.explainer.modeling import Encoded
+from llava.explainer.prompts import VERDICT_QUESTION
+from llava.pipeline.faces import Face, faces_of
+from llava.pipeline.settings import FaceSettings, Precision, Quantization
+
+if TYPE_CHECKING:
+    from llava.pipeline.chat import Chat
+
+Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
+LABELS = {REAL: VerdictLabel.REAL, FAKE: VerdictLabel.FAKE}
+
+
+class Pipeline:
+    """A detector, alone or inside an explainer, that is asked about images.
+
+    An image is a path, an http(s) address, the bytes of a file, a uint8 RGB array (H, W, 3) or a NamedImage. One that
+    cannot be read raises, except as a NamedImage with a problem, which becomes an INCONCLUSIVE verdict.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        explainer: Explainer | None,
+        name: str,
+        faces: FaceSettings | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is not usable; allowed: 1 or more.")
+        self.detector = detector
+        self.explainer = explainer
+        self.name = name
+        self.faces = faces or FaceSettings()
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str = "auto",
+        precision: Precision = "auto",
+        quantization: Quantization = "none",
+        faces: FaceSettings | None = None,
+        batch_size: int = 8,
+    ) -> Pipeline:
+        """Load a detector folder or a merged explainer, by path, name in `checkpoints/` or hub id.
+
+        precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
+        Raises FileNotFoundError or ValueError when the folder holds neither.
+        """
+        folder, where = resolve(name), pick_device(device)
+        if is_explainer(folder):
+            dtype = ("bf16" if where.type == "cuda" else "fp32") if precision == "auto" else precision
+            model = load_model(folder, where, dtype, quantization)
+            return cls(model.detector, Explainer(model, load_processor(folder, model)), str(name), faces, batch_size)
+        settings = read_config(folder)
+        if "detector" not in settings:
+            raise ValueError(
+                f"{str(name)!r} holds model type {settings.get('model_type')!r}, neither a detector nor an explainer; "
+                "give what stage 1 wrote, or what stage 3 merged."
+            )
+        if quantization != "none":
+            raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
+        return cls(load_detector(folder).to(where), None, str(name), faces, batch_size)
+
+    def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
+        """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
+        faces = self._faces(_as_list(images))
+        return [verdict for batch in batched(faces, self.batch_size) for verdict in self.look(batch)[0]]
+
+    def explain(self, image: Image, question: str | None = None) -> Explanation:
+        """Give the verdict on an image's largest face with the words that explain it."""
+        return next(self.explain_all([image], question))
+
+    def explain_all(
+        self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
+    ) -> Iterator[Explanation]:
+        """Yield one explanation per face, in the order of the images; without words where there is no verdict."""
+        explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
+        for batch in batched(self._faces(images), self.batch_size):
+            verdicts, encoded = self.look(batch)
+            conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
+            texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
+            yield from (explanation(v, asked, "" if v.p_fake is None else next(texts)) for v in verdicts)
+
+    def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
+        """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
+        from llava.pipeline.chat import Chat  # chat.py needs this module
+
+        return Chat(self, next(self._faces([image])), settings)
+
+    def needed_explainer(self) -> Explainer:
+        """Give the explainer. Raises ValueError for a detector on its own, which has no words."""
+        if self.explainer is None:
+            raise ValueError(
+                f"{self.name!r} is the detector {self.detector.name!r}, which gives verdicts and no words; use "
+                "`m2f2 detect`, or give a merged explainer (the output of stage 3)."
+            )
+        return self.explainer
+
+    @torch.inference_mode()
+    def look(self, faces: Sequence[Face]) -> tuple[list[Verdict], Encoded | None]:
+        """Judge a batch of faces; beside the verdicts, what the explainer made of those that have pixels."""
+        pixels = [face.pixels for face in faces if face.pixels is not None]
+        if not pixels:
+            return [self._verdict(face, None) for face in faces], None
+        encoded = self.explainer.encode(pixels) if self.explainer else None
+        scores = iter(self._scores_of(encoded) if encoded else self._scores(pixels))
+        return [self._verdict(face, None if face.pixels is None else next(scores)) for face in faces], encoded
+
+    def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
+        for number, image in enumerate(images):
+            yield from faces_of(_named(image, number), self.faces)
+
+    def _scores_of(self, encoded: Encoded) -> list[dict[str, Any]]:
+        assert encoded.detection.logits is not None
+        return self._rows(encoded.detection.logits.float().softmax(-1), encoded.evidence, encoded.detection.logits)
+
+    def _scores(self, pixels: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """Run a detector on its own, averaged over the test-time views that it declares."""
+        device = next(self.detector.parameters()).device
+        inputs = {
+            name: torch.stack([view_tensors(image, spec) for image in pixels]).to(device)  # (B, V, 3, S, S)
+            for name, spec in self.detector.inputs.items()
+        }
+        output = self.detector(**{name: views.flatten(0, 1) for name, views in inputs.items()})
+        views = next(iter(inputs.values())).shape[1]
+        return self._rows(output.logits.float().softmax(-1), output.evidence, output.logits, views)
+
+    def _rows(self, probabilities: Tensor, evidence: Tensor, logits: Tensor, views: int = 1) -> list[dict[str, Any]]:
+        """Average over views and name the numbers: one dictionary of p_fake, probabilities and evidence per image."""
+        columns = torch.cat([self.detector.p_fake(logits)[:, None], probabilities, evidence], dim=1).float()
+        names = ("p_fake", *self.detector.classes, *self.detector.evidence_names)
+        assert columns.shape[1] == len(names)
+        first, last = 1, 1 + len(self.detector.classes)
+        return [
+            {
+                "p_fake": row[0],
+                "probabilities": dict(zip(names[first:last], row[first:last], strict=True)),
+                "evidence": dict(zip(names[last:], row[last:], strict=True)),
+            }
+            for row in columns.unflatten(0, (-1, views)).mean(dim=1).tolist()
+        ]
+
+    def _verdict(self, face: Face, scores: dict[str, Any] | None) -> Verdict:
+        decision = self.detector.decision
+        label = VerdictLabel.INCONCLUSIVE
+        if scores is not None:
+            label = LABELS[FAKE if scores["p_fake"] >= decision.threshold else REAL]
+        box = face.box
+        return Verdict(
+            label=label,
+            **(scores or {"p_fake": None, "probabilities": {}, "evidence": {}}),
+            detector=self.detector.name,
+            threshold=decision.threshold,
+            face_box=None if box is None else (box.x, box.y, box.width, box.height),
+            reason=face.reason,
+            image=face.image,
+            face=face.number,
+            face_count=face.count,
+        )
+
+
+def explanation(verdict: Verdict, question: str, text: str) -> Explanation:
+    """Put words beside a verdict and note whether they say the same; the verdict is never changed by them."""
+    said = parse_verdict(text) if text else None
+    undecided = said is None or verdict.label not in LABELS.values()
+    agrees = None if undecided else LABELS[said] == verdict.label  # type: ignore[index]
+    return Explanation(verdict=verdict, question=question, text=text, text_verdict=said, agrees=agrees)
+
+
+def generation_settings(
+    max_new_tokens: int | None = None, temperature: float = 0.0, layout: str | None = None
+) -> GenerationSettings:
+    """Turn what a command line says of the words into the explainer's settings; None keeps the explainer's limit."""
+    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return GenerationSettings(temperature=temperature, layout=layout, **limit)
+
+
+def _as_list(images: Image | Sequence[Image]) -> Sequence[Image]:
+    return [images] if isinstance(images, (str, Path, bytes, np.ndarray, NamedImage)) else images
+
+
+def _named(image: Image, number: int) -> NamedImage:
+    """Read an image if it is not read yet; arrays and bytes are named by their number."""
+    if isinstance(image, NamedImage):
+        return image
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image {number}: expected uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}.")
+        return NamedImage(name=f"image {number}", pixels=image)
+    if isinstance(image, bytes):
+        return NamedImage(name=f"image {number}", pixels=read_image(image, f"image {number}"))
+    source = fetch(str(image), FetchLimits()) if is_url(str(image)) else Path(image)
+    return NamedImage(name=str(image), pixels=read_image(source, str(image)))

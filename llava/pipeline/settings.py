@@ -1,0 +1,41 @@
+"""Settings that every way of asking shares; light, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from llava.core.config import setting
+
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+Quantization: TypeAlias = Literal["none", "8bit", "4bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceSettings:
+    """How faces are found and cut out."""
+
+    face: Literal["auto", "largest", "off"] = setting(
+        "auto", "auto = every face, largest = only the largest, off = the whole image, whatever it shows"
+    )
+    margin: float = setting(0.3, "width added around a face, as a part of its box")
+    # A crop with margin 0.3 has its box on (1 / 1.6)^2 = 39 % of it, so what this rule cuts out passes it unchanged.
+    whole_from: float = setting(0.3, "an image whose largest face box covers this part of it is taken as it is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How the model is loaded and run."""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: Precision = setting("auto", "of the explainer; auto = bf16 on a GPU, else fp32")
+    quantization: Quantization = setting("none", "of the language model alone, so p_fake stays as it is")
+    batch_size: int = setting(8, "faces that are looked at together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordSettings:
+    """How the words are chosen."""
+
+    max_new_tokens: int | None = setting(None, "longest answer, in tokens; none = the explainer's own limit")
+    temperature: float = setting(0.0, "0 = always the likeliest word; above 0 samples")

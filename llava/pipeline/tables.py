@@ -1,0 +1,74 @@
+"""Verdicts and explanations as a table for people and as a csv file."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llava.core.runtime import atomic_path
+from llava.core.types import LABEL_NAMES, Explanation, Verdict, VerdictLabel
+
+PIPE_WIDTH = 200
+COLOURS = {VerdictLabel.REAL: "green", VerdictLabel.FAKE: "red"}
+AGREEMENT = {True: "agrees", False: "DISAGREES", None: "-"}
+VERDICT_FIELDS = ("image", "face", "face_count", "label", "p_fake", "threshold", "calibration", "detector")
+MORE_FIELDS = ("face_box", "reason")
+TEXT_FIELDS = ("question", "text", "text_verdict", "agrees")
+
+
+def table_text(answers: Sequence[Verdict | Explanation]) -> str:
+    """Give a table, in colour and as wide as the window on a terminal, plain and wide in a file or pipe."""
+    has_text = any(isinstance(answer, Explanation) for answer in answers)
+    calibration = ", ".join(dict.fromkeys(verdict_of(answer).calibration for answer in answers))
+    table = Table()
+    for head in ("verdict", f"p_fake\n({calibration})", "image", *(("text", "text") if has_text else ()), "remark"):
+        table.add_column(head, overflow="fold")
+    if has_text:
+        table.columns[3].header = "text and\nverdict"
+    for answer in answers:
+        table.add_row(*_cells(answer))
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def write_csv(path: str | Path, answers: Sequence[Verdict | Explanation]) -> None:
+    """Write one row per face; columns of the text are there when there is a text."""
+    has_text = any(isinstance(answer, Explanation) for answer in answers)
+    fields = [*VERDICT_FIELDS, *MORE_FIELDS, *(TEXT_FIELDS if has_text else ())]
+    with atomic_path(path) as staged, staged.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(_flat(answer) for answer in answers)
+
+
+def verdict_of(answer: Verdict | Explanation) -> Verdict:
+    """Give the verdict of an answer."""
+    return answer.verdict if isinstance(answer, Explanation) else answer
+
+
+def _cells(answer: Verdict | Explanation) -> list[str]:
+    verdict = verdict_of(answer)
+    colour = COLOURS.get(verdict.label, "yellow")
+    which = f" (face {verdict.face} of {verdict.face_count})" if verdict.face_count > 1 else ""
+    p_fake = "-" if verdict.p_fake is None else f"{verdict.p_fake:.3f}"
+    text = [AGREEMENT[answer.agrees], escape(answer.text)] if isinstance(answer, Explanation) else []
+    remark = " ".join([verdict.reason, answer.remark if isinstance(answer, Explanation) else ""]).strip()
+    return [f"[{colour}]{verdict.label}[/]", p_fake, escape(verdict.image + which), *text, escape(remark)]
+
+
+def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
+    row = verdict_of(answer).to_dict()
+    row["face_box"] = " ".join(map(str, row["face_box"] or ()))
+    if isinstance(answer, Explanation):
+        said = "" if answer.text_verdict is None else LABEL_NAMES[answer.text_verdict]
+        row |= {"question": answer.question, "text": answer.text, "text_verdict": said, "agrees": answer.agrees}
+    return row
