@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Ask of every DD-VQA test image whether it is real: bash stage_3_inference_det.sh --model-path FOLDER [--setting value ...]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
-exec "$python" -m llava.pipeline.ddvqa det "$@"
+source "$(dirname "$0")/scripts/env.sh"
+exec "$PYTHON" -m llava.pipeline.ddvqa det "$@"

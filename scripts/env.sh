@@ -1,5 +1,4 @@
-# Sourced by the shell scripts: goes to the top of the repository and sets $python, which imports this package.
+# Sourced by every script: go to the repository root and choose the Python of .venv where there is one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=.venv/bin/python
-[ -x "$python" ] || python=python3
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+PYTHON="${PYTHON:-.venv/bin/python}"
+command -v "$PYTHON" >/dev/null || PYTHON=python3
