@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 
 from llava.core.config import build, load_yaml, merge, parse, to_dict
 from llava.core.types import Record
 from llava.data.sources import DataConfig
+from llava.detectors import DETECTORS
 from llava.detectors.base import create, load
 from llava.detectors.m2f2det import M2F2DetConfig
 from llava.evaluation.predictions import from_records, read_csv
@@ -29,6 +30,7 @@ from llava.train.engine import balance_classes, flat_metrics, last_checkpoint
 from llava.train.scoring import probe_answers, score
 from llava.train.splits import open_data
 
+DETECTORS.add("toy", "toy_detector:ToyDetector")
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "scripts" / "configs" / "stage_1").glob("*.yaml"))
 TINY_MODEL = {**to_dict(M2F2DetConfig.tiny()), "freeze_vision": False, "freeze_text": False}
@@ -95,7 +97,6 @@ def test_every_recipe_parses(path):
     recipe = parse(Recipe, ["--config", str(path), "--data.path", "somewhere"])
     recipe.require_data()
     assert set(load_yaml(path)) <= set(to_dict(recipe))
-    assert recipe.detector_config().image_size if hasattr(recipe.detector_config(), "image_size") else True
 
 
 def test_the_full_recipe_is_the_published_one():
@@ -194,6 +195,16 @@ def test_data_without_splits_are_divided_by_groups(tmp_path):
     assert [r.id for r in again.test] == [r.id for r in data.test]
 
 
+def test_weights_of_another_detector_or_size_are_refused(tmp_path):
+    create("toy", {}).save(tmp_path / "toy")
+    create("m2f2det", {**TINY_MODEL, "hidden_size": 8}).save(tmp_path / "smaller")
+    recipe = build(Recipe, settings("data", tmp_path / "out"))
+    with pytest.raises(ValueError, match="holds detector 'toy', not detector 'm2f2det'"):
+        stage_1.start(recipe, PhaseConfig(init_from=str(tmp_path / "toy")), None)
+    with pytest.raises(ValueError, match="of another shape"):
+        stage_1.start(recipe, PhaseConfig(init_from=str(tmp_path / "smaller")), None)
+
+
 # ---- parts ------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +235,14 @@ def test_metrics_agree_with_sklearn():
     assert flat["frame_recall_fake"] == pytest.approx((p_fake[labels == 1] >= 0.5).mean())
     assert flat["frame_auc_low"] < flat["frame_auc"] < flat["frame_auc_high"]
     assert flat["sd_p_fake"] == pytest.approx(p_fake.std())
+    assert flat["log_loss"] == pytest.approx(log_loss(labels, p_fake), rel=1e-4)
+
+
+def test_equal_auc_is_decided_by_the_loss_and_any_higher_auc_wins():
+    sharp, dull, worse = [0.1, 0.1, 0.9, 0.9], [0.4, 0.4, 0.6, 0.6], [0.01, 0.5, 0.49, 0.99]
+    items = [replace(r, video=r.id) for r in records([0, 0, 1, 1])]
+    merits = [flat_metrics(from_records(items, scores))["merit"] for scores in (sharp, dull, worse)]
+    assert merits == sorted(merits, reverse=True) and len(set(merits)) == 3
 
 
 @pytest.mark.parametrize(
@@ -351,6 +370,13 @@ def test_phases_follow_each_other_and_freeze(images, tmp_path):
     frozen = [name for name in first if name.startswith("backbone.")]
     assert frozen and all(torch.equal(first[name], second[name]) for name in frozen), "BatchNorm statistics too"
     assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
+
+
+@pytest.mark.e2e
+def test_a_second_detector_trains_by_its_name(images, tmp_path):
+    values = settings(images, tmp_path / "out", detector="toy", epochs=12, optim={"lr": 2e-2, "schedule": "plateau"})
+    results = stage_1.train(build(Recipe, values | {"model": {}}))
+    assert results["detector"] == "toy" and results["test"]["frame"]["auc"]["value"] > 0.8
 
 
 @pytest.mark.e2e

@@ -37,8 +37,9 @@ class ToyDetector(Detector):
         return {"raw": InputSpec(size=self.config.size, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")}
 
     def forward(self, raw: Tensor, labels: Tensor | None = None) -> DetectorOutput:
-        energy = self.filters(raw).square().mean(dim=(2, 3))
-        logits = self.classifier(self.norm(energy.log1p()))
+        high_pass = raw - F.avg_pool2d(raw, 5, stride=1, padding=2, count_include_pad=False)
+        energy = self.filters(high_pass).square().mean(dim=(2, 3))
+        logits = self.classifier(self.norm((energy + 1e-6).log()))
         loss = None if labels is None else F.cross_entropy(logits, labels, weight=self.class_weights)
         evidence = torch.stack([energy.mean(dim=1).tanh(), self.p_fake(logits)], dim=1)
         return DetectorOutput(loss=loss, logits=logits, evidence=evidence)

@@ -86,7 +86,7 @@ class ProgressLine(ProgressCallback):
                 logs.get("eval_video_auc_low", float("nan")),
                 logs.get("eval_video_auc_high", float("nan")),
                 logs["eval_frame_accuracy"],
-                logs["eval_loss"],
+                logs["eval_log_loss"],
             )
 
 
