@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from llava.core.runtime import item_rng
 from llava.data.transforms import to_tensor
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+from llava.train.tiny_base import TinyBaseConfig, llava_config, train_tokenizer
 
 REASONS = {0: "The nose has natural pores.", 1: "The nose shows a regular grid."}
 
@@ -70,3 +72,18 @@ def train_detector(folder: Path, steps: int = 40) -> M2F2Det:
         optimiser.step()
     detector.eval().save(folder)
     return detector
+
+
+def make_base(folder: Path, detector: Path) -> None:
+    """Write a small LLaVA with random words and the detector's vision tower; nothing is trained."""
+    from llava.detectors.base import load
+
+    torch.manual_seed(1)
+    texts = ["The image is real. The nose has natural pores.", "The image is fake. The nose shows a regular grid."]
+    tokenizer = train_tokenizer(iter(texts), 320)
+    tower = load(detector).vision_encoder.model
+    config = TinyBaseConfig(data=[], image_folder="", detector="", hidden_size=32, layers=2, heads=4)
+    model = LlavaForConditionalGeneration(llava_config(config, tower.config, len(tokenizer)))
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

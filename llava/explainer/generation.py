@@ -42,7 +42,7 @@ class Explainer:
         self.model = model
         self.processor = processor
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> Encoded:
         """Run tower and detector once for each uint8 image (H, W, 3)."""
         if not images:
@@ -54,7 +54,7 @@ class Explainer:
         inputs = {n: torch.stack([p["detector_inputs"][n] for p in prepared]).to(device) for n in names}
         return self.model.encode(pixels, inputs)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(
         self,
         encoded: Encoded,
@@ -82,7 +82,7 @@ class Explainer:
 
         def run() -> None:
             try:
-                with torch.inference_mode():
+                with torch.no_grad():
                     inputs = self._inputs(encoded, [turns], settings, None)
                     self.model.generate(**inputs, **settings.for_generate(), **self._ends(), streamer=streamer)
             except BaseException as error:

@@ -70,7 +70,7 @@ def make_tiny_base(config: TinyBaseConfig) -> dict[str, float]:
     tower = getattr(detector, "vision_encoder", None)
     if tower is None:
         raise ValueError(f"{config.detector!r} has no vision tower of its own; train stage 1 with own_vision true.")
-    model = LlavaForConditionalGeneration(_llava_config(config, tower.model.config, len(tokenizer)))
+    model = LlavaForConditionalGeneration(llava_config(config, tower.model.config, len(tokenizer)))
     model.model.vision_tower.load_state_dict(tower.model.state_dict())
     model.model.vision_tower.requires_grad_(False)
     metrics = _train(model, _processor(tokenizer, model.config), sources, config)
@@ -163,7 +163,8 @@ def _train(
     return result.metrics
 
 
-def _llava_config(config: TinyBaseConfig, vision: Any, vocab_size: int) -> LlavaConfig:
+def llava_config(config: TinyBaseConfig, vision: Any, vocab_size: int) -> LlavaConfig:
+    """Describe a LLaVA with a small Llama; vision: the CLIP vision config of the tower."""
     text = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,

@@ -1,0 +1,279 @@
+"""The explainer: prompts, masks, evidence, shared tower, batches, merges and their refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import draw, make_base, train_detector
+from torch.nn import functional as F
+
+from llava.core.types import Turn
+from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
+from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.loading import load_model, load_processor
+from llava.explainer.merge import merge_delta, merge_detector, sample_logits
+from llava.explainer.prompts import LAYOUTS, lay_out, plain_text
+
+QUESTION = [Turn(role="human", text="<image>\n<deepfake>\nDo the eyes look real or fake?")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with a detector, a LLaVA base and the explainer merged from both."""
+    folder = tmp_path_factory.mktemp("world")
+    train_detector(folder / "detector", steps=12)
+    make_base(folder / "base", folder / "detector")
+    merge_detector(str(folder / "base"), str(folder / "detector"), folder / "start")
+    return folder
+
+
+@pytest.fixture
+def explainer(world: Path) -> Explainer:
+    model = load_model(world / "start")
+    return Explainer(model, load_processor(world / "start", model))
+
+
+def conversation(*texts: str) -> list[Turn]:
+    return [Turn(role="human" if i % 2 == 0 else "assistant", text=t) for i, t in enumerate(texts)]
+
+
+def test_layouts_are_the_published_ones() -> None:
+    v1 = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    v1 += "detailed, and polite answers to the user's questions. USER: "
+    v0 = "Assistant: A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    v0 += "helpful, detailed, and polite answers to the human's questions.###Human: "
+    expected = {
+        "v1": f"{v1}<image>\n<deepfake>\nWhy? ASSISTANT:",
+        "published_train": f"{v1}<image>\n<deepfake>\n\n\nWhy? ASSISTANT:",
+        "published_det": f"{v0}<image>\n <deepfake>\n Why? ###Assistant:",
+        "published_exp": f"{v0}<image>\n<deepfake>\nWhy? ###Assistant:",
+        "published_page": f"{v1}<image>\nWhy?\n\n<deepfake> ASSISTANT:",
+    }
+    assert expected.keys() == LAYOUTS.keys()
+    for name, text in expected.items():
+        assert plain_text(lay_out(conversation("<image>\n<deepfake>\nWhy?"), name)) == text
+
+
+def test_layout_mistakes_name_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'v1'"):
+        lay_out(QUESTION, "v11")
+    with pytest.raises(ValueError, match=r"Turn 0 .* by the human"):
+        lay_out([Turn(role="assistant", text="Hello")])
+
+
+def test_only_answers_are_learned(explainer: Explainer) -> None:
+    turns = conversation("<image>\n<deepfake>\nReal?", "It is fake.", "Why is this deepfake fake?", "The nose.")
+    ids, labels = explainer.processor.encode(turns)
+    learned = [label for label in labels if label != -100]
+    assert explainer.processor.tokenizer.decode(learned) == " It is fake.</s> The nose.</s>"
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    assert ids.count(explainer.model.config.image_token_id) == explainer.model.config.image_tokens
+    assert ids.count(explainer.model.config.deepfake_token_index) == 1
+
+
+def test_pieces_are_tokenised_as_published(shared_data: Path) -> None:
+    golden = shared_data.parent / "golden" / "dev"
+    if not golden.is_dir():
+        pytest.skip("the golden fixtures are not beside the face data")
+    from transformers import AutoTokenizer
+
+    from llava.explainer.configuration import ForgeryLlavaConfig
+    from llava.explainer.processing import ExplainerProcessor
+
+    cases = json.loads((golden / "tokenization.json").read_text(encoding="utf-8"))
+    config = ForgeryLlavaConfig(vision_config={"image_size": 14, "patch_size": 14}, detector={}, image_token_index=-200)
+    config.deepfake_token_index = -300
+    compared = 0
+    for legacy in (True, False):
+        tokenizer = AutoTokenizer.from_pretrained(golden / "llm_tiny" / "tokenizer", legacy=legacy)
+        processor = ExplainerProcessor(tokenizer, config, {})
+        for case in cases[f"legacy_{legacy}"]["hybrid"]:
+            if "ids" in case:
+                assert [1, *processor._segment_ids(case["text"])] == case["ids"], case["text"]
+                compared += 1
+    assert compared >= 18
+
+
+def test_loss_is_the_mean_over_answer_tokens(explainer: Explainer) -> None:
+    items = []
+    for i, answer in enumerate(("Fake.", "The image is real and the nose is fine.")):
+        ids, labels = explainer.processor.encode([*QUESTION, Turn(role="assistant", text=answer)])
+        items.append({"input_ids": ids, "labels": labels, **explainer.processor.pixels(draw(i, i))})
+    batch = explainer.processor.collate(items)
+    with torch.no_grad():
+        output = explainer.model(**batch)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert torch.allclose(output.loss, expected, atol=1e-6)
+    count = (batch["labels"] != -100).sum()
+    summed = explainer.model(**batch, num_items_in_batch=2 * count).loss
+    assert torch.allclose(summed * 2, expected, atol=1e-6)
+
+
+def test_the_detector_inside_is_the_detector_of_stage_1(world: Path, explainer: Explainer) -> None:
+    from llava.detectors.base import load
+
+    alone = load(world / "detector")
+    pictures = [draw(i % 2, i) for i in range(6)]
+    encoded = explainer.encode(pictures)
+    pixels = torch.stack([explainer.processor.pixels(p)["detector_inputs"]["pixel_values"] for p in pictures])
+    with torch.no_grad():
+        assert torch.allclose(encoded.evidence, alone(pixels).evidence, atol=1e-6)
+    assert explainer.model.detector.shares_vision
+    assert not [k for k in explainer.model.state_dict() if k.startswith("detector.vision_encoder")]
+
+
+def test_encoding_first_or_on_the_way_is_the_same(explainer: Explainer) -> None:
+    ids, _ = explainer.processor.encode(QUESTION)
+    batch = explainer.processor.collate([{"input_ids": ids, **explainer.processor.pixels(draw(1, 3))}])
+    encoded = explainer.encode([draw(1, 3)])
+    text = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        early = explainer.model(**text, image_features=encoded.image_features, evidence=encoded.evidence).logits
+        late = explainer.model(**batch).logits
+        other = explainer.model(**batch, evidence=1 - encoded.evidence).logits
+    assert torch.allclose(early, late, atol=1e-5)
+    assert not torch.allclose(other, late, atol=1e-4)
+
+
+def test_a_tag_without_its_image_is_refused(explainer: Explainer) -> None:
+    ids, _ = explainer.processor.encode(QUESTION)
+    encoded = explainer.encode([draw(0, 0), draw(1, 1)])
+    with pytest.raises(ValueError, match="room for 1 tokens, the images give 2"):
+        explainer.model(input_ids=torch.tensor([ids]), evidence=encoded.evidence, image_features=encoded.image_features)
+
+
+def test_batched_answers_equal_single_ones(explainer: Explainer) -> None:
+    pictures = [draw(i % 2, i) for i in range(8)]
+    question = "Tell me whether the eyes of this person really look like eyes to you"
+    asked = [conversation(" ".join(question.split()[: 3 + i])) for i in range(8)]
+    encoded = explainer.encode(pictures)
+    settings = GenerationSettings(max_new_tokens=12)
+    together = explainer.answer(encoded, asked, settings)
+    alone = [explainer.answer(encoded.take([i]), [asked[i]], settings)[0] for i in range(8)]
+    assert together == alone
+    assert len(set(together)) > 1
+    assert "".join(explainer.stream(encoded.take([2]), asked[2], settings)).strip() == alone[2]
+
+
+def test_frozen_parts_stay_in_eval_mode(explainer: Explainer) -> None:
+    model = explainer.model.train()
+    before = {k: v.clone() for k, v in model.detector.state_dict().items()}
+    model.encode(torch.randn(4, 3, 32, 32), {"pixel_values": torch.randn(4, 3, 32, 32)})
+    assert model.model.language_model.training
+    assert not any(m.training for part in (model.detector, model.model.vision_tower) for m in part.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.detector.state_dict().items())
+
+
+def test_half_precision_leaves_the_score_alone(world: Path, explainer: Explainer) -> None:
+    half = load_model(world / "start", dtype="bf16")
+    assert {p.dtype for p in half.detector.parameters()} == {torch.float32}
+    assert half.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_lora_touches_the_language_model_only(explainer: Explainer) -> None:
+    names = [n for n, p in add_lora(explainer.model, 4, 8, 0.0).named_parameters() if p.requires_grad]
+    assert names
+    assert all(".language_model.layers." in n for n in names)
+    assert len(names) == 2 * 7 * explainer.model.config.text_config.num_hidden_layers
+
+
+def trained_delta(world: Path, folder: Path, rank: int = 4) -> None:
+    """Write a delta whose every tensor differs from the base."""
+    model = load_model(world / "start").requires_grad_(False)
+    wrapped = add_lora(model, rank, 8, 0.0)
+    model.deepfake_projector.requires_grad_(True)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    save_delta(wrapped, folder, {"name": "start", "sha256": fingerprint(world / "start")})
+
+
+def test_lora_merge_is_certified(world: Path, tmp_path: Path) -> None:
+    trained_delta(world, tmp_path / "delta")
+    certificate = merge_delta(str(world / "start"), str(tmp_path / "delta"), tmp_path / "merged")
+    assert certificate["max_delta_logit"] <= 1e-4
+    assert certificate["tensors_in_delta"] == 2 * 7 * 2 + 4
+    assert certificate["tensors_changed"] == 7 * 2 + 4
+    base, merged = load_model(world / "start"), load_model(tmp_path / "merged")
+    processor = load_processor(tmp_path / "merged", merged)
+    moved = max(
+        float((a - b).abs().max())
+        for a, b in zip(sample_logits(base, processor), sample_logits(merged, processor), strict=True)
+    )
+    assert moved > 1e-2
+
+
+def test_a_delta_comes_back_exactly(world: Path, tmp_path: Path) -> None:
+    trained_delta(world, tmp_path / "delta")
+    restored = attach(load_model(world / "start"), tmp_path / "delta")
+    inner(restored).deepfake_projector.requires_grad_(True)
+    save_delta(restored, tmp_path / "again", {"name": "start", "sha256": ""})
+    for name in ("adapter_model.safetensors", "non_lora_trainables.safetensors"):
+        assert (tmp_path / "delta" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_damaged_delta_restores_nothing(world: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    trained_delta(world, tmp_path / "delta")
+    path = tmp_path / "delta" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="LoRA tensors"):
+        attach(load_model(world / "start"), tmp_path / "delta")
+    with pytest.raises(FileNotFoundError, match="is no delta"):
+        load_delta(load_model(world / "start"), tmp_path)
+
+
+def test_a_wrong_base_is_refused(world: Path, tmp_path: Path) -> None:
+    trained_delta(world, tmp_path / "delta")
+    merge_detector(str(world / "base"), str(world / "detector"), tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="is not the base of this delta"):
+        merge_delta(str(tmp_path / "other"), str(tmp_path / "delta"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_delta_that_changes_nothing_is_refused(world: Path, tmp_path: Path) -> None:
+    model = load_model(world / "start").requires_grad_(False)
+    model.deepfake_projector.requires_grad_(True)
+    save_delta(model, tmp_path / "delta", {"name": "start", "sha256": fingerprint(world / "start")})
+    with pytest.raises(ValueError, match="nothing was restored"):
+        merge_delta(str(world / "start"), str(tmp_path / "delta"), tmp_path / "merged")
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def test_bases_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    edit_config(tmp_path / "base", mm_vision_select_feature="patch")
+    with pytest.raises(ValueError, match="must be 'cls_patch', because the detector reads the CLS"):
+        merge_detector(str(tmp_path / "base"), None, tmp_path / "out")
+    edit_config(tmp_path / "base", mm_vision_select_feature="cls_patch", deepfake_model_path=None)
+    with pytest.raises(ValueError, match="--deepfake-model-path"):
+        merge_detector(str(tmp_path / "base"), None, tmp_path / "out")
+    with pytest.raises(ValueError, match="stage 2 starts from a LLaVA"):
+        merge_detector(str(world / "start"), str(world / "detector"), tmp_path / "out")
+
+
+def test_a_detector_of_another_tower_is_refused(world: Path, tmp_path: Path) -> None:
+    from llava.detectors.base import load
+
+    stranger = load(world / "detector")
+    stranger.vision_encoder.model.post_layernorm.weight.data += 0.1
+    stranger.save(tmp_path / "stranger")
+    with pytest.raises(ValueError, match="another vision tower"):
+        merge_detector(str(world / "base"), str(tmp_path / "stranger"), tmp_path / "out")
+
+
+def test_loading_something_else_says_what_it_is(world: Path) -> None:
+    with pytest.raises(ValueError, match="'m2f2det', not a merged explainer"):
+        load_model(world / "detector")

@@ -1,0 +1,187 @@
+"""Stages 2 and 3 through their scripts, in real processes: they learn, resume exactly, ZeRO-2 equals one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import draw, train_detector, write_world
+
+from llava.core.config import build, load_yaml
+from llava.core.types import Turn
+from llava.evaluation.text import parse_verdict
+from llava.explainer.generation import Explainer
+from llava.explainer.loading import load_model, load_processor
+from llava.train.arguments import ExplainArguments, translate
+from llava.train.launch import split_flags
+from llava.train.tiny_base import TinyBaseConfig, make_tiny_base
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    *("--bf16", "false", "--tf32", "null", "--per_device_train_batch_size", "16", "--warmup_steps", "0.03"),
+    *("--dataloader_num_workers", "0", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true"),
+]
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+ASK = [Turn(role="human", text="Determine the authenticity of this image.")]
+
+
+def run(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
+    assert not check or done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the whole chain: detector, tiny base, stage 2, stage 3."""
+    folder = tmp_path_factory.mktemp("stages")
+    conversations = write_world(folder)
+    train_detector(folder / "detector")
+    make_tiny_base(
+        TinyBaseConfig(
+            data=[str(conversations)],
+            image_folder=str(folder / "images"),
+            detector=str(folder / "detector"),
+            out=str(folder / "base"),
+            vocab_size=420,
+            hidden_size=64,
+            layers=2,
+            heads=4,
+            epochs=16,
+            lr=3e-3,
+        )
+    )
+    data = ["--data_path", str(conversations), "--image_folder", str(folder / "images")]
+    merge = ["--merge.base", str(folder / "base/model"), "--merge.detector", str(folder / "detector")]
+    out = ["--merge.start", str(folder / "start"), "--output_dir", str(folder / "delta_2")]
+    fast = ["--num_train_epochs", "8", "--learning_rate", "1e-2"]
+    run("bash", "stage_2_train.sh", *merge, *out, *data, *SMALL, *fast)
+    merge = ["--merge.base_of_delta", str(folder / "start"), "--merge.delta", str(folder / "delta_2")]
+    out = ["--merge.start", str(folder / "stage_2"), "--merge.final", str(folder / "final")]
+    fast = ["--output_dir", str(folder / "delta_3"), "--num_train_epochs", "3", "--learning_rate", "1e-3"]
+    run("bash", "stage_3_train.sh", *merge, *out, *data, *SMALL, *fast, "--lora_r", "8", "--lora_alpha", "16")
+    return folder
+
+
+def verdicts(folder: Path, p_fake: float | None) -> list[int | None]:
+    model = load_model(folder)
+    explainer = Explainer(model, load_processor(folder, model))
+    encoded = explainer.encode([draw(i % 2, 500 + i) for i in range(20)])
+    evidence = None if p_fake is None else torch.tensor([[1 - p_fake, p_fake]] * 20)
+    return [parse_verdict(text) for text in explainer.answer(encoded, [ASK] * 20, evidence=evidence)]
+
+
+@pytest.mark.e2e
+def test_the_words_learn_to_follow_the_evidence(world: Path) -> None:
+    untrained = verdicts(world / "start", 0.02)
+    assert untrained.count(0) < 18
+    for folder in ("stage_2", "final"):
+        assert verdicts(world / folder, 0.02).count(0) >= 18
+        assert verdicts(world / folder, 0.98).count(1) >= 18
+    own = verdicts(world / "final", None)
+    assert sum(said == i % 2 for i, said in enumerate(own)) >= 18
+    certificate = json.loads((world / "final/certificate.json").read_text(encoding="utf-8"))
+    assert certificate["max_delta_logit"] <= 1e-4
+    assert (world / "delta_3/run.json").is_file()
+
+
+def stage_3_flags(world: Path, out: Path, dropout: float) -> list[str]:
+    return [
+        *("--model_name_or_path", str(world / "stage_2"), "--data_path", str(world / "conversations.json")),
+        *("--image_folder", str(world / "images"), "--output_dir", str(out), *SMALL, "--lora_r", "8"),
+        *("--num_train_epochs", "3", "--learning_rate", "1e-3", "--lora_dropout", str(dropout)),
+    ]
+
+
+@pytest.mark.e2e
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = ["--save_steps", "4", "--save_total_limit", "9"]
+    run("bash", "scripts/finetune_stage_3.sh", *stage_3_flags(world, whole, 0.1), *flags)
+    words = [sys.executable, "llava/train/train_deepfake.py", "--config", "scripts/configs/stage_3/m2f2.yaml"]
+    words += [*stage_3_flags(world, broken, 0.1), *flags]
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(broken / "checkpoint-8" / "trainer_state.json", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "trainer_state.json").exists()
+    run("bash", "scripts/finetune_stage_3.sh", *stage_3_flags(world, broken, 0.1), *flags)
+    assert losses(broken) == pytest.approx(losses(whole), abs=1e-6)
+    for name in ("adapter_model.safetensors", "non_lora_trainables.safetensors"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_2_on_two_processes_equals_one(world: Path, tmp_path: Path, stage: int) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    start = world / ("start" if stage == 2 else "stage_2")
+    script = ["bash", f"scripts/finetune_stage_{stage}.sh"]
+    common = ["--save_strategy", "no", "--model_name_or_path", str(start), "--num_train_epochs", "1"]
+    run(*script, *stage_3_flags(world, one, 0.0), *common)
+    halves = ["--num_gpus", "2", "--master_port", str(29900 + stage), "--per_device_train_batch_size", "8"]
+    run(*script, *stage_3_flags(world, two, 0.0), *common, *halves)
+    assert len(losses(one)) == 6
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_published_flags_are_accepted_mapped_or_refused() -> None:
+    published = "--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --version v1 --bf16 False "
+    published += "--model_name_or_path m --data_path d --image_folder i --vision_tower v --deepfake_ckpt_path k "
+    published += "--tune_mm_mlp_adapter True --tune_deepfake_mlp_adapter True --mm_projector_type mlp2x_gelu "
+    published += "--mm_vision_select_layer -2 --mm_vision_select_feature cls_patch --mm_use_im_start_end False "
+    published += "--mm_use_im_patch_token False --output_dir o --num_train_epochs 10 --evaluation_strategy no "
+    published += "--save_strategy steps --save_steps 1200 --save_total_limit 1 --learning_rate 2e-5 "
+    published += "--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 "
+    published += "--model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 "
+    published += "--lazy_preprocess True --report_to none"
+    words = list(translate(published.split()))
+    values = {words[i][2:]: words[i + 1] for i in range(0, len(words), 2)}
+    arguments = build(ExplainArguments, values)
+    assert (arguments.lora_r, arguments.mm_projector_lr, arguments.warmup_steps) == (128, 2e-5, 0.03)
+    assert arguments.eval_strategy == "no"
+    assert arguments.activation_checkpointing is True
+    with pytest.raises(ValueError, match="--group_by_modality_length is not accepted: every record has an image"):
+        list(translate(["--group_by_modality_length", "True"]))
+
+
+def test_impossible_flags_are_refused() -> None:
+    with pytest.raises(ValueError, match="--mm_vision_select_feature patch: only cls_patch"):
+        build(ExplainArguments, {"output_dir": "o", "mm_vision_select_feature": "patch"})
+    with pytest.raises(ValueError, match="leave --freeze_backbone True"):
+        build(ExplainArguments, {"output_dir": "o", "lora_enable": "true", "freeze_backbone": "false"})
+
+
+def test_launcher_flags_are_told_apart() -> None:
+    launcher, training = split_flags(["--include", "localhost:0,1", "--lora_r", "8", "--master_port=29801"])
+    assert launcher == ["--include", "localhost:0,1", "--master_port=29801"]
+    assert training == ["--lora_r", "8"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts/configs").glob("stage_[23]/*.yaml")), ids=str)
+def test_every_recipe_parses(path: Path, tmp_path: Path) -> None:
+    values = load_yaml(path) | {"bf16": False, "tf32": None, "model_name_or_path": "m"}
+    arguments = build(ExplainArguments, values)
+    assert arguments.tune_deepfake_mlp_adapter
+    assert arguments.merge.start
