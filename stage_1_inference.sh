@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
-# Score a split with a trained detector: bash stage_1_inference.sh --model FOLDER [--setting value ...]
+# Score a split with a trained detector. Usage: bash stage_1_inference.sh --model FOLDER [--data.path P] [--split test]
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m llava.train.infer "$@"
+source "$(dirname "$0")/scripts/env.sh"
+exec "$PYTHON" -m llava.train.infer "$@"

@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
-# Train a detector: bash stage_1_train.sh [--config RECIPE] [--setting value ...]; --help lists all settings.
+# Stage 1: train a detector. Usage: bash stage_1_train.sh [--config RECIPE] [--any_setting value]; --help lists them all.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m llava.train.stage_1 "$@"
+source "$(dirname "$0")/scripts/env.sh"
+exec "$PYTHON" -m llava.train.stage_1 "$@"

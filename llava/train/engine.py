@@ -100,7 +100,8 @@ class DetectorTrainer(Trainer):
         return flat_metrics(from_records([self.val_records[int(i)] for i in index], np.asarray(p_fake).tolist()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.accelerator.unwrap_model(self.model).save(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_module(resume_from_checkpoint, self.model)
@@ -141,9 +142,7 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
 
 def training_arguments(phase: PhaseConfig, images: int, folder: Path) -> TrainingArguments:
     """Translate a phase into Hugging Face's arguments."""
-    precision = usable_precision(phase.precision)
-    is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    every = {"strategy": "steps" if phase.eval_steps else "epoch", "steps": phase.eval_steps or 1}
+    strategy = "steps" if phase.eval_steps else "epoch"
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=phase.batch_size,
@@ -156,30 +155,40 @@ def training_arguments(phase: PhaseConfig, images: int, folder: Path) -> Trainin
         lr_scheduler_kwargs=_schedule_options(phase.optim),
         warmup_steps=phase.optim.warmup,
         max_grad_norm=phase.optim.max_grad_norm,
-        eval_strategy=every["strategy"],
-        eval_steps=every["steps"],
-        save_strategy=every["strategy"],
-        save_steps=every["steps"],
+        eval_strategy=strategy,
+        eval_steps=phase.eval_steps or None,
+        save_strategy=strategy,
+        save_steps=phase.eval_steps or 1,
         save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_merit",
         greater_is_better=True,
         logging_steps=10,
         seed=phase.seed,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
         dataloader_num_workers=phase.workers,
         dataloader_persistent_workers=phase.workers > 0,
         dataloader_drop_last=images >= phase.batch_size,  # a last batch of one image has no batch statistics
-        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels", "index"],
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
         report_to="none",
+        **_device_options(phase.precision),
     )
+
+
+def _device_options(precision: str) -> dict[str, Any]:
+    has_gpu = torch.cuda.is_available()
+    is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    usable = usable_precision(precision)
+    return {
+        "bf16": usable == "bf16",
+        "fp16": usable == "fp16",
+        "use_cpu": not has_gpu,
+        "dataloader_pin_memory": has_gpu,
+        "ddp_backend": "gloo" if is_distributed and not has_gpu else None,
+        "ddp_find_unused_parameters": False,
+    }
 
 
 def usable_precision(wanted: str) -> str:
