@@ -19,11 +19,15 @@ from llava.data.storage import open_store, require_files
 IMAGE_MARK = "<image>"
 DEEPFAKE_MARK = "<deepfake>"
 PROMPT_HEAD = f"{IMAGE_MARK}\n{DEEPFAKE_MARK}\n"
+SPLIT_FILE = "verdict_only.json"
 _ROLES: dict[str, Literal["human", "assistant"]] = {"human": "human", "gpt": "assistant"}
 
 
 class ConversationSource(ImageSource):
     """Images with a conversation each; `root` is the image folder (or zip), by default the json's own folder.
+
+    `path` is one json, or a folder with {train,val,test}/verdict_only.json as `m2f2 data` writes it: its records
+    carry their split, so a detector trains on the same images as the explainer.
 
     `label` (real, fake, 0, 1), `class_name`, `group`, `video` and `split` are read where a record has them; without,
     the label is None, and video and group are the image. An id that repeats gets `#2`, `#3` … so that ids are unique.
@@ -32,7 +36,7 @@ class ConversationSource(ImageSource):
 
     def __init__(self, config: DataConfig) -> None:
         path = Path(config.path)
-        items = read_conversations(path)
+        items = _read_splits(path) if path.is_dir() else read_conversations(path)
         turns = [_turns(item, f"{path}, record {i}") for i, item in enumerate(items)]
         places = require_files([item["image"] for item in items], open_store(config.root or path.parent), str(path))
         names = _unique([str(item.get("id", item["image"])) for item in items])
@@ -68,6 +72,13 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
         if not isinstance(item, dict) or not isinstance(item.get("image"), str):
             raise ValueError(f"{path}, record {index}: no `image`; every conversation here is about one image file.")
     return items
+
+
+def _read_splits(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(folder.glob(f"*/{SPLIT_FILE}"))
+    if not files:
+        raise FileNotFoundError(f"{str(folder)!r} holds no */{SPLIT_FILE}; `m2f2 data ddvqa` and `data verdicts` do.")
+    return [item | {"split": path.parent.name} for path in files for item in read_conversations(path)]
 
 
 def _turns(item: Mapping[str, Any], where: str) -> tuple[Turn, ...]:

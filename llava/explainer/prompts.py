@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from llava.core.registry import nearest
 from llava.core.types import Turn
+from llava.data.conversations import DEEPFAKE_MARK as EVIDENCE_TAG
+from llava.data.conversations import IMAGE_MARK as IMAGE_TAG
+from llava.data.ddvqa_text import VERDICT_QUESTION as VERDICT_QUESTION
 
-IMAGE_TAG, EVIDENCE_TAG = "<image>", "<deepfake>"
 TAGS = re.compile(f"({re.escape(IMAGE_TAG)}|{re.escape(EVIDENCE_TAG)})")
-VERDICT_QUESTION = "Determine the authenticity of this image."
 
 _V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
