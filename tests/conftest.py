@@ -18,6 +18,14 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_explainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of a merged explainer that says what its detector finds; `../detector` is the detector alone."""
+    from tiny_explainer import train_explainer
+
+    return train_explainer(tmp_path_factory.mktemp("tiny_explainer"))
+
+
 @pytest.fixture
 def class_folder(tmp_path: Path) -> Path:
     """Write train/val/test folders of generated images: real = smooth waves, fake = the same with a fine grid."""
