@@ -104,6 +104,8 @@ def test_an_image_without_a_face_is_an_answer_and_no_failure(
 def test_nothing_to_look_at_ends_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["detect", "nothing.jpg", "--model", "no-such-model"]) == 2
     assert "'nothing.jpg' matches nothing" in capsys.readouterr().err
+    assert cli.main(["detect", __file__, "--csv", str(Path(__file__).parent)]) == 2
+    assert "is a folder; give the name of a file" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         cli.main(["detect"])
     assert stopped.value.code == 2 and "'paths'" in capsys.readouterr().err

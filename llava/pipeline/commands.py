@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -62,14 +63,14 @@ Ask = Callable[[Sequence[NamedImage]], Iterable[Answer]]
 
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
-    names = expand(settings.paths)
+    names = _checked_inputs(settings)
     pipeline = load_pipeline(settings)
     yield from _answers(names, settings, pipeline.detect)
 
 
 def explain(settings: ExplainSettings) -> Iterator[str]:
     """Yield the verdicts with their reasons, like `detect`."""
-    names = expand(settings.paths)
+    names = _checked_inputs(settings)
     pipeline = load_pipeline(settings)
     from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
 
@@ -107,6 +108,13 @@ def load_pipeline(settings: AskSettings) -> Pipeline:
     return Pipeline.from_pretrained(
         settings.model, settings.device, settings.precision, settings.quantization, faces, settings.batch_size
     )
+
+
+def _checked_inputs(settings: DetectSettings) -> list[str]:
+    """List the inputs; what is wrong with the command line is said here, before a model is loaded."""
+    if settings.csv and Path(settings.csv).is_dir():
+        raise ValueError(f"--csv {settings.csv!r} is a folder; give the name of a file.")
+    return expand(settings.paths)
 
 
 def _answers(names: Sequence[str], settings: DetectSettings, ask: Ask) -> Iterator[str]:
