@@ -30,6 +30,9 @@ COMMANDS = {
     "explain": Command("llava.pipeline.commands:explain", "say it with the reasons in words"),
     "chat": Command("llava.pipeline.commands:chat", "talk about one face: the verdict, then your questions"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
+    "data verdicts": Command(
+        "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
+    ),
     "data ddvqa": Command("llava.data.ddvqa:build_ddvqa", "turn DD-VQA annotation files into training files"),
     "tiny-base": Command(
         "llava.train.tiny_base:make_tiny_base", "make a tiny LLaVA from training data, for two CPU cores"

@@ -12,6 +12,7 @@ from tiny_world import draw, make_base, train_detector
 from torch.nn import functional as F
 
 from llava.core.types import Turn
+from llava.data.transforms import to_tensor
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
 from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import load_model, load_processor
@@ -121,9 +122,35 @@ def test_the_detector_inside_is_the_detector_of_stage_1(world: Path, explainer: 
     encoded = explainer.encode(pictures)
     pixels = torch.stack([explainer.processor.pixels(p)["detector_inputs"]["pixel_values"] for p in pictures])
     with torch.no_grad():
-        assert torch.allclose(encoded.evidence, alone(pixels).evidence, atol=1e-6)
+        assert torch.allclose(encoded.evidence, alone(pixels[:, 0]).evidence, atol=1e-6)
     assert explainer.model.detector.shares_vision
     assert not [k for k in explainer.model.state_dict() if k.startswith("detector.vision_encoder")]
+
+
+def test_views_are_averaged_inside_as_outside(world: Path, tmp_path: Path) -> None:
+    from llava.detectors.base import load
+    from llava.pipeline import Pipeline
+    from llava.pipeline.settings import FaceSettings
+
+    edit_config(shutil.copytree(world / "detector", tmp_path / "detector"), **two_views(world / "detector"))
+    merge_detector(str(world / "base"), str(tmp_path / "detector"), tmp_path / "start")
+    alone = load(tmp_path / "detector")
+    picture = draw(1, 3)
+    flipped = picture[:, ::-1]
+    spec = alone.inputs["pixel_values"]
+    with torch.no_grad():
+        each = alone(torch.stack([to_tensor(picture, spec), to_tensor(flipped.copy(), spec)])).evidence[:, 1]
+    whole = FaceSettings(face="off")
+    inside = Pipeline.from_pretrained(tmp_path / "start", faces=whole).detect(picture)[0].p_fake
+    outside = Pipeline.from_pretrained(tmp_path / "detector", faces=whole).detect(picture)[0].p_fake
+    assert float(each[0] - each[1]) != 0
+    assert inside == pytest.approx(float(each.mean()), abs=1e-6)
+    assert outside == pytest.approx(inside, abs=1e-6)
+
+
+def two_views(folder: Path) -> dict[str, object]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    return {"config": config | {"views": ["plain", "flip"]}}
 
 
 def test_encoding_first_or_on_the_way_is_the_same(explainer: Explainer) -> None:
@@ -162,7 +189,7 @@ def test_batched_answers_equal_single_ones(explainer: Explainer) -> None:
 def test_frozen_parts_stay_in_eval_mode(explainer: Explainer) -> None:
     model = explainer.model.train()
     before = {k: v.clone() for k, v in model.detector.state_dict().items()}
-    model.encode(torch.randn(4, 3, 32, 32), {"pixel_values": torch.randn(4, 3, 32, 32)})
+    model.encode(torch.randn(4, 3, 32, 32), {"pixel_values": torch.randn(4, 1, 3, 32, 32)})
     assert model.model.language_model.training
     assert not any(m.training for part in (model.detector, model.model.vision_tower) for m in part.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.detector.state_dict().items())

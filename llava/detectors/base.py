@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -95,6 +95,25 @@ class Detector(nn.Module):
     def p_fake(self, logits: Tensor) -> Tensor:
         """Map logits (B, classes) to the probability of not being real, (B,) in [0, 1]."""
         return 1.0 - logits.float().softmax(dim=-1)[:, self.classes.index("real")]
+
+    def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:
+        """Run on inputs (B, V, ...) and average probabilities and evidence over the V views of each image.
+
+        clip_features (B * V, 1 + P, D) for a detector that shares a host's vision. Logits (B, classes) are the log of
+        the mean probabilities when V > 1; evidence_map is that of the first view.
+        """
+        views = next(iter(inputs.values())).shape[1]
+        shared = {} if clip_features is None else {"clip_features": clip_features}
+        output: DetectorOutput = self(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()}, **shared)
+        if views == 1:
+            return output
+        assert output.logits is not None and output.evidence is not None
+        probabilities = output.logits.float().softmax(dim=-1).unflatten(0, (-1, views)).mean(dim=1)
+        return DetectorOutput(
+            logits=probabilities.log(),
+            evidence=output.evidence.unflatten(0, (-1, views)).mean(dim=1),
+            evidence_map=None if output.evidence_map is None else output.evidence_map[::views],
+        )
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Give optimiser groups that cover every trainable weight exactly once."""

@@ -209,7 +209,7 @@ def _certify_detector(folder: Path, alone: Detector, tensors: int) -> dict[str, 
     pixels = [processor.pixels(i) for i in sample_images(4, merged.config.vision_config.image_size)]
     batch = processor.collate([{"input_ids": [0], **p} for p in pixels])
     inside = merged.encode(batch["pixel_values"], batch["detector_inputs"]).detection
-    outside = alone(**batch["detector_inputs"])
+    outside = alone.over_views(batch["detector_inputs"])
     difference = max_difference([alone.p_fake(inside.logits)], [alone.p_fake(outside.logits)])  # type: ignore[arg-type]
     if merged.dtype == torch.float32 and difference > TOLERANCE:
         raise ValueError(f"The merged detector differs from stage 1 by {difference:.1e} in p_fake.")

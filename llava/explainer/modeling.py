@@ -80,21 +80,30 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         return self
 
     @torch.no_grad()
-    def detect(self, vision_features: Tensor, detector_inputs: dict[str, Tensor]) -> DetectorOutput:
-        """Run the detector in its own precision; one that shares the tower gets its features (N, 1 + P, D)."""
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """Give the tower's selected hidden state (N, 1 + P, D), CLS first; pixel_values (N, 3, S, S)."""
+        tower = self.model.vision_tower
+        output = tower(pixel_values.to(tower.dtype), output_hidden_states=True)
+        return output.hidden_states[self.config.vision_feature_layer]
+
+    @torch.no_grad()
+    def detect(self, features: Tensor, detector_inputs: dict[str, Tensor]) -> DetectorOutput:
+        """Run the detector in its own precision on inputs (N, V, 3, S, S), averaged over V views.
+
+        One that shares the tower gets `features` (N, 1 + P, D); further views need the tower once more.
+        """
         dtype = next(self.detector.parameters()).dtype
-        inputs: dict[str, Any] = {k: v.to(dtype) for k, v in detector_inputs.items()}
+        inputs = {name: tensor.to(dtype) for name, tensor in detector_inputs.items()}
+        shared = None
         if self.detector.shares_vision:
-            inputs["clip_features"] = vision_features.to(dtype)
-        with torch.autocast(vision_features.device.type, enabled=False):
-            return self.detector(**inputs)
+            views = inputs["pixel_values"]
+            shared = (features if views.shape[1] == 1 else self.vision_features(views.flatten(0, 1))).to(dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.detector.over_views(inputs, shared)
 
     def encode(self, pixel_values: Tensor, detector_inputs: dict[str, Tensor]) -> Encoded:
-        """Run vision tower, projector and detector once for N images; pixel_values (N, 3, S, S)."""
-        with torch.no_grad():
-            tower = self.model.vision_tower
-            output = tower(pixel_values.to(tower.dtype), output_hidden_states=True)
-        features = output.hidden_states[self.config.vision_feature_layer]  # (N, 1 + P, D)
+        """Run vision tower, projector and detector for N images: (N, 3, S, S) and (N, V, 3, S, S) per input."""
+        features = self.vision_features(pixel_values)
         detection = self.detect(features, detector_inputs)
         projector = self.model.multi_modal_projector
         projected = projector(features[:, 1:].to(projector.linear_1.weight.dtype))  # the LLM never sees CLS

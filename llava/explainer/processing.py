@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.core.types import InputSpec, Turn
-from llava.data.transforms import to_tensor
+from llava.data.transforms import to_tensor, view_tensors
 from llava.explainer.configuration import CLIP_MEAN, ForgeryLlavaConfig
 from llava.explainer.prompts import EVIDENCE_TAG, IMAGE_TAG, TAGS, lay_out
 
@@ -47,11 +47,11 @@ class ExplainerProcessor:
         return cls(AutoTokenizer.from_pretrained(folder), config, detector_inputs)
 
     def pixels(self, image: np.ndarray) -> dict[str, Any]:
-        """Give pixel_values (3, S, S) for the vision tower and the detector's own tensors, from uint8 (H, W, 3)."""
+        """Give pixel_values (3, S, S) and the detector's tensors (V, 3, S, S), one per view, from uint8 (H, W, 3)."""
         canvas = _pad_to_square(image) if self.config.image_aspect_ratio == "pad" else image
         return {
             "pixel_values": to_tensor(canvas, self.config.vision_input),
-            "detector_inputs": {name: to_tensor(image, spec) for name, spec in self.detector_inputs.items()},
+            "detector_inputs": {name: view_tensors(image, spec) for name, spec in self.detector_inputs.items()},
         }
 
     def encode(

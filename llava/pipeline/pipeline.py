@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llava.core.runtime import batched, pick_device
 from llava.core.types import FAKE, REAL, Explanation, Turn, Verdict, VerdictLabel
@@ -16,7 +15,7 @@ from llava.core.weights import read_config, resolve
 from llava.data.images import read_image
 from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
 from llava.data.transforms import view_tensors
-from llava.detectors.base import Detector
+from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
 from llava.evaluation.text import parse_verdict
 from llava.explainer.generation import Explainer, GenerationSettings
@@ -128,31 +127,27 @@ class Pipeline:
         if not pixels:
             return [self._verdict(face, None) for face in faces], None
         encoded = self.explainer.encode(pixels) if self.explainer else None
-        scores = iter(self._scores_of(encoded) if encoded else self._scores(pixels))
+        scores = iter(self._rows(encoded.detection if encoded else self._detection(pixels)))
         return [self._verdict(face, None if face.pixels is None else next(scores)) for face in faces], encoded
 
     def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
         for number, image in enumerate(images):
             yield from faces_of(_named(image, number), self.faces)
 
-    def _scores_of(self, encoded: Encoded) -> list[dict[str, Any]]:
-        assert encoded.detection.logits is not None
-        return self._rows(encoded.detection.logits.float().softmax(-1), encoded.evidence, encoded.detection.logits)
-
-    def _scores(self, pixels: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    def _detection(self, pixels: Sequence[np.ndarray]) -> DetectorOutput:
         """Run a detector on its own, averaged over the test-time views that it declares."""
         device = next(self.detector.parameters()).device
         inputs = {
             name: torch.stack([view_tensors(image, spec) for image in pixels]).to(device)  # (B, V, 3, S, S)
             for name, spec in self.detector.inputs.items()
         }
-        output = self.detector(**{name: views.flatten(0, 1) for name, views in inputs.items()})
-        views = next(iter(inputs.values())).shape[1]
-        return self._rows(output.logits.float().softmax(-1), output.evidence, output.logits, views)
+        return self.detector.over_views(inputs)
 
-    def _rows(self, probabilities: Tensor, evidence: Tensor, logits: Tensor, views: int = 1) -> list[dict[str, Any]]:
-        """Average over views and name the numbers: one dictionary of p_fake, probabilities and evidence per image."""
-        columns = torch.cat([self.detector.p_fake(logits)[:, None], probabilities, evidence], dim=1).float()
+    def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
+        """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""
+        assert detection.logits is not None and detection.evidence is not None
+        probabilities = detection.logits.float().softmax(-1)
+        columns = torch.cat([self.detector.p_fake(detection.logits)[:, None], probabilities, detection.evidence], dim=1)
         names = ("p_fake", *self.detector.classes, *self.detector.evidence_names)
         assert columns.shape[1] == len(names)
         first, last = 1, 1 + len(self.detector.classes)
@@ -162,7 +157,7 @@ class Pipeline:
                 "probabilities": dict(zip(names[first:last], row[first:last], strict=True)),
                 "evidence": dict(zip(names[last:], row[last:], strict=True)),
             }
-            for row in columns.unflatten(0, (-1, views)).mean(dim=1).tolist()
+            for row in columns.float().tolist()
         ]
 
     def _verdict(self, face: Face, scores: dict[str, Any] | None) -> Verdict:

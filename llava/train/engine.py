@@ -23,7 +23,7 @@ from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions, from_records
 from llava.train.callbacks import CollapseCheck, ProgressLine, TensorBoard, check_collapse
 from llava.train.config import OptimConfig, PhaseConfig
-from llava.train.scoring import mean_over_views, probe_answers
+from llava.train.scoring import p_fake_of, probe_answers
 from llava.train.splits import PhaseData
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class DetectorTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels, index = inputs.pop("labels"), inputs.pop("index")
         with torch.no_grad(), self.compute_loss_context_manager():
-            p_fake = mean_over_views(model, inputs, self.model.p_fake).float().clamp(0, 1)
+            p_fake = p_fake_of(self.model, inputs).float().clamp(0, 1)
         return None, p_fake, (labels, index)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 class ScoreConfig:
     """What is scored with which detector, and where the results go."""
 
-    model: str = setting("checkpoints/m2f2_tiny", "folder, name in checkpoints/ or hub id of a trained detector")
+    model: str = setting(
+        "checkpoints/stage_1/m2f2_tiny", "folder, name in checkpoints/ or hub id of a trained detector"
+    )
     data: DataConfig | None = setting(None, "where images come from (default: what the detector was trained on)")
     split: str = setting("test", "split to score; all = every image")
     output_dir: str = setting("outputs/stage_1", "folder of predictions.csv, report.json and roc.png")

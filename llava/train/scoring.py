@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,7 +14,7 @@ from llava.core.types import Record
 from llava.data.dataset import DetectionDataset, collate
 from llava.data.sources import Source
 from llava.data.transforms import view_tensors
-from llava.detectors.base import Detector, DetectorOutput
+from llava.detectors.base import Detector
 from llava.evaluation.predictions import Predictions, from_records
 
 PLAIN_COLOURS = {
@@ -42,7 +42,7 @@ def score(
     with evaluating(detector, device):
         for batch in loader:
             inputs = {name: batch[name].to(device) for name in detector.inputs}
-            scores.append(mean_over_views(detector, inputs, detector.p_fake).cpu())
+            scores.append(p_fake_of(detector, inputs).cpu())
     return from_records(records, torch.cat(scores).tolist())
 
 
@@ -56,18 +56,15 @@ def probe_answers(detector: Detector, device: torch.device, seed: int = 0) -> di
         for name, spec in detector.inputs.items()
     }
     with evaluating(detector, device):
-        scores = mean_over_views(detector, inputs, detector.p_fake)
+        scores = p_fake_of(detector, inputs)
     return {name: round(p, 4) for name, p in zip(images, scores.tolist(), strict=True)}
 
 
-def mean_over_views(
-    model: Callable[..., DetectorOutput], inputs: Mapping[str, Tensor], p_fake: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Average p_fake over views: inputs (B, V, 3, S, S) each, gives (B,)."""
-    batch, views = next(iter(inputs.values())).shape[:2]
-    output = model(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
-    assert output.logits is not None
-    return p_fake(output.logits).unflatten(0, (batch, views)).mean(dim=1)
+def p_fake_of(detector: Detector, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Give p_fake (B,), averaged over the views of inputs (B, V, 3, S, S)."""
+    logits = detector.over_views(inputs).logits
+    assert logits is not None
+    return detector.p_fake(logits)
 
 
 @contextmanager
