@@ -406,6 +406,7 @@ def test_a_killed_run_goes_on_exactly(images, tmp_path):
     assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
     again = subprocess.run([*command, broken], env=environment, check=True, capture_output=True, text=True)
     assert "going on from" in again.stderr
+    assert "test frame AUC" in again.stderr and "chosen on validation" in again.stderr
     for file in ("model.safetensors", "phases/0/best/model.safetensors"):
         expected, found = load_file(tmp_path / "whole" / file), load_file(tmp_path / "broken" / file)
         assert all(torch.equal(expected[name], found[name]) for name in expected)

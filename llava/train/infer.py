@@ -24,7 +24,7 @@ from llava.evaluation.predictions import Predictions, by_video, write_csv
 from llava.train.scoring import score
 from llava.train.stage_1 import describe_level
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llava.train.infer")  # run with -m, __name__ is another
 
 
 @dataclass(frozen=True, kw_only=True)

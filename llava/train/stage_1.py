@@ -30,7 +30,7 @@ from llava.train.engine import BEST, train_phase
 from llava.train.scoring import probe_answers, score
 from llava.train.splits import PhaseData, open_data, report_near_duplicates
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
 RESULTS = "metrics.json"
 # Settings that may differ between an interrupted run and the one that goes on with it.
