@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast lint clean
+.PHONY: help setup demo test test-fast lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -16,6 +16,9 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
+
+demo: $(STAMP)  ## all three stages, small, on your images: make demo DATA=FOLDER
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(DATA)
 
 test: $(STAMP)  ## all tests: the fast ones, then the end-to-end ones
 	$(BIN)/python -m pytest

@@ -43,12 +43,15 @@ step "stage 3: LoRA" bash stage_3_train.sh --config $CONFIGS/stage_3/m2f2_tiny.y
     --merge.delta "$OUT/stage_2-delta" --merge.start "$OUT/stage_2" --merge.final "$OUT/explainer" \
     --output_dir "$OUT/stage_3-delta" --data_path "$train/$words.json" --image_folder "$images"
 step "inference: judgement" bash stage_3_inference_det.sh --model-path "$OUT/explainer" --images "$images" \
-    --questions "$test/verdict_only.jsonl" --out "$OUT/det.jsonl"
-step "inference: explanation" bash stage_3_inference_exp.sh --model-path "$OUT/explainer" --images "$images" \
-    --questions "$test/$words.jsonl" --out "$OUT/exp.jsonl"
+    --questions "$test/verdict_only.json" \
+    --output "$OUT/det.jsonl"
 step "scores: judgement" "$PYTHON" eval/eval_judgement.py --predict_path "$OUT/det.jsonl" \
-    --gt_path "$test/verdict_only.jsonl" --json "$OUT/judgement.json"
-step "scores: explanation" "$PYTHON" eval/eval_explanation.py --predict_path "$OUT/exp.jsonl" \
-    --gt_path "$test/$words.jsonl" --json "$OUT/explanation.json"
+    --gt_path "$test/verdict_only.json" --json "$OUT/judgement.json"
+if [ $words = label_free ]; then
+    step "inference: explanation" bash stage_3_inference_exp.sh --model-path "$OUT/explainer" --images "$images" \
+        --questions "$test/$words.jsonl" --output "$OUT/exp.jsonl"
+    step "scores: explanation" "$PYTHON" eval/eval_explanation.py --predict_path "$OUT/exp.jsonl" \
+        --gt_path "$test/$words.jsonl" --json "$OUT/explanation.json"
+fi
 step "summary" "$PYTHON" eval/compare.py --runs "$OUT"
 echo "all of it took $((SECONDS - started)) s; the explainer is $OUT/explainer: m2f2 chat IMAGE --model $OUT/explainer"

@@ -26,7 +26,14 @@ from llava.evaluation.predictions import from_records, read_csv
 from llava.train import infer, stage_1
 from llava.train.callbacks import CollapseError, check_collapse
 from llava.train.config import CollapseConfig, LossConfig, PhaseConfig, Recipe
-from llava.train.engine import balance_classes, flat_metrics, last_checkpoint
+from llava.train.engine import (
+    DetectorTrainer,
+    WholeBatches,
+    balance_classes,
+    flat_metrics,
+    last_checkpoint,
+    training_arguments,
+)
 from llava.train.scoring import probe_answers, score
 from llava.train.splits import open_data
 
@@ -78,7 +85,7 @@ def write_recipe(path, values):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"), {"train": 80, "val": 40, "test": 40})
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 80, "val": 45, "test": 40})
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +300,29 @@ def test_scores_are_averaged_over_the_declared_views(images):
     assert not np.allclose(one, flipped, atol=1e-6)
 
 
+def test_validation_while_training_takes_every_image(images, tmp_path):
+    torch.manual_seed(0)
+    phase = build(Recipe, settings(images, tmp_path, model={**TINY_MODEL, "views": ["plain", "flip"]})).phase_list()[0]
+    data = open_data(phase.data, seed=0)
+    assert len(data.val) % phase.batch_size, "the last batch is to be a smaller one"
+    detector = create("m2f2det", {**TINY_MODEL, "views": ["plain", "flip"]})
+    trainer = DetectorTrainer(detector, phase, data, training_arguments(phase, tmp_path))
+    measured = trainer.evaluate()
+    expected = flat_metrics(score(detector, data.source, data.val, torch.device("cpu")))
+    for name in ("frame_auc", "video_auc", "log_loss", "frame_recall_fake"):
+        assert measured[f"eval_{name}"] == pytest.approx(expected[name], abs=1e-6)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(33, 32), (32, 32), (16, 16), (5, 5)])
+def test_training_leaves_out_a_last_smaller_batch_only(count, expected):
+    sampler = WholeBatches([0, 1] * 50, seed=0, balanced=False, batch_size=16)
+    sampler.labels = sampler.labels[:count]
+    drawn = list(sampler)
+    assert len(drawn) == len(sampler) == expected == len(set(drawn))
+    sampler.set_epoch(1)
+    assert {epoch for epoch, _ in sampler} == {1}
+
+
 def test_plain_images_and_noise_are_answered():
     answers = probe_answers(create("m2f2det", TINY_MODEL), torch.device("cpu"))
     assert {"black", "white", "noise"} <= answers.keys()
@@ -342,7 +372,7 @@ def test_the_threshold_comes_from_validation_and_inference_uses_it(trained, tmp_
     _, results, output = trained
     decision = load(output).decision
     assert decision.threshold == results["decision"]["threshold"] != 0.5
-    assert decision.chosen_on == "validation split 'val', 80 images, youden"
+    assert decision.chosen_on == "validation split 'val', 90 images, youden"
     val = read_csv(output / "val.csv")
     rates = [(val.p_fake[val.labels == 1] >= t).mean() - (val.p_fake[val.labels == 0] >= t).mean() for t in val.p_fake]
     answers = val.p_fake >= decision.threshold

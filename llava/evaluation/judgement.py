@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llava.core.types import FAKE, LABEL_NAMES, REAL
+from llava.data.conversations import read_conversations
 from llava.data.ddvqa import MANIPULATIONS
 from llava.evaluation.captions import image_groups, read_jsonl
 from llava.evaluation.metrics import Confusion, confusion
@@ -57,10 +58,10 @@ def read_judgements(
 ) -> JudgementSet:
     """Read rows {image, text} and find the truth of each image.
 
-    Truth: `gt_path`, a csv or jsonl with image (or file), label (0/1 or real/fake) and perhaps class_name (or
-    manipulation); without it the DD-VQA file name (5_... real, 0, 1, 2, 3, 6 manipulated), whatever its folder.
-    `published`: the original parser, and its truth by the start of the path. Raises FileNotFoundError or
-    ValueError naming the file, the line or the image.
+    Truth: `gt_path`, a csv, a jsonl or a conversation json (`verdict_only.json`) with image (or file), label (0/1 or
+    real/fake) and perhaps class_name (or manipulation); without it the DD-VQA file name (5_... real, 0, 1, 2, 3, 6
+    manipulated), whatever its folder. `published`: the original parser, and its truth by the start of the path.
+    Raises FileNotFoundError or ValueError naming the file, the line or the image.
     """
     if published and gt_path:
         raise ValueError("--published takes the truth from the image path, as the original does; leave out --gt_path.")
@@ -198,7 +199,9 @@ def _read_truths(path: Path) -> list[_Truth]:
     if path.suffix == ".csv" and path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            rows: list[tuple[str, dict[str, Any]]] = [(f"{str(path)!r}, line {reader.line_num}", r) for r in reader]
+            rows: Sequence[tuple[str, dict[str, Any]]] = [(f"{str(path)!r}, line {reader.line_num}", r) for r in reader]
+    elif path.suffix == ".json":
+        rows = [(f"{str(path)!r}, record {i}", item) for i, item in enumerate(read_conversations(path))]
     else:
         rows = read_jsonl(path)
     truths = [_truth_of_row(row, where) for where, row in rows]

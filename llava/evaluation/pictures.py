@@ -15,8 +15,18 @@ from llava.evaluation.predictions import Predictions, by_video
 REAL_COLOUR = "#1b7837"
 
 
-def draw_roc(path: str | Path, predictions: Predictions, n_boot: int = 2000, seed: int = 0, trim: float = 0.0) -> None:
-    """Draw the ROC curves of frames and videos, with AUC and its 95 % group-bootstrap interval, into a picture."""
+def draw_roc(
+    path: str | Path,
+    predictions: Predictions,
+    n_boot: int = 2000,
+    seed: int = 0,
+    trim: float = 0.0,
+    threshold: float | None = None,
+) -> None:
+    """Draw the ROC curves of frames and videos, with AUC and its 95 % group-bootstrap interval, into a picture.
+
+    threshold: its point on the curve of frames is marked.
+    """
     figure = Figure(figsize=(5.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -27,6 +37,9 @@ def draw_roc(path: str | Path, predictions: Predictions, n_boot: int = 2000, see
         auc = auc_interval(items.labels, items.p_fake, items.groups, n_boot, seed)
         text = f"{len(items)} {level}: AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
         axes.plot(curve.fpr, curve.tpr, label=text)
+    if threshold is not None:
+        called, is_fake = predictions.p_fake >= threshold, predictions.labels == 1
+        axes.plot(called[~is_fake].mean(), called[is_fake].mean(), "o", label=f"threshold {threshold:.3f}")
     axes.set(xlabel="reals called fake", ylabel="fakes called fake", title="ROC", aspect="equal")
     axes.legend(loc="lower right", fontsize="small")
     _save(figure, path)

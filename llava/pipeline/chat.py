@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llava.core.types import Explanation, Turn
-from llava.explainer.generation import GenerationSettings
-from llava.pipeline.faces import Face
-from llava.pipeline.pipeline import Pipeline, explanation
+from llava.core.types import Explanation, Turn, Verdict
+from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.modeling import Encoded
+from llava.pipeline.agreement import explanation
 
 
 class Chat:
@@ -17,10 +17,17 @@ class Chat:
     whether it agrees with the verdict; None before the first.
     """
 
-    def __init__(self, pipeline: Pipeline, face: Face, settings: GenerationSettings | None = None) -> None:
-        self._explainer = pipeline.needed_explainer()
+    def __init__(
+        self,
+        explainer: Explainer,
+        verdict: Verdict,
+        encoded: Encoded | None,
+        settings: GenerationSettings | None = None,
+    ) -> None:
+        self._explainer = explainer
+        self._encoded = encoded
         self._settings = settings
-        (self.verdict,), self._encoded = pipeline.look([face])
+        self.verdict = verdict
         self.turns: list[Turn] = []
         self.last: Explanation | None = None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.core.config import setting
+from llava.data.conversations import PROMPT_HEAD, read_conversations
 from llava.data.images import IMAGE_SUFFIXES
 from llava.data.storage import ImageStore, open_store
 from llava.evaluation.captions import read_jsonl
@@ -34,7 +35,9 @@ class InferenceSettings(ModelSettings):
 class JudgeSettings(InferenceSettings):
     """Answers to the question of authenticity."""
 
-    questions: str | None = setting(None, "jsonl of {key: {question, answer}}; default: `question`, of all test images")
+    questions: str | None = setting(
+        None, "jsonl of {key: {question, answer}} or a conversation json; default: `question`, of all test images"
+    )
     question: str = setting("Determine the authenticity of this image.", "what is asked without a file of questions")
     output: str = setting("outputs/DDVQA/DDVQA_det_c40.jsonl", "file to write")
 
@@ -62,6 +65,8 @@ def list_items(settings: JudgeSettings | ReasonSettings) -> list[Item]:
     store = open_store(settings.images)
     if settings.questions is None:
         items = list(_asked_of_all(store, settings))
+    elif settings.questions.endswith(".json"):
+        items = list(_asked_in_conversations(store, settings.questions))
     else:
         items = list(_asked_in_file(store, settings.questions, settings.images))
     items.sort(key=lambda item: (item.name, [int(n) if n.isdigit() else n for n in _NUMBER.split(item.key)]))
@@ -99,6 +104,16 @@ def _asked_in_file(store: ImageStore, path: str, images: str) -> Iterator[Item]:
         )
 
 
+def _asked_in_conversations(store: ImageStore, path: str) -> Iterator[Item]:
+    """Ask the first question of every record of a conversation json."""
+    for number, record in enumerate(read_conversations(path)):
+        place = store.locate(record["image"])
+        if place is None:
+            raise FileNotFoundError(f"{path}, record {number}: image {record['image']!r} is not there; give --images.")
+        question = record["conversations"][0]["value"].removeprefix(PROMPT_HEAD)
+        yield Item(key=str(record.get("id", number)), name=record["image"], where=place, question=question)
+
+
 def row_of(
     item: Item, prompt: str, text: str, metadata: dict[str, Any], images: str, is_reason: bool
 ) -> dict[str, Any]:
@@ -106,5 +121,6 @@ def row_of(
     if is_reason:
         return {"key": item.key, "image": Path(item.name).name, "prompt": prompt, "text": text, "metadata": metadata}
     folder = Path(images).as_posix()
-    path = f"{folder}/{item.name}" if Path(images).is_absolute() else f"./{folder}/{item.name}"
+    is_absolute = Path(images).is_absolute() or Path(item.name).is_absolute()
+    path = (Path(folder) / item.name).as_posix() if is_absolute else f"./{folder}/{item.name}"
     return {"image": path, "prompt": prompt, "text": text, "metadata": metadata}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,19 +17,16 @@ from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
 from llava.data.transforms import view_tensors
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
-from llava.evaluation.text import parse_verdict
 from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.pipeline.agreement import LABELS, explanation
+from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
 from llava.pipeline.settings import FaceSettings, Precision, Quantization
 
-if TYPE_CHECKING:
-    from llava.pipeline.chat import Chat
-
 Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
-LABELS = {REAL: VerdictLabel.REAL, FAKE: VerdictLabel.FAKE}
 
 
 class Pipeline:
@@ -107,9 +104,9 @@ class Pipeline:
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
-        from llava.pipeline.chat import Chat  # chat.py needs this module
-
-        return Chat(self, next(self._faces([image])), settings)
+        explainer = self.needed_explainer()
+        (verdict,), encoded = self.look([next(self._faces([image]))])
+        return Chat(explainer, verdict, encoded, settings)
 
     def needed_explainer(self) -> Explainer:
         """Give the explainer. Raises ValueError for a detector on its own, which has no words."""
@@ -177,14 +174,6 @@ class Pipeline:
             face=face.number,
             face_count=face.count,
         )
-
-
-def explanation(verdict: Verdict, question: str, text: str) -> Explanation:
-    """Put words beside a verdict and note whether they say the same; the verdict is never changed by them."""
-    said = parse_verdict(text) if text else None
-    undecided = said is None or verdict.label not in LABELS.values()
-    agrees = None if undecided else LABELS[said] == verdict.label  # type: ignore[index]
-    return Explanation(verdict=verdict, question=question, text=text, text_verdict=said, agrees=agrees)
 
 
 def generation_settings(

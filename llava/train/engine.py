@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,24 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
 
 
+class WholeBatches(EpochSampler):
+    """EpochSampler without a last, smaller batch: one image alone has no batch statistics.
+
+    Trainer's own `dataloader_drop_last` would leave images out of validation, too.
+    """
+
+    def __init__(self, labels: list[int], seed: int, balanced: bool, batch_size: int) -> None:
+        super().__init__(labels, seed, balanced)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        count = super().__len__()
+        return count - count % self.batch_size if count > self.batch_size else count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return islice(super().__iter__(), len(self))
+
+
 class DetectorTrainer(Trainer):
     """HF Trainer for a detector: batches carry `index`, which leads back to the record for video metrics."""
 
@@ -60,7 +80,8 @@ class DetectorTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
         dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, DetectionDataset)
-        return EpochSampler(dataset.labels, self.phase.seed, balanced=self.phase.loss.class_balance == "sampling")
+        is_balanced = self.phase.loss.class_balance == "sampling"
+        return WholeBatches(dataset.labels, self.phase.seed, is_balanced, self.phase.batch_size)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Use the detector's parameter groups; the largest comes first, because its rate is the one shown."""
@@ -117,7 +138,7 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
     """
     balance_classes(detector, phase, [r.label for r in data.train if r.label is not None])
     detector.to(memory_format=torch.channels_last)
-    args = training_arguments(phase, len(data.train), folder)
+    args = training_arguments(phase, folder)
     trainer = DetectorTrainer(detector, phase, data, args)
     trainer.remove_callback(PrinterCallback)
 
@@ -140,7 +161,7 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
     trainer.accelerator.wait_for_everyone()
 
 
-def training_arguments(phase: PhaseConfig, images: int, folder: Path) -> TrainingArguments:
+def training_arguments(phase: PhaseConfig, folder: Path) -> TrainingArguments:
     """Translate a phase into Hugging Face's arguments."""
     strategy = "steps" if phase.eval_steps else "epoch"
     return TrainingArguments(
@@ -167,7 +188,6 @@ def training_arguments(phase: PhaseConfig, images: int, folder: Path) -> Trainin
         seed=phase.seed,
         dataloader_num_workers=phase.workers,
         dataloader_persistent_workers=phase.workers > 0,
-        dataloader_drop_last=images >= phase.batch_size,  # a last batch of one image has no batch statistics
         remove_unused_columns=False,
         label_names=["labels", "index"],
         restore_callback_states_from_checkpoint=True,

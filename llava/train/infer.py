@@ -10,17 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from matplotlib.figure import Figure
-
 from llava.core.config import build, parse, setting
 from llava.core.logs import setup_logging
-from llava.core.runtime import atomic_path, pick_device, write_json, write_run
+from llava.core.runtime import pick_device, write_json, write_run
 from llava.core.weights import resolve
 from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import require_both_classes
-from llava.detectors.base import Detector, load
-from llava.evaluation.metrics import RankedScores, detection_report
-from llava.evaluation.predictions import Predictions, by_video, write_csv
+from llava.detectors.base import load
+from llava.evaluation.metrics import detection_report
+from llava.evaluation.pictures import draw_roc
+from llava.evaluation.predictions import write_csv
 from llava.train.scoring import score
 from llava.train.stage_1 import describe_level
 
@@ -83,28 +82,9 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     }
     write_csv(output / "predictions.csv", predictions)
     write_json(output / "report.json", report)
-    draw_roc(output / "roc.png", predictions, detector)
+    draw_roc(output / "roc.png", predictions, config.resamples, threshold=detector.decision.threshold)
     _log_report(report, output)
     return report
-
-
-def draw_roc(path: Path, predictions: Predictions, detector: Detector) -> None:
-    """Draw the ROC curves of frames and videos, with the point of the detector's threshold."""
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, items in (("frames", predictions), ("videos", by_video(predictions))):
-        curve = RankedScores(items.labels, items.p_fake).curve()
-        axes.plot(curve.fpr, curve.tpr, label=f"{name}, AUC {curve.auc():.3f} (n = {len(items)})")
-    called = predictions.p_fake >= detector.decision.threshold
-    is_fake = predictions.labels == 1
-    axes.plot(
-        called[~is_fake].mean(), called[is_fake].mean(), "o", label=f"threshold {detector.decision.threshold:.3f}"
-    )
-    axes.plot([0, 1], [0, 1], ":", color="grey", label="chance")
-    axes.set(xlabel="reals called fake", ylabel="fakes called fake", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-    axes.legend(loc="lower right")
-    with atomic_path(path) as staged:
-        figure.savefig(staged, dpi=120)
 
 
 def _data_of_training(folder: Path) -> DataConfig:
