@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llava.explainer.certificate import sample_logits
 from tiny_world import draw, make_base, train_detector
 from torch.nn import functional as F
 
@@ -16,7 +17,7 @@ from llava.data.transforms import to_tensor
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
 from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import load_model, load_processor
-from llava.explainer.merge import merge_delta, merge_detector, sample_logits
+from llava.explainer.merge import merge_delta, merge_detector
 from llava.explainer.prompts import LAYOUTS, lay_out, plain_text
 
 QUESTION = [Turn(role="human", text="<image>\n<deepfake>\nDo the eyes look real or fake?")]
@@ -304,3 +305,14 @@ def test_a_detector_of_another_tower_is_refused(world: Path, tmp_path: Path) -> 
 def test_loading_something_else_says_what_it_is(world: Path) -> None:
     with pytest.raises(ValueError, match="'m2f2det', not a merged explainer"):
         load_model(world / "detector")
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_quantisation_leaves_the_score_alone(world: Path, explainer: Explainer, kind: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes (extra gpu) is not installed")
+    quantised = load_model(world / "start", quantization=kind)
+    assert "Linear" in type(quantised.model.language_model.layers[0].self_attn.q_proj).__name__
+    assert type(quantised.model.language_model.layers[0].self_attn.q_proj) is not torch.nn.Linear
+    pictures = [draw(i % 2, i) for i in range(4)]
+    found = Explainer(quantised, load_processor(world / "start", quantised)).encode(pictures).evidence
+    assert torch.equal(found, explainer.encode(pictures).evidence)

@@ -13,9 +13,9 @@ from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.modeling import ForgeryLlava
 from llava.explainer.processing import ExplainerProcessor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "stored": "auto"}
 # Never quantised: p_fake must not change with the precision of the words.
-FULL_PRECISION = ["detector", "vision_tower", "multi_modal_projector", "deepfake_projector", "lm_head"]
+FULL_PRECISION = ["detector", "model.vision_tower", "model.multi_modal_projector", "deepfake_projector", "lm_head"]
 
 
 def is_explainer(folder: str | Path) -> bool:
@@ -26,10 +26,10 @@ def is_explainer(folder: str | Path) -> bool:
 def load_model(
     name: str | Path,
     device: torch.device | str = "cpu",
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    dtype: Literal["fp32", "bf16", "fp16", "stored"] = "fp32",
     quantization: Literal["none", "8bit", "4bit"] = "none",
 ) -> ForgeryLlava:
-    """Load a merged explainer in eval mode; the detector stays in float32.
+    """Load a merged explainer in eval mode; the detector stays in float32, whatever `dtype` (stored = as saved).
 
     Raises ValueError when the folder holds something else, or when a tensor is missing or left over.
     """

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.core.runtime import atomic_path, item_rng, write_json
-from llava.core.types import Turn
-from llava.core.weights import load_strictly, read_config, resolve
+from llava.core.runtime import atomic_path, write_json
+from llava.core.weights import read_config, resolve
 from llava.detectors.base import Detector
 from llava.detectors.base import load as load_detector
+from llava.explainer.certificate import (
+    CERTIFICATE,
+    QUESTIONS,
+    TOLERANCE,
+    certify_detector,
+    changed_tensors,
+    max_difference,
+    sample_logits,
+)
 from llava.explainer.configuration import ForgeryLlavaConfig
-from llava.explainer.delta import Model, attach, fingerprint, inner, read_record
+from llava.explainer.delta import attach, fingerprint, read_record
 from llava.explainer.loading import load_model, load_processor
-from llava.explainer.modeling import ForgeryLlava
-from llava.explainer.processing import ExplainerProcessor
-from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.modeling import EvidenceAdapter, ForgeryLlava
 
 log = logging.getLogger(__name__)
-CERTIFICATE = "certificate.json"
-TOLERANCE = 1e-4
-QUESTIONS = (VERDICT_QUESTION, "Do the person's eyes look real or fake? Give the reasons.", "Why?")
 
 
 def merge_detector(
@@ -42,20 +43,17 @@ def merge_detector(
     settings = read_config(base_folder)
     check_base(settings, str(base))
     alone = load_detector(resolve(detector or named_detector(settings, base)))
-    llava, report = LlavaForConditionalGeneration.from_pretrained(base_folder, output_loading_info=True)
+    llava, report = LlavaForConditionalGeneration.from_pretrained(base_folder, dtype="auto", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"]:
         raise ValueError(f"{base!r}: weights do not fit LLaVA: {sorted(report['missing_keys'])[:3]} are missing.")
     guest = share_vision(alone, llava)
     ratio = settings.get("image_aspect_ratio", "square")
-    model = ForgeryLlava(_explainer_config(llava.config, guest, ratio, evidence_tokens, layout)).to(llava.dtype)
-    model.detector.float()
-    parts = llava.state_dict() | {f"detector.{k}": v for k, v in guest.state_dict().items()}
-    parts |= {f"deepfake_projector.{k}": v for k, v in fresh_adapter(model, seed).items()}
-    load_strictly(model, parts, f"{base!r} with detector {guest.name!r}")
+    model = _join(llava, guest, _explainer_config(llava.config, guest, ratio, evidence_tokens, layout), seed)
     with atomic_path(out) as staged:
-        model.eval().save_pretrained(staged)
+        model.save_pretrained(staged)
         AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
-        certificate = _certify_detector(staged, alone, len(parts))
+        del model, llava  # one model in memory at a time
+        certificate = certify_detector(staged, alone)
         write_json(staged / CERTIFICATE, certificate)
     log.info(
         "merged %s and %s into %s (max |delta p_fake| %.1e)", base, guest.name, out, certificate["max_delta_p_fake"]
@@ -66,39 +64,42 @@ def merge_detector(
 def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     """Fold a trained delta (adapter, or LoRA + projectors) into the base it was trained on; gives the certificate.
 
-    Raises ValueError for another base, for a delta that changes nothing, or when the folded model differs from
-    base + delta by more than 1e-4 in any logit (float32).
+    Raises ValueError for another base, for a delta that changes nothing, or when the folded model differs from base +
+    delta in any logit by more than 1e-4 (float32) or 5 % of the largest logit (half precision, where folding rounds).
     """
     base_folder, delta_folder = resolve(base), resolve(delta)
     record = read_record(delta_folder)
     check_fingerprint(record["base"], fingerprint(base_folder), str(base))
-    model = load_model(base_folder)
+    model = load_model(base_folder, dtype="stored")
     processor = load_processor(base_folder, model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     live = attach(model, delta_folder).eval()
     expected = sample_logits(live, processor)
-    merged: ForgeryLlava = live.merge_and_unload() if isinstance(live, PeftModel) else live  # type: ignore[assignment]
-    changed = [name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])]
-    if not changed:
-        raise ValueError(f"{delta!r} changes no tensor of {base!r}: nothing was restored. Is training finished?")
+    merged: ForgeryLlava = live.merge_and_unload() if isinstance(live, PeftModel) else live
+    is_exact = merged.lm_head.weight.dtype == torch.float32
+    tolerance = TOLERANCE if is_exact else 0.05 * max(float(logits.abs().max()) for logits in expected)
     with atomic_path(out) as staged:
         merged.save_pretrained(staged)
         processor.tokenizer.save_pretrained(staged)
-        difference = max_difference(expected, sample_logits(load_model(staged), processor))
-        if difference > TOLERANCE:
-            raise ValueError(f"Merging {delta!r} changed the logits by {difference:.1e}, more than {TOLERANCE:.0e}.")
+        del model, live, merged  # one model in memory at a time
+        difference = max_difference(expected, sample_logits(load_model(staged, dtype="stored"), processor))
+        if difference > tolerance:
+            raise ValueError(f"Merging {delta!r} changed the logits by {difference:.1e}, more than {tolerance:.0e}.")
+        changed, total = changed_tensors(base_folder, staged)
+        if not changed:
+            raise ValueError(f"{delta!r} changes no tensor of {base!r}: nothing was restored. Is training finished?")
         certificate = {
             "kind": "lora" if record["lora"] else "adapter",
             "base": record["base"],
             "max_delta_logit": difference,
+            "tolerance": tolerance,
             "sample_prompts": len(QUESTIONS),
             "tensors_in_delta": record["lora"] + record["others"],
-            "tensors_changed": len(changed),
-            "tensors_total": len(before),
+            "tensors_changed": changed,
+            "tensors_total": total,
             "sha256": fingerprint(staged),
         }
         write_json(staged / CERTIFICATE, certificate)
-    log.info("merged %s into %s: %d tensors changed, max |delta logit| %.1e", delta, out, len(changed), difference)
+    log.info("merged %s into %s: %d tensors changed, max |delta logit| %.1e", delta, out, changed, difference)
     return certificate
 
 
@@ -134,13 +135,27 @@ def named_detector(settings: dict[str, Any], base: str) -> str:
     return str(path)
 
 
-def fresh_adapter(model: ForgeryLlava, seed: int) -> dict[str, Tensor]:
+def fresh_adapter(config: ForgeryLlavaConfig, seed: int) -> EvidenceAdapter:
     """Draw an adapter: matrices N(0, 0.1) as published, biases 0."""
+    adapter = EvidenceAdapter(config.evidence_size, config.text_config.hidden_size, config.evidence_tokens)
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(tensor.shape, generator=generator) * 0.1 if tensor.ndim == 2 else torch.zeros_like(tensor)
-        for name, tensor in model.deepfake_projector.state_dict().items()
-    }
+    for parameter in adapter.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(0, 0.1, generator=generator)
+        else:
+            parameter.data.zero_()
+    return adapter
+
+
+def _join(llava: LlavaForConditionalGeneration, guest: Detector, config: ForgeryLlavaConfig, seed: int) -> ForgeryLlava:
+    """Put the parts together without copying a weight."""
+    with torch.device("meta"):
+        model = ForgeryLlava(config)
+    model.model, model.lm_head = llava.model, llava.lm_head
+    model.detector, model.deepfake_projector = guest, fresh_adapter(config, seed).to(llava.dtype)
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    assert not left, left
+    return model.eval()
 
 
 def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> Detector:
@@ -157,29 +172,6 @@ def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> De
             "scores would change. Train stage 1 with --model.clip_name set to this base, or merge into its own base."
         )
     return detector.without_vision()
-
-
-def sample_images(count: int, size: int) -> list[np.ndarray]:
-    """Draw pictures of coloured noise, the same ones every time: uint8 (size, size, 3)."""
-    return [item_rng(0, 0, i).integers(0, 256, (size, size, 3), dtype=np.uint8) for i in range(count)]
-
-
-@torch.inference_mode()
-def sample_logits(model: Model, processor: ExplainerProcessor) -> list[Tensor]:
-    """Give the logits of every position of the sample prompts, for comparison."""
-    explainer = inner(model)
-    size = explainer.config.vision_config.image_size
-    results = []
-    for question, image in zip(QUESTIONS, sample_images(len(QUESTIONS), size), strict=True):
-        ids, _ = processor.encode([Turn(role="human", text=question)])
-        batch = processor.collate([{"input_ids": ids, **processor.pixels(image)}])
-        results.append(model(**batch).logits.float())
-    return results
-
-
-def max_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Give the largest absolute difference between two lists of tensors."""
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -199,25 +191,3 @@ def _explainer_config(
         "layout": layout,
     }
     return ForgeryLlavaConfig(**values | own)
-
-
-@torch.inference_mode()
-def _certify_detector(folder: Path, alone: Detector, tensors: int) -> dict[str, Any]:
-    """Compare the detector inside the saved explainer with the detector on its own."""
-    merged = load_model(folder)
-    processor = load_processor(folder, merged)
-    pixels = [processor.pixels(i) for i in sample_images(4, merged.config.vision_config.image_size)]
-    batch = processor.collate([{"input_ids": [0], **p} for p in pixels])
-    inside = merged.encode(batch["pixel_values"], batch["detector_inputs"]).detection
-    outside = alone.over_views(batch["detector_inputs"])
-    difference = max_difference([alone.p_fake(inside.logits)], [alone.p_fake(outside.logits)])  # type: ignore[arg-type]
-    if merged.dtype == torch.float32 and difference > TOLERANCE:
-        raise ValueError(f"The merged detector differs from stage 1 by {difference:.1e} in p_fake.")
-    return {
-        "kind": "detector",
-        "detector": alone.name,
-        "max_delta_p_fake": difference,
-        "sample_images": 4,
-        "tensors_total": tensors,
-        "sha256": fingerprint(folder),
-    }
