@@ -26,6 +26,7 @@ ROWS = {
         ("judgement precision", ("precision",)),
         ("judgement recall", ("recall",)),
         ("judgement F1", ("f1",)),
+        ("words agree with the detector", ("agreement", "agreement")),
     ),
     "explanation.json": tuple(
         (f"explanation {title}", ("scores", "all", key))

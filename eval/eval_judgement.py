@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
+from llava.evaluation.agreement import read_agreement
 from llava.evaluation.judgement import judgement_report, read_judgements
-from llava.evaluation.report import console, judgement_tables
+from llava.evaluation.report import agreement_table, console, judgement_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,12 @@ def main() -> None:
     settings = parse(Settings, description=__doc__ or "")
     answers = read_judgements(settings.predict_path, settings.gt_path, settings.published)
     report = judgement_report(answers, settings.n_boot, settings.seed)
+    report["agreement"] = read_agreement(settings.predict_path, settings.n_boot, settings.seed)
     out = console()
     for part in (*judgement_tables(report), *report["notes"]):
         out.print(part)
+    if report["agreement"]:
+        out.print(agreement_table(report["agreement"]))
     if settings.json:
         write_json(settings.json, report)
 

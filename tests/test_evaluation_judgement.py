@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from llava.evaluation.judgement import agreement, judgement_report, read_judgements
+from llava.evaluation.agreement import agreement, read_agreement
+from llava.evaluation.judgement import judgement_report, read_judgements
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,3 +194,24 @@ def test_scripts_start_without_torch(script):
         f"import runpy, sys; runpy.run_path('eval/{script}.py'); sys.exit('torch' in sys.modules)",
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_words_are_compared_with_what_the_rows_say(tmp_path):
+    rows = [
+        {"image": "5_001.jpg", "text": "The image is real.", "metadata": {"label": "REAL", "p_fake": 0.1}},
+        {"image": "0_002_003.jpg", "text": "The image is real.", "metadata": {"label": "FAKE", "p_fake": 0.8}},
+        {"image": "0_004_005.jpg", "text": "Who knows?", "metadata": {"label": "FAKE", "p_fake": 0.9}},
+        {"image": "0_006_007.jpg", "text": "The image is fake.", "metadata": {"label": "INCONCLUSIVE", "p_fake": None}},
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = read_agreement(path, n_boot=50)
+    assert (report["told"], report["n"], report["text_undecided"], report["no_detector_verdict"]) == (None, 3, 1, 1)
+    assert report["agreement"]["value"] == pytest.approx(1 / 3)
+    told = [row | {"metadata": row["metadata"] | {"evidence_p_fake": 0.02}} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in told))
+    report = read_agreement(path, n_boot=50)
+    assert (report["told"], report["n"]) == (0.02, 4)
+    assert report["agreement"]["value"] == 0.5
+    path.write_text(json.dumps({"image": "5_001.jpg", "text": "real", "metadata": {}}) + "\n")
+    assert read_agreement(path) is None

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava.explainer.certificate import sample_logits
 from tiny_world import draw, make_base, train_detector
 from torch.nn import functional as F
 
 from llava.core.types import Turn
 from llava.data.transforms import to_tensor
+from llava.explainer.certificate import sample_logits
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
 from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import load_model, load_processor

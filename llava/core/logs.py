@@ -14,4 +14,5 @@ def setup_logging(verbose: bool = False) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("llava").setLevel(level)
+    for name in ("llava", "__main__"):  # a module run by `python -m` logs as __main__
+        logging.getLogger(name).setLevel(level)

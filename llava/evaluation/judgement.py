@@ -117,32 +117,6 @@ def judgement_report(judgements: JudgementSet, n_boot: int = 2000, seed: int = 0
     }
 
 
-def agreement(
-    text_verdicts: Sequence[int | None],
-    detector_verdicts: Sequence[int | None],
-    groups: Sequence[str],
-    n_boot: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Give the part of items whose text says what the detector says, with its group-bootstrap interval.
-
-    An undecided text does not agree. Items on which the detector gave no verdict are left out and counted.
-    """
-    pairs = [(t, d, g) for t, d, g in zip(text_verdicts, detector_verdicts, groups, strict=True) if d is not None]
-    if not pairs:
-        raise ValueError("The detector gave no verdict on any item, so there is nothing to agree with.")
-    same = np.array([t == d for t, d, _ in pairs], dtype=float)
-    interval = group_bootstrap(
-        [g for _, _, g in pairs], lambda weights: float(np.average(same, weights=weights)), n_boot, seed
-    )
-    return {
-        "agreement": interval.to_dict(),
-        "n": len(pairs),
-        "text_undecided": sum(t is None for t, _, _ in pairs),
-        "no_detector_verdict": len(text_verdicts) - len(pairs),
-    }
-
-
 def _published_set(texts: dict[str, str]) -> JudgementSet:
     found = {image: image.startswith(PUBLISHED_REAL_PREFIX) for image in texts}
     notes = () if any(found.values()) else (f"no image path starts with {PUBLISHED_REAL_PREFIX}: all count as fake",)

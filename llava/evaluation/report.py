@@ -90,6 +90,14 @@ def judgement_tables(report: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def agreement_table(report: Mapping[str, Any]) -> Table:
+    """Give one line: how often the words say what the detector found, or what they were told."""
+    whom = "the detector" if report["told"] is None else f"the evidence told (p_fake {report['told']})"
+    table = _table(f"Words against {whom}: {report['n']} answers", "", "value", "undecided")
+    table.add_row("agreement", interval_text(report["agreement"]), str(report["text_undecided"]))
+    return table
+
+
 def caption_table(report: Mapping[str, Any]) -> Table:
     """Give a table of scores by question type, intervals below the values."""
     n, scores = report["n"], report["scores"]
