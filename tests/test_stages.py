@@ -20,6 +20,7 @@ from llava.evaluation.text import parse_verdict
 from llava.explainer.generation import Explainer
 from llava.explainer.loading import load_model, load_processor
 from llava.train.arguments import ExplainArguments, translate
+from llava.train.explain import balanced_rows
 from llava.train.launch import split_flags
 from llava.train.tiny_base import TinyBaseConfig, make_tiny_base
 
@@ -164,6 +165,18 @@ def test_published_flags_are_accepted_mapped_or_refused() -> None:
     assert arguments.activation_checkpointing is True
     with pytest.raises(ValueError, match="--group_by_modality_length is not accepted: every record has an image"):
         list(translate(["--group_by_modality_length", "True"]))
+
+
+def test_balanced_rows_hold_everything_and_both_classes_equally() -> None:
+    labels = [1, 1, 0, 1, 1, 1, 0, 1]
+    rows = balanced_rows(labels)
+    assert set(rows) == set(range(8))
+    assert sorted(labels[i] for i in rows) == [0] * 6 + [1] * 6
+    assert [rows.count(i) for i in (2, 6)] == [3, 3]
+    assert balanced_rows([0, 1]) == [0, 1]
+    for bad in ([1, 1], [0, 1, None]):
+        with pytest.raises(ValueError, match="--balance_classes False"):
+            balanced_rows(bad)
 
 
 def test_impossible_flags_are_refused() -> None:

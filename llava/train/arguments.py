@@ -58,6 +58,7 @@ class ExplainArguments(TrainingArguments):
     image_folder: str = setting("", "folder or zip that image names start from")
     version: str = setting("v1", "prompt layout")
     model_max_length: int = setting(2048, "longest conversation in tokens, image tokens included")
+    balance_classes: bool = setting(True, "let real and fake records weigh the same, by repeating the rarer ones")
     tune_deepfake_mlp_adapter: bool = setting(False, "train the adapter from evidence to tokens")
     tune_mm_mlp_adapter: bool = setting(False, "train the projector from vision features to tokens")
     freeze_mm_mlp_adapter: bool = setting(False, "leave the projector as it is, whatever else is said")

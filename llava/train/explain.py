@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava.core.runtime import write_run
-from llava.core.types import Record
+from llava.core.types import FAKE, REAL, Record
 from llava.core.weights import resolve
 from llava.data.conversations import ConversationSource
 from llava.data.sources import DataConfig
@@ -26,19 +27,26 @@ log = logging.getLogger(__name__)
 
 
 class ExplainDataset(Dataset[dict[str, Any]]):
-    """Conversations about images as ids, labels and pixels; every item is the same in every epoch."""
+    """Conversations about images as ids, labels and pixels; every item is the same in every epoch.
 
-    def __init__(self, source: ConversationSource, processor: ExplainerProcessor, max_length: int) -> None:
+    is_balanced: records of the rarer class come again until both classes weigh the same; otherwise the words learn
+    the data's share of fakes beside the evidence, and tip over at another p_fake than the detector.
+    """
+
+    def __init__(
+        self, source: ConversationSource, processor: ExplainerProcessor, max_length: int, is_balanced: bool = False
+    ) -> None:
         self.source = source
         self.processor = processor
         self.max_length = max_length
+        self.rows = balanced_rows([r.label for r in source.records]) if is_balanced else range(len(source.records))
 
     def __len__(self) -> int:
-        return len(self.source.records)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Give input_ids, labels, pixel_values and detector_inputs of one record."""
-        record = self.source.records[index]
+        record = self.source.records[self.rows[index]]
         sample = self.source.load(record)
         ids, labels = self.processor.encode(sample.turns)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
@@ -51,6 +59,22 @@ class ExplainDataset(Dataset[dict[str, Any]]):
             f"Record {record.id!r} has no answer within {self.max_length} tokens; "
             "give it one, or raise --model_max_length."
         )
+
+
+def balanced_rows(labels: Sequence[int | None]) -> list[int]:
+    """Give every row once, and evenly spread rows of the rarer class again until both classes are equally long.
+
+    Raises ValueError when a record has no label or a class is missing.
+    """
+    rows = {label: [i for i, found in enumerate(labels) if found == label] for label in (REAL, FAKE)}
+    if len(rows[REAL]) + len(rows[FAKE]) < len(labels) or not all(rows.values()):
+        raise ValueError(
+            f"--balance_classes needs labelled records of both classes, got {len(rows[REAL])} real and "
+            f"{len(rows[FAKE])} fake of {len(labels)}; give `label` in the file, or --balance_classes False."
+        )
+    rarer, wanted = min(rows.values(), key=len), max(map(len, rows.values()))
+    extra = wanted - len(rarer)
+    return [*range(len(labels)), *(rarer[k * len(rarer) // extra % len(rarer)] for k in range(extra))]
 
 
 class ExplainTrainer(Trainer):
@@ -139,7 +163,7 @@ def train(args: ExplainArguments) -> dict[str, float]:
         model=model,
         args=args,
         data_collator=processor.collate,
-        train_dataset=ExplainDataset(train_source, processor, args.model_max_length),
+        train_dataset=ExplainDataset(train_source, processor, args.model_max_length, args.balance_classes),
         eval_dataset=ExplainDataset(eval_source, processor, args.model_max_length) if eval_source else None,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
