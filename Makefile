@@ -1,4 +1,4 @@
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +13,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv and install everything for development (about 6 GB)
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(BASE_PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 

@@ -2,7 +2,13 @@
 # The whole path with the tiny recipes on one data set: stages 1 to 3, questions, scores. Usage: make demo DATA=FOLDER
 # FOLDER: DD-VQA (annotations/DQ_FFpp with images/c40), or class folders {train,val,test}/{real,fake}.
 set -euo pipefail
-DATA=$(cd "${1:?usage: make demo DATA=FOLDER}" && pwd)
+case "${1:-}" in
+    "" | -h | --help)
+        sed -n '2,3s/^# //p' "$0"
+        exit $(($# == 0))
+        ;;
+esac
+DATA=$(cd "$1" && pwd)
 source "$(dirname "$0")/env.sh"
 OUT=${OUT:-outputs/demo}
 CONFIGS=scripts/configs
