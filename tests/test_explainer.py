@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from llava.core.types import Turn
 from llava.data.transforms import to_tensor
-from llava.explainer.certificate import sample_logits
+from llava.explainer.certificate import max_difference, sample_logits
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
 from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import load_model, load_processor
@@ -196,10 +196,52 @@ def test_frozen_parts_stay_in_eval_mode(explainer: Explainer) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.detector.state_dict().items())
 
 
-def test_half_precision_leaves_the_score_alone(world: Path, explainer: Explainer) -> None:
-    half = load_model(world / "start", dtype="bf16")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_writes_words_and_keeps_the_detector_in_float32(
+    world: Path, explainer: Explainer, dtype: str
+) -> None:
+    half = load_model(world / "start", dtype=dtype)
     assert {p.dtype for p in half.detector.parameters()} == {torch.float32}
-    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert half.lm_head.weight.dtype != torch.float32
+    words = Explainer(half, load_processor(world / "start", half))
+    pictures = [draw(i % 2, i) for i in range(4)]
+    found, exact = words.encode(pictures), explainer.encode(pictures)
+    # The vision tower is in half precision, so the score moves, but hardly.
+    assert torch.allclose(found.evidence, exact.evidence, atol=0.01)
+    assert len(words.answer(found, [QUESTION] * 4, GenerationSettings(max_new_tokens=3))) == 4
+
+
+def test_a_half_precision_base_keeps_its_precision_through_the_merges(world: Path, tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    shutil.copytree(world / "base", tmp_path / "base")
+    LlavaForConditionalGeneration.from_pretrained(world / "base").half().save_pretrained(tmp_path / "base")
+    certificate = merge_detector(str(tmp_path / "base"), str(world / "detector"), tmp_path / "start")
+    assert certificate["max_delta_p_fake"] <= certificate["tolerance"] == 0.01
+    (tmp_path / "w").mkdir()
+    shutil.copytree(tmp_path / "start", tmp_path / "w" / "start")
+    trained_delta(tmp_path / "w", tmp_path / "delta")
+    merge_delta(str(tmp_path / "start"), str(tmp_path / "delta"), tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", dtype="stored")
+    assert merged.lm_head.weight.dtype == torch.float16
+    assert merged.detector.classifier.weight.dtype == torch.float32
+
+
+def test_nan_is_no_small_difference() -> None:
+    assert not max_difference([torch.zeros(2), torch.tensor([float("nan")])], [torch.zeros(2), torch.zeros(1)]) <= 1e-4
+
+
+def test_unsaved_buffers_of_a_detector_survive_loading(world: Path) -> None:
+    detector = load_model(world / "start").detector
+    assert torch.equal(detector.class_weights, torch.ones(2))
+    positions = detector.text_encoder.model.embeddings.position_ids
+    assert torch.equal(positions, torch.arange(positions.shape[-1]).expand_as(positions))
+
+
+def test_a_prompt_without_its_image_is_refused(explainer: Explainer) -> None:
+    ids, _ = explainer.processor.encode(QUESTION)
+    with pytest.raises(ValueError, match="The prompt holds <image>, but no image was given"):
+        explainer.model(input_ids=torch.tensor([ids]))
 
 
 def test_lora_touches_the_language_model_only(explainer: Explainer) -> None:
@@ -288,6 +330,9 @@ def test_bases_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None:
     edit_config(tmp_path / "base", mm_vision_select_feature="cls_patch", deepfake_model_path=None)
     with pytest.raises(ValueError, match="--deepfake-model-path"):
         merge_detector(str(tmp_path / "base"), None, tmp_path / "out")
+    edit_config(tmp_path / "base", deepfake_model_name="vit3")
+    with pytest.raises(ValueError, match="names the detector 'vit3'"):
+        merge_detector(str(tmp_path / "base"), str(world / "detector"), tmp_path / "out")
     with pytest.raises(ValueError, match="stage 2 starts from a LLaVA"):
         merge_detector(str(world / "start"), str(world / "detector"), tmp_path / "out")
 

@@ -31,9 +31,9 @@ from llava.train.engine import (
     WholeBatches,
     balance_classes,
     flat_metrics,
-    last_checkpoint,
     training_arguments,
 )
+from llava.train.runs import last_checkpoint
 from llava.train.scoring import probe_answers, score
 from llava.train.splits import open_data
 

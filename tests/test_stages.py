@@ -14,13 +14,13 @@ import pytest
 import torch
 from tiny_world import draw, train_detector, write_world
 
-from llava.core.config import build, load_yaml
+from llava.core.config import build, load_yaml, parse
 from llava.core.types import Turn
 from llava.evaluation.text import parse_verdict
 from llava.explainer.generation import Explainer
 from llava.explainer.loading import load_model, load_processor
 from llava.train.arguments import ExplainArguments, translate
-from llava.train.explain import balanced_rows
+from llava.train.explain import DetectorInFloat32, balanced_rows
 from llava.train.launch import split_flags
 from llava.train.tiny_base import TinyBaseConfig, make_tiny_base
 
@@ -124,6 +124,32 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: 
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
+@pytest.mark.e2e
+def test_a_run_of_something_else_is_not_gone_on_with(world: Path, tmp_path: Path) -> None:
+    words = [*stage_3_flags(world, tmp_path / "out", 0.0), "--max_steps", "2", "--save_steps", "1"]
+    run("bash", "scripts/finetune_stage_3.sh", *words)
+    (tmp_path / "out/checkpoint-2/trainer_state.json").unlink()  # as if killed while saving
+    other = ["--model_name_or_path", str(world / "start")]
+    done = run("bash", "scripts/finetune_stage_3.sh", *words, *other, check=False)
+    assert done.returncode != 0 and "holds a run with another model or data file" in done.stderr
+    assert "checkpoint-2 is not complete and is passed over" in done.stderr
+    run("bash", "scripts/finetune_stage_3.sh", *words)
+    assert len(losses(tmp_path / "out")) == 2
+
+
+@pytest.mark.e2e
+def test_zero_2_in_bf16_leaves_the_detector_in_float32(world: Path, tmp_path: Path) -> None:
+    words = [*stage_3_flags(world, tmp_path / "out", 0.0), "--max_steps", "2", "--save_strategy", "no"]
+    run("bash", "scripts/finetune_stage_3.sh", "--num_gpus", "1", "--master_port", "29921", *words, "--bf16", "true")
+    assert all(0 < loss < 3 for loss in losses(tmp_path / "out"))
+    model = load_model(world / "stage_2", dtype="bf16")
+    kept = DetectorInFloat32(model)
+    exact = model.detector.classifier.weight.clone()
+    model.bfloat16()
+    kept.on_train_begin(None, None, None)
+    assert torch.equal(model.detector.classifier.weight, exact)
+
+
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     for _ in range(1200):
         if path.exists():
@@ -177,6 +203,20 @@ def test_balanced_rows_hold_everything_and_both_classes_equally() -> None:
     for bad in ([1, 1], [0, 1, None]):
         with pytest.raises(ValueError, match="--balance_classes False"):
             balanced_rows(bad)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_arguments_of_the_fixtures_parse(shared_data: Path, stage: int) -> None:
+    path = shared_data.parent / "golden" / "dev" / f"train_stage{stage}" / "manifest.json"
+    if not path.is_file():
+        pytest.skip("the golden fixtures are not beside the face data")
+    words = json.loads(path.read_text(encoding="utf-8"))["argv"]
+    valued = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        valued += [word, "x"] if word.startswith("--") and following.startswith("--") else [word]
+    arguments = parse(ExplainArguments, list(translate(valued)))
+    assert arguments.tune_deepfake_mlp_adapter and arguments.mm_vision_select_layer == -2
+    assert arguments.lora_enable == (stage == 3)
 
 
 def test_impossible_flags_are_refused() -> None:

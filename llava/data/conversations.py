@@ -57,6 +57,11 @@ class ConversationSource(ImageSource):
         return self._turns[record.id]
 
 
+def open_conversations(path: str, image_folder: str) -> ConversationSource:
+    """Open one conversation file whose image names start from `image_folder` (empty: from the file's own folder)."""
+    return ConversationSource(DataConfig(source="conversations", path=path, root=image_folder or None))
+
+
 def read_conversations(path: str | Path) -> list[dict[str, Any]]:
     """Read the json list. Raises FileNotFoundError, or ValueError naming file and record."""
     path = Path(path)

@@ -46,6 +46,7 @@ def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "image": _file(record),
             "label": _label_name(record),
             "class_name": record.class_name,
+            "video": record.video,
             "group": record.group,
             "conversations": [
                 {"from": "human", "value": PROMPT_HEAD + VERDICT_QUESTION},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from llava.explainer.loading import load_model, load_processor
 from llava.explainer.processing import ExplainerProcessor
 from llava.explainer.prompts import VERDICT_QUESTION
 
+log = logging.getLogger(__name__)
 CERTIFICATE = "certificate.json"
 TOLERANCE = 1e-4
+HALF_PRECISION_TOLERANCE = 0.01  # of p_fake, when the base's vision tower is in half precision
 QUESTIONS = (VERDICT_QUESTION, "Do the person's eyes look real or fake? Give the reasons.", "Why?")
 
 
@@ -43,8 +46,8 @@ def sample_logits(model: Model, processor: ExplainerProcessor) -> list[Tensor]:
 
 
 def max_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Give the largest absolute difference between two lists of tensors."""
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+    """Give the largest absolute difference between two lists of tensors; NaN when any of them is."""
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(first, second, strict=True)]).max())
 
 
 def changed_tensors(before: Path, after: Path) -> tuple[int, int]:
@@ -69,15 +72,40 @@ def certify_detector(folder: Path, alone: Detector) -> dict[str, Any]:
     inside = merged.encode(batch["pixel_values"], batch["detector_inputs"]).detection
     outside = alone.over_views(batch["detector_inputs"])
     difference = max_difference([alone.p_fake(inside.logits)], [alone.p_fake(outside.logits)])  # type: ignore[arg-type]
-    if merged.dtype == torch.float32 and difference > TOLERANCE:
+    tolerance = TOLERANCE if merged.model.vision_tower.dtype == torch.float32 else HALF_PRECISION_TOLERANCE
+    if not difference <= tolerance:
         raise ValueError(f"The merged detector differs from stage 1 by {difference:.1e} in p_fake.")
     return {
         "kind": "detector",
         "detector": alone.name,
         "max_delta_p_fake": difference,
+        "tolerance": tolerance,
         "sample_images": 4,
         "tensors_total": len(merged.state_dict()),
         "sha256": fingerprint(folder),
+    }
+
+
+def certify_delta(
+    base: Path, merged: Path, record: dict[str, Any], difference: float, tolerance: float
+) -> dict[str, Any]:
+    """Compare a merged folder with its base; `record` is the delta's own. Raises ValueError when nothing changed."""
+    changed, total = changed_tensors(base, merged)
+    if not changed:
+        raise ValueError(f"The delta changes no tensor of {str(base)!r}: nothing was restored. Is training finished?")
+    expected = record["lora"] // 2 + record["others"]
+    if changed < expected:
+        log.warning("only %d of %d trained tensors differ from the base", changed, expected)
+    return {
+        "kind": "lora" if record["lora"] else "adapter",
+        "base": record["base"],
+        "max_delta_logit": difference,
+        "tolerance": tolerance,
+        "sample_prompts": len(QUESTIONS),
+        "tensors_in_delta": record["lora"] + record["others"],
+        "tensors_changed": changed,
+        "tensors_total": total,
+        "sha256": fingerprint(merged),
     }
 
 

@@ -7,9 +7,7 @@ from typing import Any
 from transformers import LlavaConfig
 
 from llava.core.types import InputSpec
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from llava.detectors.clip_prompt import CLIP_MEAN, CLIP_STD
 
 
 class ForgeryLlavaConfig(LlavaConfig):

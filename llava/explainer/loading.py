@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from llava.core.types import Decision
 from llava.core.weights import read_config, resolve
 from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.modeling import ForgeryLlava
 from llava.explainer.processing import ExplainerProcessor
 
 DTYPES: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "stored": "auto"}
-# Never quantised: p_fake must not change with the precision of the words.
+# Never quantised: p_fake is the same whether the words are written in 4, 8 or 16 bit.
 FULL_PRECISION = ["detector", "model.vision_tower", "model.multi_modal_projector", "deepfake_projector", "lm_head"]
 
 
@@ -48,7 +47,6 @@ def load_model(
         if report.get(kind_of_problem):
             some = sorted(map(str, report[kind_of_problem]))
             raise ValueError(f"{str(name)!r}: {len(some)} {kind_of_problem.replace('_', ' ')}, first: {some[0]}.")
-    model.detector.decision = Decision(**model.config.detector.get("decision", {}))
     return model.eval() if quantization != "none" else model.to(device).eval()  # type: ignore[arg-type]
 
 

@@ -17,10 +17,9 @@ from llava.detectors.base import Detector
 from llava.detectors.base import load as load_detector
 from llava.explainer.certificate import (
     CERTIFICATE,
-    QUESTIONS,
     TOLERANCE,
+    certify_delta,
     certify_detector,
-    changed_tensors,
     max_difference,
     sample_logits,
 )
@@ -45,7 +44,9 @@ def merge_detector(
     alone = load_detector(resolve(detector or named_detector(settings, base)))
     llava, report = LlavaForConditionalGeneration.from_pretrained(base_folder, dtype="auto", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"]:
-        raise ValueError(f"{base!r}: weights do not fit LLaVA: {sorted(report['missing_keys'])[:3]} are missing.")
+        wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+        raise ValueError(f"{base!r}: {len(wrong)} tensors do not fit LLaVA, first: {wrong[0]}.")
+    check_named(settings, alone, base)
     guest = share_vision(alone, llava)
     ratio = settings.get("image_aspect_ratio", "square")
     model = _join(llava, guest, _explainer_config(llava.config, guest, ratio, evidence_tokens, layout), seed)
@@ -82,24 +83,17 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
         processor.tokenizer.save_pretrained(staged)
         del model, live, merged  # one model in memory at a time
         difference = max_difference(expected, sample_logits(load_model(staged, dtype="stored"), processor))
-        if difference > tolerance:
+        if not difference <= tolerance:
             raise ValueError(f"Merging {delta!r} changed the logits by {difference:.1e}, more than {tolerance:.0e}.")
-        changed, total = changed_tensors(base_folder, staged)
-        if not changed:
-            raise ValueError(f"{delta!r} changes no tensor of {base!r}: nothing was restored. Is training finished?")
-        certificate = {
-            "kind": "lora" if record["lora"] else "adapter",
-            "base": record["base"],
-            "max_delta_logit": difference,
-            "tolerance": tolerance,
-            "sample_prompts": len(QUESTIONS),
-            "tensors_in_delta": record["lora"] + record["others"],
-            "tensors_changed": changed,
-            "tensors_total": total,
-            "sha256": fingerprint(staged),
-        }
+        certificate = certify_delta(base_folder, staged, record, difference, tolerance)
         write_json(staged / CERTIFICATE, certificate)
-    log.info("merged %s into %s: %d tensors changed, max |delta logit| %.1e", delta, out, changed, difference)
+    log.info(
+        "merged %s into %s: %d tensors changed, max |delta logit| %.1e",
+        delta,
+        out,
+        certificate["tensors_changed"],
+        difference,
+    )
     return certificate
 
 
@@ -135,6 +129,14 @@ def named_detector(settings: dict[str, Any], base: str) -> str:
     return str(path)
 
 
+def check_named(settings: dict[str, Any], detector: Detector, base: str) -> None:
+    """Refuse a detector that is not the one the base's config names (by detector or, as published, by backbone)."""
+    named = settings.get("deepfake_model_name")
+    known = (detector.name, getattr(detector.config, "backbone", None))
+    if named is not None and named not in known:
+        raise ValueError(f"{base!r} names the detector {named!r} (deepfake_model_name), the folder holds {known}.")
+
+
 def fresh_adapter(config: ForgeryLlavaConfig, seed: int) -> EvidenceAdapter:
     """Draw an adapter: matrices N(0, 0.1) as published, biases 0."""
     adapter = EvidenceAdapter(config.evidence_size, config.text_config.hidden_size, config.evidence_tokens)
@@ -166,7 +168,10 @@ def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> De
     theirs = llava.model.vision_tower.state_dict()
     mine = own.model.state_dict()
     differ = [k for k in mine if k not in theirs or mine[k].shape != theirs[k].shape or not _close(mine[k], theirs[k])]
-    if differ or llava.config.vision_feature_layer != -2:
+    layers = detector.config.vision.select_layer, llava.config.vision_feature_layer
+    if layers[0] != layers[1]:
+        raise ValueError(f"The detector reads layer {layers[0]} of the vision tower, the base layer {layers[1]}.")
+    if differ:
         raise ValueError(
             f"The detector was trained on another vision tower ({len(differ)} of {len(mine)} tensors differ), its "
             "scores would change. Train stage 1 with --model.clip_name set to this base, or merge into its own base."

@@ -49,6 +49,10 @@ class EvidenceAdapter(nn.Sequential):
     def __init__(self, evidence_size: int, hidden_size: int, tokens: int) -> None:
         super().__init__(nn.Linear(evidence_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, tokens * hidden_size))
 
+    def forward(self, evidence: Tensor) -> Tensor:
+        """Give (B, T * hidden) in the adapter's own precision; evidence comes in the detector's."""
+        return super().forward(evidence.to(next(self.parameters()).dtype))
+
 
 class ForgeryLlava(LlavaForConditionalGeneration):
     """LLaVA-1.5 with a detector inside; `<image>` and `<deepfake>` ids may lie beyond the vocabulary."""
@@ -67,10 +71,13 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as transformers does; a detector's unsaved buffers are restored after a meta-device build."""
+        """Initialise as transformers does; a detector's unsaved buffers come back after a meta-device build."""
         super()._init_weights(module)
         if isinstance(module, Detector):
-            init.ones_(module.class_weights)
+            saved = module.state_dict().keys()
+            for name, buffer in from_description(module.describe()).named_buffers():
+                if name not in saved:
+                    init.copy_(module.get_buffer(name), buffer)
 
     def train(self, mode: bool = True) -> ForgeryLlava:
         """Switch mode; the detector and the vision tower stay in eval mode (no BatchNorm drift, no dropout)."""
@@ -114,6 +121,11 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         """Embed ids (B, L) and put image and evidence tokens at their placeholders, in reading order."""
         is_image = input_ids == self.config.image_token_id
         is_evidence = input_ids == self.config.deepfake_token_index
+        for tag, marks, given in (("<image>", is_image, image_features), ("<deepfake>", is_evidence, evidence)):
+            if given is None and input_ids.shape[1] > 1 and bool(marks.any()):
+                raise ValueError(
+                    f"The prompt holds {tag}, but no image was given; pass pixel_values or encoded images."
+                )
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image | is_evidence, 0))
         if evidence is not None:
             tokens = self.deepfake_projector(evidence)
@@ -149,6 +161,8 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_features, evidence)  # type: ignore[arg-type]
         items = kwargs.pop("num_items_in_batch", None)
+        if labels is not None:
+            kwargs["use_cache"] = False
         outputs = self.model.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.core.types import InputSpec, Turn
 from llava.data.transforms import to_tensor, view_tensors
-from llava.explainer.configuration import CLIP_MEAN, ForgeryLlavaConfig
+from llava.detectors.clip_prompt import CLIP_MEAN
+from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.prompts import EVIDENCE_TAG, IMAGE_TAG, TAGS, lay_out
 
 IGNORE = -100

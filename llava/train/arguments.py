@@ -56,9 +56,11 @@ class ExplainArguments(TrainingArguments):
     data_path: str = setting("", "LLaVA conversation json")
     eval_data_path: str | None = setting(None, "conversation json for the evaluation loss")
     image_folder: str = setting("", "folder or zip that image names start from")
-    version: str = setting("v1", "prompt layout")
+    version: str | None = setting(None, "prompt layout; must be the merged model's when given")
     model_max_length: int = setting(2048, "longest conversation in tokens, image tokens included")
-    balance_classes: bool = setting(True, "let real and fake records weigh the same, by repeating the rarer ones")
+    balance_classes: bool | None = setting(
+        None, "let real and fake records weigh the same, by repeating the rarer ones (default: where all have a label)"
+    )
     tune_deepfake_mlp_adapter: bool = setting(False, "train the adapter from evidence to tokens")
     tune_mm_mlp_adapter: bool = setting(False, "train the projector from vision features to tokens")
     freeze_mm_mlp_adapter: bool = setting(False, "leave the projector as it is, whatever else is said")

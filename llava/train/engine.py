@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions, from_records
 from llava.train.callbacks import CollapseCheck, ProgressLine, TensorBoard, check_collapse
 from llava.train.config import OptimConfig, PhaseConfig
+from llava.train.runs import last_checkpoint
 from llava.train.scoring import p_fake_of, probe_answers
 from llava.train.splits import PhaseData
 
@@ -247,22 +247,6 @@ def flat_metrics(predictions: Predictions, threshold: float = 0.5) -> dict[str, 
     log_loss = float(-np.log(p_label.clip(1e-7)).mean())
     merit = flat["video_auc"] - LOSS_IN_MERIT * log_loss
     return {**flat, "sd_p_fake": float(predictions.p_fake.std()), "log_loss": log_loss, "merit": merit}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Give the newest checkpoint that was written to its end; Trainer writes its state last."""
-    complete = [p for p in folder.glob("checkpoint-*") if _is_complete(p)]
-    return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    state = checkpoint / "trainer_state.json"
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        log.warning("%s is not complete and is passed over", checkpoint)
-        return False
-    return True
 
 
 def _schedule_options(optim: OptimConfig) -> dict[str, Any]:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from llava.core.runtime import write_run
 from llava.core.types import FAKE, REAL, Record
-from llava.core.weights import resolve
-from llava.data.conversations import ConversationSource
-from llava.data.sources import DataConfig
-from llava.explainer.delta import Model, add_lora, fingerprint, inner, load_delta, save_delta
+from llava.core.weights import resolve, sha256_of
+from llava.data.conversations import ConversationSource, open_conversations
+from llava.data.splits import check_leaks
+from llava.explainer.delta import Model, add_lora, fingerprint, inner, load_delta, read_record, save_delta
 from llava.explainer.loading import load_model, load_processor
 from llava.explainer.processing import IGNORE, ExplainerProcessor
 from llava.train.arguments import ExplainArguments
+from llava.train.runs import last_checkpoint, other_settings
 
 log = logging.getLogger(__name__)
+# Settings that must be the same when an interrupted run goes on.
+SETTINGS_OF_A_RUN = (
+    *("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "mm_projector_lr", "lr_scheduler_type"),
+    *("num_train_epochs", "max_steps", "seed", "balance_classes", "freeze_backbone", "tune_deepfake_mlp_adapter"),
+    *("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "model_max_length", "warmup_steps", "weight_decay"),
+)
 
 
 class ExplainDataset(Dataset[dict[str, Any]]):
@@ -59,6 +67,20 @@ class ExplainDataset(Dataset[dict[str, Any]]):
             f"Record {record.id!r} has no answer within {self.max_length} tokens; "
             "give it one, or raise --model_max_length."
         )
+
+
+class DetectorInFloat32(TrainerCallback):
+    """Give the detector its own weights back after DeepSpeed has rounded the whole model to bf16 or fp16."""
+
+    def __init__(self, model: Model) -> None:
+        self.detector = inner(model).detector
+        self.weights = {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore it; DeepSpeed's optimiser holds no frozen weights."""
+        self.detector.float().load_state_dict(self.weights)
 
 
 def balanced_rows(labels: Sequence[int | None]) -> list[int]:
@@ -99,7 +121,8 @@ class ExplainTrainer(Trainer):
             if parameter.requires_grad:
                 key = ("projector" in name and ".lora_" not in name, name in decaying)
                 groups.setdefault(key, []).append(parameter)
-        rates = {True: self.projector_lr or self.args.learning_rate, False: self.args.learning_rate}
+        slow = self.args.learning_rate
+        rates = {True: slow if self.projector_lr is None else self.projector_lr, False: slow}
         return [
             {"params": params, "lr": rates[is_projector], "weight_decay": self.args.weight_decay if decays else 0.0}
             for (is_projector, decays), params in groups.items()
@@ -113,6 +136,13 @@ class ExplainTrainer(Trainer):
         count = load_delta(self._model(), resume_from_checkpoint)
         log.info("restored %d trained tensors from %s", count, resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a batch; unlike the parent under DeepSpeed, leave the detector's pixels in float32."""
+        return send_to_device(data, self.args.device)
+
     def _model(self) -> Model:
         return self.accelerator.unwrap_model(self.model)
 
@@ -123,8 +153,6 @@ def prepare(args: ExplainArguments) -> tuple[Model, ExplainerProcessor]:
     model.set_attn_implementation({"text_config": args.attn_implementation})
     _check_against_model(args, model.config)
     processor = load_processor(args.model_name_or_path, model)
-    model.config.layout = args.version
-    model.config.use_cache = False
     model.requires_grad_(False)
     for parameter in model.detector.parameters():
         if parameter.ndim == 0:  # DeepSpeed broadcasts bytes, which a scalar parameter cannot give; frozen, not saved
@@ -150,50 +178,81 @@ def train(args: ExplainArguments) -> dict[str, float]:
     """Run one stage; resumes from the last checkpoint in output_dir when there is one. Gives the metrics."""
     if not args.output_dir or not args.model_name_or_path or not args.data_path:
         raise ValueError("Give --model_name_or_path, --data_path and --output_dir.")
-    train_source = _open(args.data_path, args.image_folder)
-    eval_source = _open(args.eval_data_path, args.image_folder) if args.eval_data_path else None
+    train_source = open_conversations(args.data_path, args.image_folder)
+    eval_source = open_conversations(args.eval_data_path, args.image_folder) if args.eval_data_path else None
+    if eval_source:
+        check_leaks({"data_path": train_source.records, "eval_data_path": eval_source.records})
+    base = _origin(args)
+    checkpoint = _checkpoint(args, base)
     set_seed(args.seed)  # LoRA's fresh weights
     if args.should_save:
         write_run(args.output_dir, {k: v for k, v in args.to_dict().items() if v is not None}, args.seed)
     model, processor = prepare(args)
-    base = {"name": args.model_name_or_path, "sha256": fingerprint(resolve(args.model_name_or_path))}
     trainer = ExplainTrainer(
         base=base,
         projector_lr=args.mm_projector_lr,
         model=model,
         args=args,
         data_collator=processor.collate,
-        train_dataset=ExplainDataset(train_source, processor, args.model_max_length, args.balance_classes),
+        train_dataset=ExplainDataset(train_source, processor, args.model_max_length, is_balanced(args, train_source)),
         eval_dataset=ExplainDataset(eval_source, processor, args.model_max_length) if eval_source else None,
     )
+    trainer.add_callback(DetectorInFloat32(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("training %s weights of %s", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
-    result = trainer.train(resume_from_checkpoint=_checkpoint(args))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    inner(model).config.use_cache = True
     return result.metrics
 
 
-def _open(path: str, image_folder: str) -> ConversationSource:
-    return ConversationSource(DataConfig(source="conversations", path=path, root=image_folder or None))
+def _origin(args: ExplainArguments) -> dict[str, str]:
+    """Name what a delta belongs to: the model it was trained on, and the data."""
+    model = fingerprint(resolve(args.model_name_or_path))
+    return {"name": args.model_name_or_path, "sha256": model, "data_sha256": sha256_of(args.data_path)}
 
 
-def _checkpoint(args: ExplainArguments) -> str | None:
-    if args.resume_from_checkpoint and str(args.resume_from_checkpoint).lower() not in ("true", "false"):
-        return str(args.resume_from_checkpoint)
-    if str(args.resume_from_checkpoint).lower() == "false" or not Path(args.output_dir).is_dir():
+def is_balanced(args: ExplainArguments, source: ConversationSource) -> bool:
+    """Decide whether rarer records are repeated: as the flag says, without it where every record has a label."""
+    if args.balance_classes is not None:
+        return args.balance_classes
+    labels = {record.label for record in source.records}
+    if labels != {REAL, FAKE}:
+        log.warning("classes are not balanced: %s has records without a label, or one class only", args.data_path)
+    return labels == {REAL, FAKE}
+
+
+def _checkpoint(args: ExplainArguments, base: dict[str, Any]) -> str | None:
+    """Give the checkpoint to go on from. Raises ValueError when the folder holds a run of something else."""
+    folder, asked = Path(args.output_dir), str(args.resume_from_checkpoint)
+    if asked.lower() == "false":
+        if args.should_save:
+            for old in folder.glob("checkpoint-*"):
+                shutil.rmtree(old)
         return None
-    last = get_last_checkpoint(args.output_dir)
-    if last:
-        log.info("going on from %s (--resume_from_checkpoint False starts afresh)", last)
-    return last
+    last = last_checkpoint(folder) if asked.lower() in ("true", "none") else Path(asked)
+    if last is None:
+        return None
+    other = other_settings(folder, args.to_dict(), SETTINGS_OF_A_RUN)
+    if read_record(last)["base"] != base:
+        other.append("model or data file")
+    if other:
+        raise ValueError(
+            f"{args.output_dir!r} holds a run with another {', '.join(other)}; give another --output_dir, or "
+            "--resume_from_checkpoint False to train afresh there."
+        )
+    log.info("going on from %s (--resume_from_checkpoint False starts afresh)", last)
+    return str(last)
 
 
 def _check_against_model(args: ExplainArguments, config: Any) -> None:
-    fixed = {"mm_vision_select_layer": config.vision_feature_layer, "image_aspect_ratio": config.image_aspect_ratio}
+    fixed = {
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "version": config.layout,
+    }
     for name, value in fixed.items():
         given = getattr(args, name)
         if given is not None and given != value:

@@ -27,6 +27,7 @@ from llava.evaluation.predictions import write_csv
 from llava.train.callbacks import CollapseError
 from llava.train.config import PhaseConfig, Recipe
 from llava.train.engine import BEST, train_phase
+from llava.train.runs import other_settings
 from llava.train.scoring import probe_answers, score
 from llava.train.splits import PhaseData, open_data, report_near_duplicates
 
@@ -106,12 +107,11 @@ def prepare_folder(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
             shutil.rmtree(folder / "phases", ignore_errors=True)
             (folder / RESULTS).unlink(missing_ok=True)
         return None
-    old = json.loads(record.read_text(encoding="utf-8")).get("config", {})
-    new = json.loads(json.dumps(to_dict(recipe)))
-    other = [key for key in new if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
+    settings = to_dict(recipe)
+    other = other_settings(folder, settings, settings.keys() - set(FREE_TO_CHANGE))
     if other:
         raise ValueError(
-            f"{recipe.output_dir!r} holds a run with other settings ({', '.join(other)}); "
+            f"{recipe.output_dir!r} holds a run with other settings ({', '.join(sorted(other))}); "
             "give another --output_dir, or --resume false to train afresh there."
         )
     if not (folder / RESULTS).is_file():

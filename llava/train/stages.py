@@ -57,7 +57,7 @@ def stage_2(values: dict[str, Any], merging: MergeConfig, argv: Sequence[str]) -
         Path(merging.start),
         seed=int(values.get("seed", 42)),
         evidence_tokens=merging.evidence_tokens,
-        layout=values.get("version", "v1"),
+        layout=values.get("version") or "v1",
     )
     return run("2", [*argv, "--model_name_or_path", merging.start])
 

@@ -30,8 +30,7 @@ from llava.core.config import setting, to_dict
 from llava.core.runtime import atomic_path, write_json, write_run
 from llava.core.types import LABEL_NAMES, Record
 from llava.core.weights import read_config, resolve
-from llava.data.conversations import ConversationSource
-from llava.data.sources import DataConfig
+from llava.data.conversations import ConversationSource, open_conversations
 from llava.detectors.base import load as load_detector
 from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor
@@ -48,7 +47,7 @@ class TinyBaseConfig:
     data: list[str] = setting(help="training conversation files (never the test ones)")
     image_folder: str = setting(help="folder or zip that image names start from")
     detector: str = setting(help="stage-1 folder; its vision tower becomes the base's")
-    out: str = setting("checkpoints/llava-tiny", "where the base is written")
+    out: str = setting("checkpoints/llava_tiny", "where the base is written")
     vocab_size: int = setting(1500, "tokens of the tokeniser")
     hidden_size: int = setting(192, "width of the language model")
     layers: int = setting(4, "layers of the language model")
@@ -61,7 +60,7 @@ class TinyBaseConfig:
 
 def make_tiny_base(config: TinyBaseConfig) -> dict[str, float]:
     """Train tokeniser and language model and write a LLaVA folder; gives the training metrics."""
-    sources = [_open(path, config.image_folder) for path in config.data]
+    sources = [_open_training(path, config.image_folder) for path in config.data]
     detector_folder = resolve(config.detector)
     write_run(config.out, to_dict(config), config.seed)
     set_seed(config.seed)
@@ -116,10 +115,9 @@ class _ToldConversations(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, record = self.items[index]
-        sample = source.load(record)
         if record.where not in self.pixels:
-            self.pixels[record.where] = self.processor.pixels(sample.image)["pixel_values"]
-        ids, _ = self.processor.encode(sample.turns, evidence_word=_word(record))
+            self.pixels[record.where] = self.processor.pixels(source.load(record).image)["pixel_values"]
+        ids, _ = self.processor.encode(source.turns(record), evidence_word=_word(record))
         image = self.processor.config.image_token_id
         labels = [-100 if token == image else token for token in ids]
         return {"input_ids": ids, "labels": labels, "pixel_values": self.pixels[record.where], "detector_inputs": {}}
@@ -152,9 +150,9 @@ def _train(
         save_strategy="no",
         logging_steps=20,
         seed=config.seed,
+        dataloader_drop_last=True,  # a batch of one would keep its own picture
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="random",
     )
     dataset = _ToldConversations(sources, processor)
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
@@ -198,5 +196,8 @@ def _texts(sources: Sequence[ConversationSource]) -> Iterator[str]:
             yield plain_text(lay_out(turns))
 
 
-def _open(path: str, image_folder: str) -> ConversationSource:
-    return ConversationSource(DataConfig(source="conversations", path=path, root=image_folder))
+def _open_training(path: str, image_folder: str) -> ConversationSource:
+    source = open_conversations(path, image_folder)
+    if Path(path).parent.name == "test" or any(record.split == "test" for record in source.records):
+        raise ValueError(f"{path!r} holds test conversations, which the base must not see; give the training files.")
+    return source

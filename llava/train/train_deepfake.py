@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         words = list(translate(sys.argv[1:] if argv is None else argv))
         train(parse(ExplainArguments, words, description=__doc__ or ""))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         raise SystemExit(f"train_deepfake: error: {error}") from error
     finally:
         if torch.distributed.is_initialized():
