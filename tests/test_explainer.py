@@ -187,6 +187,23 @@ def test_batched_answers_equal_single_ones(explainer: Explainer) -> None:
     assert "".join(explainer.stream(encoded.take([2]), asked[2], settings)).strip() == alone[2]
 
 
+def test_a_reader_that_leaves_ends_the_writing(explainer: Explainer) -> None:
+    encoded = explainer.encode([draw(0, 1)])
+    written = 0
+    forward = explainer.model.forward
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal written
+        written += 1
+        return forward(*args, **kwargs)
+
+    explainer.model.forward = counted
+    pieces = explainer.stream(encoded, QUESTION, GenerationSettings(max_new_tokens=5000))
+    next(pieces)
+    pieces.close()
+    assert written < 1000
+
+
 def test_frozen_parts_stay_in_eval_mode(explainer: Explainer) -> None:
     model = explainer.model.train()
     before = {k: v.clone() for k, v in model.detector.state_dict().items()}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from llava.core.config import setting
 from llava.core.types import Turn
@@ -33,6 +33,16 @@ class GenerationSettings:
         if self.temperature > 0:
             options |= {"temperature": self.temperature, "top_p": self.top_p}
         return options
+
+
+class _ReaderLeft(StoppingCriteria):
+    """Ends generation when nobody reads any more."""
+
+    def __init__(self, left: Event) -> None:
+        self.left = left
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
 
 
 class Explainer:
@@ -75,24 +85,33 @@ class Explainer:
     def stream(
         self, encoded: Encoded, turns: Sequence[Turn], settings: GenerationSettings | None = None
     ) -> Iterator[str]:
-        """Yield the answer to one conversation piece by piece. An error in the model is raised here."""
+        """Yield the answer to one conversation piece by piece; a reader that stops early stops the writing.
+
+        An error in the model is raised here.
+        """
         settings = settings or GenerationSettings()
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
+        left = Event()
 
         def run() -> None:
             try:
                 with torch.no_grad():
                     inputs = self._inputs(encoded, [turns], settings, None)
-                    self.model.generate(**inputs, **settings.for_generate(), **self._ends(), streamer=streamer)
+                    stop = StoppingCriteriaList([_ReaderLeft(left)])
+                    options = {**settings.for_generate(), **self._ends()}
+                    self.model.generate(**inputs, **options, streamer=streamer, stopping_criteria=stop)
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
 
         thread = Thread(target=run, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:
+            left.set()
+            thread.join()
         if failure:
             raise failure[0]
 
