@@ -127,6 +127,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: 
 @pytest.mark.e2e
 def test_a_run_of_something_else_is_not_gone_on_with(world: Path, tmp_path: Path) -> None:
     words = [*stage_3_flags(world, tmp_path / "out", 0.0), "--max_steps", "2", "--save_steps", "1"]
+    words += ["--save_total_limit", "9"]
     run("bash", "scripts/finetune_stage_3.sh", *words)
     (tmp_path / "out/checkpoint-2/trainer_state.json").unlink()  # as if killed while saving
     other = ["--model_name_or_path", str(world / "start")]
