@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             hidden_size=64,
             layers=2,
             heads=4,
-            epochs=16,
+            steps=100,
             lr=3e-3,
         )
     )

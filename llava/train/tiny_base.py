@@ -52,7 +52,7 @@ class TinyBaseConfig:
     hidden_size: int = setting(192, "width of the language model")
     layers: int = setting(4, "layers of the language model")
     heads: int = setting(6, "attention heads of the language model")
-    epochs: float = setting(3.0, "passes over the conversations")
+    steps: int = setting(500, "training steps, whatever the size of the data")
     batch_size: int = setting(16, "conversations per step")
     lr: float = setting(1e-3, "highest learning rate")
     seed: int = setting(0, "seed of initial weights and order")
@@ -142,7 +142,7 @@ def _train(
 
     arguments = TrainingArguments(
         output_dir=str(Path(config.out) / "training"),
-        num_train_epochs=config.epochs,
+        max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
