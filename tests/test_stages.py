@@ -107,18 +107,22 @@ def stage_3_flags(world: Path, out: Path, dropout: float) -> list[str]:
 
 
 @pytest.mark.e2e
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: Path, processes: int) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ["--save_steps", "4", "--save_total_limit", "9"]
-    run("bash", "scripts/finetune_stage_3.sh", *stage_3_flags(world, whole, 0.1), *flags)
-    words = [sys.executable, "llava/train/train_deepfake.py", "--config", "scripts/configs/stage_3/m2f2.yaml"]
-    words += [*stage_3_flags(world, broken, 0.1), *flags]
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = ["bash", "scripts/finetune_stage_3.sh"]
+    if processes == 2:
+        script += ["--num_gpus", "2", "--master_port", "29941"]
+    flags = ["--save_steps", "4", "--save_total_limit", "9", "--per_device_train_batch_size", str(16 // processes)]
+    run(*script, *stage_3_flags(world, whole, 0.1), *flags)
+    words = [*script, *stage_3_flags(world, broken, 0.1), *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **quiet)
     wait_for(broken / "checkpoint-8" / "trainer_state.json", process)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "trainer_state.json").exists()
-    run("bash", "scripts/finetune_stage_3.sh", *stage_3_flags(world, broken, 0.1), *flags)
+    run(*words)
     assert losses(broken) == pytest.approx(losses(whole), abs=1e-6)
     for name in ("adapter_model.safetensors", "non_lora_trainables.safetensors"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
