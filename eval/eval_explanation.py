@@ -17,7 +17,7 @@ class Settings:
 
     predict_path: str = setting("outputs/DDVQA/DDVQA_exp_c40.jsonl", "answers, one json {key, text} per line")
     gt_path: str = setting(
-        "utils/DDVQA_annotations/c40/test.jsonl", "truth, one json {key: {question, answer: [...]}} per line"
+        "utils/DDVQA_conversations/test/label_free.jsonl", "truth, one json {key: {question, answer: [...]}} per line"
     )
     ptb: bool = setting(False, "the literature's PTB tokenisation (needs Java); default: as published")
     n_boot: int = setting(2000, "resamples of the group bootstrap")
