@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from llava.data.ddvqa import DdvqaConfig, build_ddvqa
-from llava.data.ddvqa_text import label_free_answer, label_free_question, published_pair, reason_sentences
+from llava.data.ddvqa_reasons import reason_sentences
+from llava.data.ddvqa_text import label_free_answer, label_free_question, published_pair
 from llava.data.sources import DataConfig, open_source
 from llava.data.splits import LeakError, check_leaks
 
@@ -61,7 +62,7 @@ def truths(root: Path, name: str) -> dict[str, Any]:
     return {k: v for line in (root / "out" / name).read_text().splitlines() for k, v in json.loads(line).items()}
 
 
-def test_three_styles_are_written_and_open_as_a_source(tiny: Path) -> None:
+def test_styles_are_written_and_open_as_a_source(tiny: Path) -> None:
     (tiny / "val.txt").write_text("5_003.jpg\n1_003_004.jpg\n")
     counts = build_ddvqa(config_of(tiny, val_list=str(tiny / "val.txt")))
     assert counts["annotated_without_image"] == 1
@@ -89,6 +90,51 @@ def test_three_styles_are_written_and_open_as_a_source(tiny: Path) -> None:
     path, images = str(tiny / "out" / "train" / "label_free.json"), str(tiny / "c40")
     source = open_source(DataConfig(source="conversations", path=path, root=images))
     assert Counter(r.class_name for r in source.records) == {"Deepfakes": 3, "real": 2}
+
+
+def dialogues(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
+    """Give the (question, answer) pairs by id, without the head of the first question."""
+    said = {row["id"]: [turn["value"].removeprefix(HEAD) for turn in row["conversations"]] for row in rows}
+    return {key: list(zip(values[::2], values[1::2], strict=True)) for key, values in said.items()}
+
+
+def test_dialogues_ask_everything_in_rounds(tiny: Path) -> None:
+    (tiny / "val.txt").write_text("5_003.jpg\n1_003_004.jpg\n")
+    counts = build_ddvqa(config_of(tiny, val_list=str(tiny / "val.txt")))
+    assert [counts[f"{split}/dialogue.json"] for split in ("train", "val", "test")] == [3, 3, 3]
+    assert "test/dialogue.jsonl" not in counts and not (tiny / "out/test/dialogue.jsonl").exists()
+    rows = {row["id"]: row for row in read(tiny, "train/dialogue.json")}
+    verdict = ("Determine the authenticity of this image.", "The image is fake.")
+    nose = "Does the person's nose look real or fake? Give the reason."
+    whole = "Does this image look real or fake? Give the reasons."
+    said = dialogues(list(rows.values()))
+    assert set(said["0_001_002_d0"]) == {
+        verdict,
+        (nose, "The image is fake. The nose looks curved."),
+        (whole, "The image is fake. The nose looks curved. The person has mismatched bangs."),
+    }
+    assert set(said["0_001_002_d1"]) == {verdict, (nose, "The image is fake. Nose too long.")}
+    assert said.keys() == {"5_001_d0", "0_001_002_d0", "0_001_002_d1"}
+    row = rows["0_001_002_d1"]
+    assert (row["image"], row["label"], row["class_name"], row["group"]) == (
+        *("train/0_001_002.jpg", "fake", "Deepfakes", "001"),
+    )
+    for row in rows.values():
+        values = [turn["value"] for turn in row["conversations"]]
+        assert [HEAD in value for value in values] == [True] + [False] * (len(values) - 1)
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (len(values) // 2)
+
+
+def test_the_order_of_a_dialogue_is_a_function_of_the_seed(tiny: Path) -> None:
+    def order(seed: int) -> dict[str, list[tuple[str, str]]]:
+        build_ddvqa(config_of(tiny, val_fraction=0.5, seed=seed))
+        return dialogues(read(tiny, "test/dialogue.json"))
+
+    first = order(0)
+    assert order(0) == first
+    others = [order(seed) for seed in range(1, 6)]
+    assert any(other != first for other in others)
+    assert all({k: set(v) for k, v in other.items()} == {k: set(v) for k, v in first.items()} for other in others)
 
 
 def test_validation_without_a_list_takes_whole_groups(tiny: Path) -> None:
@@ -143,10 +189,69 @@ def test_published_wording_by_hand() -> None:
             ],
         ),
         ("The person's nose looks fake. Real. It could be real. Na.", []),
-        ("The image looks real. Unrealistic? no.", ["Unrealistic? no."]),
+        ("The image looks real. Unrealistic? not at all.", ["Unrealistic? not at all."]),
     ],
 )
 def test_reasons_are_readable_sentences(answer: str, expected: list[str]) -> None:
+    assert reason_sentences(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        # A clause that is still open is not cut.
+        (
+            "The person has the lighting in the image is inconsistent, unrealistic shadows.",
+            ["The lighting and shadows do not match."],
+        ),
+        ("Brighter around the mouth is too bright.", ["Brighter around the mouth is too bright."]),
+        # What was typed behind a sentence of the tool is a reason of its own, or a scrap.
+        (
+            "The mouth is misaligned with other facial features bottom right of mouth looks strange.",
+            ["The mouth is misaligned with other facial features.", "Bottom right of mouth looks strange."],
+        ),
+        ("There area of looking unnaturally darker yes.", ["There are areas looking unnaturally darker."]),
+        (
+            "The person has blurry hairlines mismatched beard.",
+            ["The person has blurry hairlines.", "The person has a mismatched beard."],
+        ),
+        (
+            "There area of looking unnaturally darker such as nose.",
+            ["There are areas looking unnaturally darker such as nose."],
+        ),
+        # Examples without content go.
+        ("There are stains/flaws on the person's face such as.", ["There are stains or flaws on the person's face."]),
+        (
+            "There are stains/flaws on the person's face such as very bad.",
+            ["There are stains or flaws on the person's face."],
+        ),
+        # The second half of a list of features gets its beginning back.
+        (
+            "The person has smooth there are lines. Skin, arched eyebrows, full mouth.",
+            ["There are lines.", "The person has arched eyebrows, full mouth."],
+        ),
+        # Words of the tool that need a sentence around them.
+        (
+            "One single eyebrow. No eyebrow. No mouth.",
+            ["There is only one eyebrow.", "There is no eyebrow.", "There is no mouth."],
+        ),
+        (
+            "Blurry hairlines. Left broken eyebrows.",
+            ["The person has blurry hairlines.", "The left eyebrow is broken."],
+        ),
+        ("The person has naturally dull eyes eyes.", ["The person has naturally dull eyes."]),
+        ("The person has naturally round yes eyes.", ["The person has naturally round eyes."]),
+        ("He has no eyebrows. The color is not too bad.", ["He has no eyebrows.", "The color is not too bad."]),
+        # Fragments and scraps are left out.
+        ("The person has. The nose is. The bottom of. The inside of the.", []),
+        (
+            "The person has na. The person has naturally arched. The person has smooth even. The person has no image.",
+            [],
+        ),
+        ("Beautiful. Very bad. Nothing nothing nothing. Yes.", []),
+    ],
+)
+def test_fragments_are_mended_or_left_out(answer: str, expected: list[str]) -> None:
     assert reason_sentences(answer) == expected
 
 
@@ -212,6 +317,33 @@ def test_answers_say_the_labels_verdict_and_no_other(built: Path) -> None:
             other = "real" if row["label"] == "fake" else "fake"
             assert answer.startswith(f"The image is {row['label']}.")
             assert not re.search(rf"\b{other}\b", answer), answer
+
+
+def test_dialogues_use_every_answer_once_and_begin_with_every_question(built: Path) -> None:
+    for split in ("train", "val", "test"):
+        single = Counter(
+            (row["image"], *(turn["value"].removeprefix(HEAD) for turn in row["conversations"]))
+            for style in ("label_free", "verdict_only")
+            for row in read(built, f"{split}/{style}.json")
+        )
+        rows = read(built, f"{split}/dialogue.json")
+        said = Counter((row["image"], *pair) for row in rows for pair in dialogues([row])[row["id"]])
+        verdicts = {key for key in said if key[1].startswith("Determine")}
+        assert {key: said[key] for key in single.keys() - verdicts} == {
+            key: single[key] for key in single.keys() - verdicts
+        }
+        assert said.keys() == single.keys()
+        assert sum(said[key] for key in verdicts) == len(rows)
+        first = Counter(row["conversations"][0]["value"] for row in rows)
+        assert len(first) == 7 and min(first.values()) > len(rows) / 20
+
+
+def test_no_answer_breaks_off(built: Path) -> None:
+    loose = re.compile(r"\b(?:of|the|a|an|and|or|is|are|has|such as|with|to|from|naturally)\.(?:\s|$)", re.IGNORECASE)
+    for row in read(built, "train/label_free.json"):
+        answer = row["conversations"][1]["value"]
+        assert not loose.search(answer), answer
+        assert min(len(sentence.split()) for sentence in answer.split(". ")) >= 3
 
 
 def test_splits_are_those_of_the_list_and_share_no_group(built: Path, shared_data: Path) -> None:

@@ -1,16 +1,17 @@
-"""DD-VQA annotation files to training and test files for the explainer, in three styles."""
+"""DD-VQA annotation files to training and test files for the explainer, in four styles."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava.core.config import setting
-from llava.core.runtime import atomic_path, write_json
+from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.types import LABEL_NAMES, REAL
 from llava.data.conversations import PROMPT_HEAD
 from llava.data.ddvqa_text import (
@@ -26,7 +27,7 @@ from llava.data.storage import ImageStore, open_store
 
 log = logging.getLogger(__name__)
 
-STYLES = ("published", "label_free", "verdict_only")
+STYLES = ("published", "label_free", "verdict_only", "dialogue")
 # First part of a DD-VQA image name, as the data set's own README numbers the FaceForensics++ methods.
 MANIPULATIONS = {
     "0": "Deepfakes",
@@ -48,7 +49,7 @@ class DdvqaConfig:
     images: str = setting("utils/DDVQA_images/c40", "folder (or zip) with the image folders train and test")
     val_list: str | None = setting(None, "text file with one training image name per line that becomes validation")
     val_fraction: float = setting(0.2, "part of the training images to validate on when no val_list is given")
-    seed: int = setting(0, "seed of the validation split when no val_list is given")
+    seed: int = setting(0, "seed of the questions' order in dialogues, and of the validation split without a val_list")
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,27 @@ class _Face:
             entry = self.annotation[number]
             yield from ((entry["question"], answer) for answer in entry["answer"])
 
+    def label_free(self) -> list[tuple[str, str]]:
+        """Give (question, answer) like `said`, in label-free words."""
+        return [(label_free_question(region_of(q)), label_free_answer(a, self.label_name)) for q, a in self.said()]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One conversation about a face: its id, and what is asked and answered."""
+
+    id: str
+    face: _Face
+    pairs: list[tuple[str, str]]
+
 
 def build_ddvqa(config: DdvqaConfig) -> dict[str, int]:
-    """Write {train,val,test}/{published,label_free,verdict_only}.json, and .jsonl to score against for val and test.
+    """Write {train,val,test}/{published,label_free,verdict_only,dialogue}.json, and for val and test what to score by.
 
-    Images in the files are named `train/<file>` or `test/<file>`, relative to `images`. Groups are connected
-    components of FaceForensics++ video ids over training and test images. Returns the number of rows per file, and
-    of annotated images left out because `images` lacks them. Raises ValueError or FileNotFoundError.
+    That is a .jsonl of every style but dialogue, whose answers are those of label_free. Images in the files are named
+    `train/<file>` or `test/<file>`, relative to `images`. Groups are connected components of FaceForensics++ video ids
+    over training and test images. Returns the number of conversations or truths per file, and of annotated images left
+    out because `images` lacks them. Raises ValueError or FileNotFoundError.
     """
     store = open_store(config.images)
     annotated = {part: _annotations(Path(config.annotations) / f"{part}_set") for part in ("train", "test")}
@@ -91,10 +106,10 @@ def build_ddvqa(config: DdvqaConfig) -> dict[str, int]:
     counts = {}
     for split, members in splits.items():
         for style in STYLES:
-            rows = [row for face in members for row in _rows(face, style)]
-            write_json(Path(config.output) / split / f"{style}.json", [_conversation(*row) for row in rows])
+            rows = [row for face in members for row in _rows(face, style, config.seed)]
+            write_json(Path(config.output) / split / f"{style}.json", [_conversation(row) for row in rows])
             counts[f"{split}/{style}.json"] = len(rows)
-            if split != "train":
+            if split != "train" and style != "dialogue":
                 truths = _ground_truth(rows, merge=style != "published")
                 _write_jsonl(Path(config.output) / split / f"{style}.jsonl", truths)
                 counts[f"{split}/{style}.jsonl"] = len(truths)
@@ -161,41 +176,59 @@ def _validation_names(config: DdvqaConfig, faces: Sequence[_Face]) -> set[str]:
     return wanted
 
 
-def _rows(face: _Face, style: str) -> list[tuple[_Face, int, str, str]]:
-    """Give (face, number within the image, question, answer) of one image in one style."""
+def _rows(face: _Face, style: str, seed: int) -> list[_Row]:
+    """Give the conversations about one image in one style."""
+    if style == "dialogue":
+        return [_Row(f"{face.key}_d{i}", face, pairs) for i, pairs in enumerate(_rounds(face, seed))]
     if style == "verdict_only":
         pairs = [(VERDICT_QUESTION, verdict_sentence(face.label_name))]
     elif style == "label_free":
-        pairs = [(label_free_question(region_of(q)), label_free_answer(a, face.label_name)) for q, a in face.said()]
+        pairs = face.label_free()
     else:
         pairs = [published_pair(q, a, face.label_name) for q, a in face.said()]
-    return [(face, number, question, answer) for number, (question, answer) in enumerate(pairs)]
+    return [_Row(f"{face.key}_{number}", face, [pair]) for number, pair in enumerate(pairs)]
 
 
-def _conversation(face: _Face, number: int, question: str, answer: str) -> dict[str, Any]:
+def _rounds(face: _Face, seed: int) -> Iterator[list[tuple[str, str]]]:
+    """Give dialogues about one image: round j asks all that has a j-th answer, and for the verdict, in random order.
+
+    The order is a function of (seed, image, round), so that any question is the first one somewhere.
+    """
+    answers: dict[str, list[str]] = {}
+    for question, answer in face.label_free():
+        answers.setdefault(question, []).append(answer)
+    for number in range(max(map(len, answers.values()), default=0)):
+        pairs = [(VERDICT_QUESTION, verdict_sentence(face.label_name))]
+        pairs += [(question, said[number]) for question, said in answers.items() if number < len(said)]
+        order = item_rng(seed, number, zlib.crc32(face.key.encode())).permutation(len(pairs))
+        yield [pairs[i] for i in order]
+
+
+def _conversation(row: _Row) -> dict[str, Any]:
+    turns: list[dict[str, str]] = []
+    for question, answer in row.pairs:
+        head = "" if turns else PROMPT_HEAD
+        turns += [{"from": "human", "value": head + question}, {"from": "gpt", "value": answer}]
     return {
-        "id": f"{face.key}_{number}",
-        "image": face.file,
-        "label": face.label_name,
-        "class_name": face.class_name,
-        "group": face.group,
-        "conversations": [
-            {"from": "human", "value": PROMPT_HEAD + question},
-            {"from": "gpt", "value": answer},
-        ],
+        "id": row.id,
+        "image": row.face.file,
+        "label": row.face.label_name,
+        "class_name": row.face.class_name,
+        "group": row.face.group,
+        "conversations": turns,
     }
 
 
-def _ground_truth(rows: Sequence[tuple[_Face, int, str, str]], merge: bool) -> list[dict[str, Any]]:
-    """Give rows of the published test.jsonl, {key: {question, answer: [...]}}.
+def _ground_truth(rows: Sequence[_Row], merge: bool) -> list[dict[str, Any]]:
+    """Give rows of the published test.jsonl, {key: {question, answer: [...]}}, from rows of one question each.
 
     `merge`: one row per image and question, with every annotator's answer as a reference; its key is the first's.
     """
     truths: dict[tuple[str, str], dict[str, Any]] = {}
-    for face, number, question, answer in rows:
-        key = f"{face.key}_{number}"
-        place = (face.key, question if merge else key)
-        truth = truths.setdefault(place, {key: {"question": question, "answer": []}})
+    for row in rows:
+        ((question, answer),) = row.pairs
+        place = (row.face.key, question if merge else row.id)
+        truth = truths.setdefault(place, {row.id: {"question": question, "answer": []}})
         next(iter(truth.values()))["answer"].append(answer)
     return list(truths.values())
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import re
 
+from llava.data.ddvqa_reasons import reason_sentences, stated_verdict, without_verdict
+
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 VERDICT_QUESTION = "Determine the authenticity of this image."
 WHOLE_QUESTION = "Does this image look real or fake? Give the reasons."
 
 _REGION = re.compile(r"person's (\w+)")
-_LEAD = re.compile(r"(?:The image looks|The person's \w+ looks?) (real|fake)\.\s*")
-_BECAUSE = re.compile(
-    r"[Tt]he person's (?:skin|eyebrows|eyes|nose|mouth) looks? (?:(?:a bit|very|slightly|somewhat) )?"
-    r"(?:fake|real) because "
-)
 # The order in which the published questions name the regions that an answer speaks of.
 _NAMED = ("face", "nose", "mouth", "skin", "eyebrows", "eyes")
 _EXAMPLES = {
@@ -28,59 +25,10 @@ _EXAMPLES = {
     "mouth": "The mouth is misaligned with other facial features. ",
 }
 
-# A reason that starts here was run on to the one before it.
-_SUBJECT = (
-    r"the (?:skin|eyebrows|eyes|nose|mouth|teeth|chin|lighting|person|person's face)(?: in the image)? "
-    r"(?:is|are|looks?|lookes|lacks|does|do|doesn't|appears?|has)\b"
-    r"|there (?:are|area)\b|overly (?:large|small) mouth|overly (?:pointed|squared) chin"
-    r"|(?:left|right) (?:broken|overlapped) eyebrows|no mouth"
-)
-_RUN_ON = re.compile(
-    rf"(?<!such as)(?<!\bas)(?<!\blike)(?<!\bthat)(?<!\band)(?<!\bbecause)(?<!\bif)(?<!\bbut)[,]?\s+(?={_SUBJECT})",
-    re.IGNORECASE,
-)
-# Slips that the annotation tool put into thousands of answers; each is mended the same way for both labels.
-_REPAIRS = tuple(
-    (re.compile(pattern, re.IGNORECASE), mended)
-    for pattern, mended in (
-        (r"\s*/\s*", " or "),
-        (r"\blookes\b", "looks"),
-        (r"\bcarton\b", "cartoon"),
-        (r"\bexpresssion\b", "expression"),
-        (r"\bwrinked\b", "wrinkled"),
-        (r"\bsparking eyes\b", "sparkling eyes"),
-        (r"\black(s?) of\b", r"lack\1"),
-        (r"\b(skin|nose|mouth|chin) do not\b", r"\1 does not"),
-        (r"\b(eyes|eyebrows) looks\b", r"\1 look"),
-        (r"\bthere area of\b", "there are areas"),
-        (r"\bunclear or flaw\b", "unclear or flawed"),
-        (r"\blook unnatural coloring\b", "have an unnatural coloring"),
-        (r"\bperson exhibit\b", "person exhibits"),
-        (r"\bperson have complete face feature\b", "person has complete facial features"),
-        (r"^the person has (the (?:lighting|person's face)\b)", r"\1"),
-        (r"^the lighting in the image is inconsistent, unrealistic shadows", "the lighting and shadows do not match"),
-        (r"^overly (large|small) mouth$", r"the mouth is overly \1"),
-        (r"^overly (pointed|squared) chin$", r"the chin is overly \1"),
-        (r"^(left|right) (broken|overlapped) eyebrows$", r"the \1 eyebrow is \2"),
-        (r"^(mismatched (?:beard|mustache))$", r"the person has a \1"),
-        (r"^matched beard or mustache$", "the beard or mustache matches the face"),
-        (r"^proper hair and hairstyles$", "the hair and the hairstyle look proper"),
-        (r"^no mouth$", "there is no mouth"),
-    )
-)
-_VERDICT_WORD = re.compile(r"\b(?:real|fake|fakes|faked|genuine|authentic)\b", re.IGNORECASE)
-_EMPTY = {"na", "n a", "n or a", "none", "good", "skin", "nose", "mouth", "eyes", "eyebrows"}
-
 
 def region_of(question: str) -> str | None:
     """Give the region that an annotation's question asks about, None for the whole image."""
     found = _REGION.search(question)
-    return found.group(1) if found else None
-
-
-def stated_verdict(answer: str) -> str | None:
-    """Give `real` or `fake` as an annotation's first sentence states it, else None."""
-    found = _LEAD.match(answer)
     return found.group(1) if found else None
 
 
@@ -90,7 +38,7 @@ def published_pair(question: str, answer: str, label_name: str) -> tuple[str, st
     `label_name` (real or fake) serves answers that state none. Slips of the published wording are kept.
     """
     verdict = stated_verdict(answer) or label_name
-    reasons = _without_verdict(answer).replace("/", " or ").strip()
+    reasons = without_verdict(answer).replace("/", " or ").strip()
     if reasons.startswith("the"):
         reasons = "T" + reasons[1:]
     region = region_of(question)
@@ -118,36 +66,8 @@ def verdict_sentence(label_name: str) -> str:
 
 
 def label_free_answer(answer: str, label_name: str) -> str:
-    """Say the verdict, then the annotation's reasons, one sentence each.
-
-    Left out: repeated reasons, one-word scraps, and reasons that hold a verdict word of their own, because the
-    verdict is said once and by the label. Without any reason left the verdict stands alone.
-    """
+    """Say the verdict, then the annotation's reasons, one sentence each; without any, the verdict stands alone."""
     return " ".join([verdict_sentence(label_name), *reason_sentences(answer)])
-
-
-def reason_sentences(answer: str) -> list[str]:
-    """Split an annotation's answer into mended sentences, in order, without the verdict."""
-    sentences: list[str] = []
-    for part in re.split(r"\.(?:\s+|$)", _without_verdict(answer)):
-        for clause in _RUN_ON.split(part):
-            text = _mended(clause.strip(" .,"))
-            if text.lower() in _EMPTY or len(text) < 3 or _VERDICT_WORD.search(text):
-                continue
-            sentence = text[0].upper() + text[1:] + "."
-            if sentence not in sentences:
-                sentences.append(sentence)
-    return sentences
-
-
-def _without_verdict(answer: str) -> str:
-    return _BECAUSE.sub("", _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer)
-
-
-def _mended(clause: str) -> str:
-    for pattern, mended in _REPAIRS:
-        clause = pattern.sub(mended, clause)
-    return clause
 
 
 def _published_region_question(region: str, verdict: str) -> str:
