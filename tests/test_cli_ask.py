@@ -50,6 +50,16 @@ def json_rows(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_a_seed_says_which_words_are_sampled(ask, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert ask("explain", folder / "0.png", "--face", "off", "--json", "--temperature", "3", *words) == 0
+        return json_rows(capsys.readouterr().out)[0]["text"]
+
+    first = said("--seed", "1")
+    assert said("--seed", "1") == first
+    assert any(said("--seed", seed) != first for seed in "234")
+
+
 def test_detect_prints_a_table(ask, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask("detect", folder, "--face", "off", "--batch-size", "3") == 0
     out = capsys.readouterr().out

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_world import draw, make_base, train_detector
 from torch.nn import functional as F
 
 from llava.core.types import Turn
+from llava.data.conversations import open_conversations
 from llava.data.transforms import to_tensor
 from llava.explainer.certificate import max_difference, sample_logits
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
-from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.generation import Explainer, GenerationSettings, GumbelNoise
 from llava.explainer.loading import load_model, load_processor
 from llava.explainer.merge import merge_delta, merge_detector
 from llava.explainer.prompts import LAYOUTS, lay_out, plain_text
+from llava.train.explain import ExplainDataset
 
 QUESTION = [Turn(role="human", text="<image>\n<deepfake>\nDo the eyes look real or fake?")]
 
@@ -75,6 +78,24 @@ def test_only_answers_are_learned(explainer: Explainer) -> None:
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     assert ids.count(explainer.model.config.image_token_id) == explainer.model.config.image_tokens
     assert ids.count(explainer.model.config.deepfake_token_index) == 1
+
+
+def test_a_conversation_that_is_cut_is_counted(
+    explainer: Explainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = [("<image>\n<deepfake>\nReal?", "It is fake."), ("Why?", "The nose."), ("And the eyes?", "They look fine.")]
+    turns = [{"from": who, "value": text} for pair in said for who, text in zip(("human", "gpt"), pair, strict=True)]
+    rows = [{"id": f"{n}", "image": "a.png", "conversations": turns[: 2 * n]} for n in (1, 2, 3)]
+    Image.fromarray(draw(1, 0)).save(tmp_path / "a.png")
+    (tmp_path / "c.json").write_text(json.dumps(rows), encoding="utf-8")
+    source = open_conversations(str(tmp_path / "c.json"), "")
+    whole = ExplainDataset(source, explainer.processor, 2048)
+    lengths = [len(whole[i]["input_ids"]) for i in range(3)]
+    decoded = [explainer.processor.decode([t for t in whole[i]["labels"] if t != -100]) for i in range(3)]
+    assert decoded == ["It is fake.", "It is fake. The nose.", "It is fake. The nose. They look fine."]
+    assert not caplog.records
+    assert len(ExplainDataset(source, explainer.processor, lengths[1])[2]["labels"]) == lengths[1]
+    assert f"1 of 3 conversations have more than {lengths[1]} tokens" in caplog.text
 
 
 def test_pieces_are_tokenised_as_published(shared_data: Path) -> None:
@@ -185,6 +206,42 @@ def test_batched_answers_equal_single_ones(explainer: Explainer) -> None:
     assert together == alone
     assert len(set(together)) > 1
     assert "".join(explainer.stream(encoded.take([2]), asked[2], settings)).strip() == alone[2]
+
+
+def test_the_seed_alone_decides_what_is_sampled(explainer: Explainer) -> None:
+    encoded = explainer.encode([draw(i % 2, i) for i in range(3)])
+
+    def sampled(seed: int) -> list[str]:
+        settings = GenerationSettings(max_new_tokens=12, temperature=1.5, seed=seed)
+        return explainer.answer(encoded, [QUESTION] * 3, settings)
+
+    before = torch.random.get_rng_state()
+    first = sampled(0)
+    assert sampled(0) == first
+    assert any(sampled(seed) != first for seed in (1, 2, 3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    one = GenerationSettings(max_new_tokens=12, temperature=1.5)
+    assert explainer.answer(encoded.take([1]), [QUESTION], one) == first[1:2]
+    assert "".join(explainer.stream(encoded.take([1]), QUESTION, one)).strip() == first[1]
+    greedy = explainer.answer(encoded, [QUESTION] * 3, GenerationSettings(max_new_tokens=12))
+    assert greedy == explainer.answer(encoded, [QUESTION] * 3, GenerationSettings(max_new_tokens=12, seed=1))
+    cold = GenerationSettings(max_new_tokens=12, temperature=1e-4)
+    assert explainer.answer(encoded, [QUESTION] * 3, cold) == greedy
+
+
+def test_noise_samples_the_softmax() -> None:
+    scores = torch.tensor([[0.5, -1.0, 2.0, float("-inf")]])
+    noise = GumbelNoise(0)
+    drawn = torch.cat([noise(torch.zeros(1, 1), scores).argmax(-1) for _ in range(20_000)])
+    found = torch.bincount(drawn, minlength=4) / len(drawn)
+    # Four standard errors of a share of 20,000 draws.
+    assert torch.allclose(found, scores[0].softmax(0), atol=4 * 0.5 / 20_000**0.5)
+    assert found[3] == 0
+
+
+def test_a_negative_temperature_is_refused() -> None:
+    with pytest.raises(ValueError, match="-1 is not usable; allowed: 0"):
+        GenerationSettings(temperature=-1).for_generate()
 
 
 def test_a_reader_that_leaves_ends_the_writing(explainer: Explainer) -> None:

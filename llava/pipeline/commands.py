@@ -74,7 +74,7 @@ def explain(settings: ExplainSettings) -> Iterator[str]:
     pipeline = load_pipeline(settings)
     from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
 
-    words = generation_settings(settings.max_new_tokens, settings.temperature)
+    words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
     yield from _answers(names, settings, lambda images: pipeline.explain_all(images, settings.question, words))
 
 
@@ -87,7 +87,8 @@ def chat(settings: ChatSettings) -> Iterator[str]:
     pipeline = load_pipeline(settings)
     from llava.pipeline.pipeline import generation_settings
 
-    session = pipeline.chat(image, generation_settings(settings.max_new_tokens, settings.temperature))
+    words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+    session = pipeline.chat(image, words)
     yield f"{session.verdict}\n"
     if session.verdict.label == VerdictLabel.INCONCLUSIVE:
         raise Incomplete(f"{name}: there is no verdict to talk about.")

@@ -177,11 +177,11 @@ class Pipeline:
 
 
 def generation_settings(
-    max_new_tokens: int | None = None, temperature: float = 0.0, layout: str | None = None
+    max_new_tokens: int | None = None, temperature: float = 0.0, layout: str | None = None, seed: int = 0
 ) -> GenerationSettings:
     """Turn what a command line says of the words into the explainer's settings; None keeps the explainer's limit."""
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    return GenerationSettings(temperature=temperature, layout=layout, **limit)
+    return GenerationSettings(temperature=temperature, layout=layout, seed=seed, **limit)
 
 
 def _as_list(images: Image | Sequence[Image]) -> Sequence[Image]:

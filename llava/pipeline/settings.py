@@ -39,3 +39,4 @@ class WordSettings:
 
     max_new_tokens: int | None = setting(None, "longest answer, in tokens; none = the explainer's own limit")
     temperature: float = setting(0.0, "0 = always the likeliest word; above 0 samples")
+    seed: int = setting(0, "seed of the sampling; matters only when temperature is above 0")

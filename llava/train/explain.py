@@ -48,6 +48,13 @@ class ExplainDataset(Dataset[dict[str, Any]]):
         self.processor = processor
         self.max_length = max_length
         self.rows = balanced_rows([r.label for r in source.records]) if is_balanced else range(len(source.records))
+        cut = sum(len(processor.encode(source.turns(record))[0]) > max_length for record in source.records)
+        if cut:
+            log.warning(
+                "%d of %d conversations have more than %d tokens and are cut: what stands behind is not learned; "
+                "raise --model_max_length",
+                *(cut, len(source.records), max_length),
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
