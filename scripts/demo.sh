@@ -23,13 +23,13 @@ step() {
 conversations=$OUT/conversations
 if [ -d "$DATA/annotations/DQ_FFpp" ]; then
     images=$DATA/images/c40
-    words=label_free
+    style=dialogue
     list=$DATA/splits/heldval_300.txt
     step "data: DD-VQA to conversations" "$PYTHON" -m llava.cli data ddvqa --annotations "$DATA/annotations/DQ_FFpp" \
         --images "$images" --output "$conversations" $([ -f "$list" ] && echo --val_list "$list")
 else
     images=$DATA
-    words=verdict_only
+    style=verdict_only
     step "data: labels to conversations" "$PYTHON" -m llava.cli data verdicts --data.path "$DATA" --output "$conversations"
 fi
 train=$conversations/train
@@ -39,7 +39,7 @@ step "stage 1: the detector" bash stage_1_train.sh --config $CONFIGS/stage_1/m2f
     --data.source conversations --data.path "$conversations" --data.root "$images" --data.cache true
 step "stage 1: scores" bash stage_1_inference.sh --model "$OUT/stage_1" --output_dir "$OUT/scores"
 base_files=("$train/verdict_only.json")
-[ $words = label_free ] && base_files+=("$train/label_free.json")
+[ $style = dialogue ] && base_files+=("$train/dialogue.json")
 step "the tiny LLaVA base" "$PYTHON" -m llava.cli tiny-base --data "${base_files[@]}" --image_folder "$images" \
     --detector "$OUT/stage_1" --out "$OUT/base"
 step "stage 2: the adapter" bash stage_2_train.sh --config $CONFIGS/stage_2/m2f2_tiny.yaml --merge.base "$OUT/base/model" \
@@ -47,17 +47,17 @@ step "stage 2: the adapter" bash stage_2_train.sh --config $CONFIGS/stage_2/m2f2
     --data_path "$train/verdict_only.json" --image_folder "$images"
 step "stage 3: LoRA" bash stage_3_train.sh --config $CONFIGS/stage_3/m2f2_tiny.yaml --merge.base_of_delta "$OUT/stage_2-start" \
     --merge.delta "$OUT/stage_2-delta" --merge.start "$OUT/stage_2" --merge.final "$OUT/explainer" \
-    --output_dir "$OUT/stage_3-delta" --data_path "$train/$words.json" --image_folder "$images"
+    --output_dir "$OUT/stage_3-delta" --data_path "$train/$style.json" --image_folder "$images"
 step "inference: judgement" bash stage_3_inference_det.sh --model-path "$OUT/explainer" --images "$images" \
     --questions "$test/verdict_only.json" \
     --output "$OUT/det.jsonl"
 step "scores: judgement" "$PYTHON" eval/eval_judgement.py --predict_path "$OUT/det.jsonl" \
     --gt_path "$test/verdict_only.json" --json "$OUT/judgement.json"
-if [ $words = label_free ]; then
+if [ $style = dialogue ]; then
     step "inference: explanation" bash stage_3_inference_exp.sh --model-path "$OUT/explainer" --images "$images" \
-        --questions "$test/$words.jsonl" --output "$OUT/exp.jsonl"
+        --questions "$test/label_free.jsonl" --output "$OUT/exp.jsonl"
     step "scores: explanation" "$PYTHON" eval/eval_explanation.py --predict_path "$OUT/exp.jsonl" \
-        --gt_path "$test/$words.jsonl" --json "$OUT/explanation.json"
+        --gt_path "$test/label_free.jsonl" --json "$OUT/explanation.json"
 fi
 step "summary" "$PYTHON" eval/compare.py --runs "$OUT"
 echo "all of it took $((SECONDS - started)) s; the explainer is $OUT/explainer: m2f2 chat IMAGE --model $OUT/explainer"

@@ -52,7 +52,7 @@ class TinyBaseConfig:
     hidden_size: int = setting(192, "width of the language model")
     layers: int = setting(4, "layers of the language model")
     heads: int = setting(6, "attention heads of the language model")
-    steps: int = setting(500, "training steps, whatever the size of the data")
+    steps: int = setting(350, "training steps, whatever the size of the data")
     batch_size: int = setting(16, "conversations per step")
     lr: float = setting(1e-3, "highest learning rate")
     seed: int = setting(0, "seed of initial weights and order")
