@@ -37,7 +37,7 @@ class ConversationSource(ImageSource):
     def __init__(self, config: DataConfig) -> None:
         path = Path(config.path)
         items = _read_splits(path) if path.is_dir() else read_conversations(path)
-        turns = [_turns(item, f"{path}, record {i}") for i, item in enumerate(items)]
+        turns = [read_turns(item, f"{path}, record {i}") for i, item in enumerate(items)]
         places = require_files([item["image"] for item in items], open_store(config.root or path.parent), str(path))
         names = _unique([str(item.get("id", item["image"])) for item in items])
         records = [
@@ -86,7 +86,8 @@ def _read_splits(folder: Path) -> list[dict[str, Any]]:
     return [item | {"split": path.parent.name} for path in files for item in read_conversations(path)]
 
 
-def _turns(item: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+def read_turns(item: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+    """Give the turns of one record. Raises ValueError naming `where` for what is no conversation about an image."""
     said = item.get("conversations")
     if not isinstance(said, list) or not said:
         raise ValueError(f"{where}: no `conversations`; expected a list of {{from, value}}.")

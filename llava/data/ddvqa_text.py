@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from llava.core.types import LABEL_NAMES
 from llava.data.ddvqa_reasons import reason_sentences, stated_verdict, without_verdict
 
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
@@ -15,6 +16,8 @@ VERDICT_QUESTION = "Determine the authenticity of this image."
 WHOLE_QUESTION = "Does this image look real or fake? Give the reasons."
 
 _REGION = re.compile(r"person's (\w+)")
+_LABEL_WORD = re.compile(rf"(?<![\w-])(?:{'|'.join(LABEL_NAMES)})(?![\w-])", re.I)
+_PUBLISHED_REGION = re.compile(r"The (\w+) in the image (?:is|are) (\w+)")
 # The order in which the published questions name the regions that an answer speaks of.
 _NAMED = ("face", "nose", "mouth", "skin", "eyebrows", "eyes")
 _EXAMPLES = {
@@ -58,6 +61,30 @@ def label_free_question(region: str | None) -> str:
         return WHOLE_QUESTION
     verb = "Do" if region.startswith("eye") else "Does"
     return f"{verb} the person's {region} look real or fake? Give the reason."
+
+
+def stated_label(question: str) -> int | None:
+    """Give the label a question states: the one of the whole words `real` and `fake` that it holds, None if both."""
+    words = {word.lower() for word in _LABEL_WORD.findall(question)}
+    return LABEL_NAMES.index(words.pop()) if len(words) == 1 else None
+
+
+def flipped_question(question: str) -> str:
+    """Ask the same with the other label stated. Raises ValueError when no label is stated.
+
+    A published region question becomes that of the other label as a whole, because its format gives the label away,
+    too; in any other question the label's word is exchanged.
+    """
+    label = stated_label(question)
+    if label is None:
+        raise ValueError(
+            f"{question!r} states no label (one of the whole words real and fake), so none can be flipped."
+        )
+    other = LABEL_NAMES[1 - label]
+    found = _PUBLISHED_REGION.match(question)
+    if found and found[1] in REGIONS and question == _published_region_question(found[1], found[2]):
+        return _published_region_question(found[1], other)
+    return _LABEL_WORD.sub(other, question)
 
 
 def verdict_sentence(label_name: str) -> str:

@@ -51,9 +51,10 @@ def why_no_spice() -> str | None:
 def bleu_statistics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Give (N, 10): matches and n-grams of order 1 to 4, answer length, length of the closest reference."""
     scorer = library("bleu.bleu_scorer")
+    counts = {refs: scorer.cook_refs(refs, n=BLEU_ORDER) for refs in set(map(tuple, references))}
     rows = []
     for answer, refs in zip(answers, references, strict=True):
-        cooked = scorer.cook_test(answer, scorer.cook_refs(refs, n=BLEU_ORDER), n=BLEU_ORDER)
+        cooked = scorer.cook_test(answer, counts[tuple(refs)], n=BLEU_ORDER)
         length = cooked["testlen"]
         closest = min((abs(ref - length), ref) for ref in cooked["reflen"])[1]
         rows.append([*cooked["correct"], *cooked["guess"], length, closest])

@@ -6,16 +6,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llava.core.types import FAKE, LABEL_NAMES, REAL
+from llava.data.ddvqa import MANIPULATIONS
+from llava.data.sources import parse_label
 from llava.data.splits import connected_groups
 from llava.evaluation import caption_metrics
 from llava.evaluation.statistics import Interval, group_bootstraps, percentile_intervals, resampled_weights
-from llava.evaluation.text import strip_tags
+from llava.evaluation.text import parse_verdict, strip_tags
 
 QUESTION_TYPES = ("image", "skin", "eyebrows", "eyes", "nose", "mouth")
 _REGION_QUESTION = re.compile(
@@ -26,13 +29,23 @@ _DDVQA_IMAGE = re.compile(r"[0-6](?:_\d+)+")
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionItem:
-    """One answer with its references. `group`: unit of the bootstrap; items of one image share it."""
+    """One answer with its references. `group`: unit of the bootstrap; items of one image share it.
+
+    label: the image's, None where the files do not tell. region: where a forged image was edited, if the truth says.
+    """
 
     key: str
     question: str
     answer: str
     references: tuple[str, ...]
     group: str
+    label: int | None = None
+    region: str | None = None
+
+    @property
+    def image(self) -> str:
+        """Give the image's name: the key without the number of the question."""
+        return self.key.rpartition("_")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +58,29 @@ class CaptionSet:
 
 
 @dataclass
-class _Scores:
-    """What the bootstrap sums: one column per additive statistic."""
+class ItemScores:
+    """What the bootstrap sums: one row per item, one column per additive statistic, and METEOR's own statistics."""
 
-    names: list[str]
+    means: list[str]
     columns: np.ndarray
     meteor: np.ndarray | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Name what `of` gives: BLEU-1 to 4, their mean, and the scores that are means over items."""
+        return [*(f"bleu_{i + 1}" for i in range(caption_metrics.BLEU_ORDER)), "bleu_mean", *self.means]
+
+    def of(self, weights: np.ndarray) -> np.ndarray:
+        """Give the scores `names` of items drawn `weights` (N,) times."""
+        n_bleu = 2 * caption_metrics.BLEU_ORDER + 2
+        sums = weights @ self.columns
+        bleus = caption_metrics.bleu(sums[:n_bleu])
+        return np.concatenate([bleus, [bleus.mean()], sums[n_bleu:] / weights.sum()])
+
+    def take(self, rows: np.ndarray) -> ItemScores:
+        """Give the chosen rows (N,), a mask or indices, as scores of their own."""
+        return replace(self, columns=self.columns[rows], meteor=None if self.meteor is None else self.meteor[rows])
 
 
 def question_type(question: str) -> str:
@@ -63,8 +92,9 @@ def question_type(question: str) -> str:
 def read_caption_set(predict_path: str | Path, gt_path: str | Path) -> CaptionSet:
     """Pair the rows {key, text} of a prediction file with the rows {key: {question, answer: [...]}} of a truth file.
 
-    Raises FileNotFoundError, or ValueError naming the line, for unreadable rows and repeated keys, and when no
-    key of the two files is the same.
+    A truth may carry `label` (real, fake, 0, 1), `region` and `group`. Without a label it is the one in a DD-VQA file
+    name, else what the references say. Raises FileNotFoundError, or ValueError naming the line, for unreadable rows and
+    repeated keys, and when no key of the two files is the same.
     """
     answers: dict[str, str] = {}
     for where, row in read_jsonl(predict_path):
@@ -80,21 +110,25 @@ def read_caption_set(predict_path: str | Path, gt_path: str | Path) -> CaptionSe
     if not truths.keys() & answers.keys():
         raise ValueError(f"{str(predict_path)!r} answers no key of {str(gt_path)!r}; give the matching pair of files.")
     groups = image_groups([key.rpartition("_")[0] for key in truths])
-    items = (
-        CaptionItem(
-            key=key,
-            question=truth["question"],
-            answer=answers.get(key, ""),
-            references=tuple(strip_tags(a) for a in truth["answer"]),
-            group=group,
-        )
-        for (key, truth), group in zip(truths.items(), groups, strict=True)
-    )
     return CaptionSet(
-        items=tuple(items),
+        items=tuple(
+            _item(key, truth, answers.get(key, ""), group)
+            for (key, truth), group in zip(truths.items(), groups, strict=True)
+        ),
         missing=tuple(k for k in truths if k not in answers),
         extra=tuple(k for k in answers if k not in truths),
     )
+
+
+def label_of(image: str, answers: Sequence[str], stated: object = None, where: str = "") -> int | None:
+    """Give an image's label: the one stated, else by its DD-VQA name, else what all answers about it say; else None."""
+    if (label := parse_label(stated, where)) is not None:
+        return label
+    number = image.partition("_")[0]
+    if _DDVQA_IMAGE.fullmatch(image) and number in MANIPULATIONS:
+        return REAL if MANIPULATIONS[number] == LABEL_NAMES[REAL] else FAKE
+    said = {verdict for a in answers if (verdict := parse_verdict(a)) is not None}
+    return said.pop() if len(said) == 1 else None
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -132,7 +166,7 @@ def score_captions(captions: CaptionSet, ptb: bool = False, n_boot: int = 2000, 
     if ptb:
         answers, references = _ptb(answers, references)
     meteor = None if caption_metrics.why_no_java() else caption_metrics.Meteor()
-    scores = _item_scores(answers, references, meteor)
+    scores = item_scores(answers, references, meteor)
     types = np.array([question_type(item.question) for item in captions.items])
     groups = np.array([item.group for item in captions.items])
     chosen = {"all": np.ones(len(types), dtype=bool)} | {t: types == t for t in QUESTION_TYPES if t in types}
@@ -160,19 +194,20 @@ def _ptb(answers: list[str], references: list[tuple[str, ...]]) -> tuple[list[st
     return texts[: len(answers)], [tuple(next(rest) for _ in refs) for refs in references]
 
 
-def _item_scores(
-    answers: list[str], references: list[tuple[str, ...]], meteor: caption_metrics.Meteor | None
-) -> _Scores:
+def item_scores(
+    answers: Sequence[str], references: Sequence[tuple[str, ...]], meteor: caption_metrics.Meteor | None = None
+) -> ItemScores:
+    """Score every answer; what cannot run here is in `skipped` with the reason."""
     columns = [
         caption_metrics.bleu_statistics(answers, references),
         caption_metrics.rouge_scores(answers, references)[:, None],
         caption_metrics.cider_scores(answers, references)[:, None],
     ]
-    scores = _Scores(["rouge_l", "cider"], np.empty(0))
+    scores = ItemScores(["rouge_l", "cider"], np.empty(0))
     if reason := caption_metrics.why_no_spice():
         scores.skipped["spice"] = reason
     else:
-        scores.names.append("spice")
+        scores.means.append("spice")
         columns.append(caption_metrics.spice_scores(answers, references)[:, None])
     if meteor is None:
         scores.skipped["meteor"] = caption_metrics.why_no_java() or ""
@@ -183,25 +218,17 @@ def _item_scores(
 
 
 def _report(
-    scores: _Scores,
+    scores: ItemScores,
     rows: np.ndarray,
     groups: np.ndarray,
     meteor: caption_metrics.Meteor | None,
     n_boot: int,
     seed: int,
 ) -> dict[str, Any]:
-    columns, own_groups = scores.columns[rows], groups[rows]
-    n_bleu = 2 * caption_metrics.BLEU_ORDER + 2
-
-    def statistics(weights: np.ndarray) -> np.ndarray:
-        sums = weights @ columns
-        bleus = caption_metrics.bleu(sums[:n_bleu])
-        return np.concatenate([bleus, [bleus.mean()], sums[n_bleu:] / weights.sum()])
-
-    names = [f"bleu_{i + 1}" for i in range(caption_metrics.BLEU_ORDER)] + ["bleu_mean", *scores.names]
-    report = dict(zip(names, group_bootstraps(own_groups, statistics, n_boot, seed), strict=True))
-    if meteor is not None and scores.meteor is not None:
-        report["meteor"] = _meteor_interval(meteor, scores.meteor[rows], own_groups, n_boot, seed)
+    own, own_groups = scores.take(rows), groups[rows]
+    report = dict(zip(own.names, group_bootstraps(own_groups, own.of, n_boot, seed), strict=True))
+    if meteor is not None and own.meteor is not None:
+        report["meteor"] = _meteor_interval(meteor, own.meteor, own_groups, n_boot, seed)
     return {name: interval.to_dict() for name, interval in report.items()} | {"n": int(rows.sum())}
 
 
@@ -215,6 +242,19 @@ def _meteor_interval(
     if n_groups < 2:
         return Interval(float(value), float("nan"), float("nan"), n_groups)
     return percentile_intervals(np.array([value]), np.array(replicates)[:, None], n_groups)[0]
+
+
+def _item(key: str, truth: dict[str, Any], answer: str, group: str) -> CaptionItem:
+    references = tuple(strip_tags(a) for a in truth["answer"])
+    return CaptionItem(
+        key=key,
+        question=truth["question"],
+        answer=answer,
+        references=references,
+        group=str(truth.get("group") or group),
+        label=label_of(key.rpartition("_")[0], references, truth.get("label"), f"Truth {key!r}"),
+        region=truth.get("region") or None,
+    )
 
 
 def _add(found: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava.core.config import setting
 from llava.data.conversations import PROMPT_HEAD, read_conversations
+from llava.data.ddvqa_text import flipped_question, stated_label
 from llava.data.images import IMAGE_SUFFIXES
 from llava.data.storage import ImageStore, open_store
 from llava.evaluation.captions import read_jsonl
 from llava.pipeline.settings import ModelSettings
+
+log = logging.getLogger(__name__)
 
 FOLDERS = ("test", "train")
 _NUMBER = re.compile(r"(\d+)")
@@ -47,6 +51,9 @@ class ReasonSettings(InferenceSettings):
     """Answers to the questions about reasons."""
 
     questions: str = setting("utils/DDVQA_conversations/test/label_free.jsonl", "jsonl of {key: {question, answer}}")
+    flip_stated_label: bool = setting(
+        False, "ask with the other label stated, for eval_integrity.py; questions that state none are left out"
+    )
     output: str = setting("outputs/DDVQA/DDVQA_exp_c40.jsonl", "file to write")
 
 
@@ -69,8 +76,20 @@ def list_items(settings: JudgeSettings | ReasonSettings) -> list[Item]:
         items = list(_asked_in_conversations(store, settings.questions))
     else:
         items = list(_asked_in_file(store, settings.questions, settings.images))
+    if isinstance(settings, ReasonSettings) and settings.flip_stated_label:
+        items = _flipped(items, settings.questions)
     items.sort(key=lambda item: (item.name, [int(n) if n.isdigit() else n for n in _NUMBER.split(item.key)]))
     return items if settings.limit is None else items[: settings.limit]
+
+
+def _flipped(items: list[Item], path: str) -> list[Item]:
+    """State the other label in every question that states one. Raises ValueError when none does."""
+    stating = [item for item in items if stated_label(item.question) is not None]
+    if not stating:
+        raise ValueError(f"{path!r}: no question states a label, so --flip_stated_label has nothing to flip.")
+    if len(stating) < len(items):
+        log.warning("%d of %d questions state no label and are left out", len(items) - len(stating), len(items))
+    return [replace(item, question=flipped_question(item.question)) for item in stating]
 
 
 def _asked_of_all(store: ImageStore, settings: JudgeSettings | ReasonSettings) -> Iterator[Item]:
