@@ -60,7 +60,7 @@ class ScoreMap:
 class Calibration:
     """What was learned on validation predictions about a detector's scores; saved beside its weights.
 
-    real_below, fake_above: ends of the abstain band, in raw p_fake; see `label`. coverage: what the band promises for
+    real_below, fake_above: ends of the abstain band, in raw p_fake; see `labels`. coverage: what the band promises for
     each class. prior: share of fakes in the validation data. images, groups: how many it was fitted on; class_groups:
     how many of the groups have real images, and fake ones. data: their name. weights_sha256: `Detector.fingerprint()`
     of the detector whose scores they are.
@@ -90,19 +90,17 @@ class Calibration:
         require_share("prior", share)
         return expit(self.score_map.log_likelihood_ratio(p_fake) + logit(share))
 
-    def label(self, p_fake: float, prior: float | None = None) -> VerdictLabel:
-        """Say REAL, FAKE or UNCERTAIN of one raw p_fake.
+    def labels(self, p_fake: np.ndarray, prior: float | None = None) -> list[VerdictLabel]:
+        """Say REAL, FAKE or UNCERTAIN of each raw p_fake (N,).
 
         FAKE needs p_fake > fake_above and a posterior of 0.5 or more; REAL needs p_fake < real_below and a posterior
         under 0.5. So at most 1 - coverage of all reals are called FAKE and of all fakes REAL, whatever the prior: the
         second condition only adds UNCERTAIN. `llava.evaluation.conformal` says what this rests on.
         """
-        is_backed = bool(self.posterior(p_fake, prior) >= 0.5)
-        if p_fake > self.fake_above and is_backed:
-            return VerdictLabel.FAKE
-        if p_fake < self.real_below and not is_backed:
-            return VerdictLabel.REAL
-        return VerdictLabel.UNCERTAIN
+        is_backed = self.posterior(p_fake, prior) >= 0.5
+        is_fake, is_real = (p_fake > self.fake_above) & is_backed, (p_fake < self.real_below) & ~is_backed
+        names = np.select([is_fake, is_real], [VerdictLabel.FAKE, VerdictLabel.REAL], VerdictLabel.UNCERTAIN)
+        return [VerdictLabel(name) for name in names]
 
     def band(self, prior: float | None = None) -> tuple[float, float]:
         """Give the posteriors between which the verdict is UNCERTAIN; (0.5, 0.5) = it never is."""

@@ -1,7 +1,7 @@
 """Abstain band by split conformal prediction, per class (Mondrian), for images that come in groups.
 
 Each image gets a set of labels: real belongs to it when p_fake <= fake_above, fake when p_fake >= real_below. One label
-in the set is a verdict, both (or none) are none. Vovk, Gammerman and Shafer 2005 (Mondrian predictors, section 4.5);
+in the set is a verdict, both (or none) are none. Vovk, Gammerman and Shafer 2005 (Mondrian predictors);
 Angelopoulos and Bates 2023 (split conformal and class-conditional coverage).
 
 What it promises: for one image drawn from a new group, exchangeable with the validation groups, the set holds the true
@@ -45,8 +45,8 @@ def conformal_bound(scores: np.ndarray, groups: np.ndarray, coverage: float) -> 
 def conformal_band(predictions: Predictions, coverage: float) -> tuple[float, float]:
     """Give (real_below, fake_above): the p_fake under which few fakes lie, and above which few reals.
 
-    Few is 1 - coverage of the class. The first may be the larger one: such a detector need not abstain at this coverage. Raises ValueError with too few
-    groups of a class.
+    Few is 1 - coverage of the class. The first may be the larger one: such a detector need not abstain at this
+    coverage. Raises ValueError with too few groups of a class.
     """
     for label, name in ((REAL, "real"), (FAKE, "fake")):
         count = groups_of(predictions, label)
@@ -74,8 +74,8 @@ def needed_groups(coverage: float) -> int:
 def coverage_range(validation: int, test: int, coverage: float, level: float = 0.95) -> tuple[float, float]:
     """Give the interval in which the coverage of `test` new groups lies with probability `level`.
 
-    For continuous scores, one image per group and class: beta-binomial, from the chance of both draws. Angelopoulos and
-    Bates 2023, section 3.2.
+    For continuous scores, one image per group and class: beta-binomial, from the chance of both draws (Angelopoulos
+    and Bates 2023).
     """
     misses = math.floor((1 - coverage) * (validation + 1) + ROUNDING)
     law = betabinom(test, validation + 1 - misses, misses)

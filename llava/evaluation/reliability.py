@@ -60,7 +60,8 @@ def ece_if_calibrated(p_fake: np.ndarray, bins: int = BINS, seed: int = 0) -> fl
 def cllr(labels: np.ndarray, ratios: np.ndarray, weights: np.ndarray) -> float:
     """Give the log-likelihood-ratio cost, in bits, of natural log-likelihood ratios (N,).
 
-    NaN with one class. 0 = all known, 1 = as good as no detector; above 1 its numbers mislead. Bruemmer and du Preez 2006, eq. 17.
+    NaN with one class. 0 = all known, 1 = as good as no detector, above 1 its numbers mislead. Bruemmer and du Preez
+    2006.
     """
     costs = np.logaddexp(0, np.where(labels == FAKE, -ratios, ratios)) / math.log(2)
     sums = [weights[labels == label].sum() for label in (REAL, FAKE)]
@@ -93,7 +94,8 @@ def calibration_metrics(
 ) -> dict[str, Any]:
     """Give CALIBRATION_METRICS of p_fake (N,), taken as posteriors at `prior`.
 
-    Intervals by group bootstrap; log_loss in nats, probabilities clipped to [1e-6, 1 - 1e-6]; ece in equal-mass bins, which stay those of all images.
+    Intervals by group bootstrap; log_loss in nats, of probabilities clipped to [1e-6, 1 - 1e-6]; the bins stay those of
+    all images. ece_if_calibrated is no score: what chance alone gives.
     """
     labels = predictions.labels
     clipped = np.clip(p_fake, SMALLEST, 1 - SMALLEST)
@@ -135,7 +137,7 @@ def calibration_report(
     that is not UNCERTAIN; `right`: part of those that is right. All verdicts at the validation data's prior.
     """
     p_fake = calibration.posterior(predictions.p_fake)
-    said = np.array([str(calibration.label(p)) for p in predictions.p_fake])
+    said = np.array(calibration.labels(predictions.p_fake), dtype=str)
     is_fake = predictions.labels == FAKE
     right, wrong = (said == np.where(is_fake, *names) for names in (("FAKE", "REAL"), ("REAL", "FAKE")))
     settings = (calibration.prior, n_boot, seed, bins)

@@ -119,7 +119,8 @@ def wilson(k: float, n: int, level: float = 0.95) -> Interval:
     p, shrink = k / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    # Both ends hold p, but for rounding.
+    return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
 
 
 def _group_codes(groups: Sequence[str] | np.ndarray) -> tuple[np.ndarray, int]:

@@ -50,7 +50,8 @@ def _found(detector: Detector, raw: float, prior: float | None) -> dict[str, Any
 
 
 def _calibrated(calibration: Calibration, raw: float, prior: float | None) -> dict[str, Any]:
-    label, is_in_band = calibration.label(raw, prior), calibration.real_below <= raw <= calibration.fake_above
+    (label,) = calibration.labels(np.array([raw]), prior)
+    is_in_band = calibration.real_below <= raw <= calibration.fake_above
     doubt = IN_THE_BAND if is_in_band else CONTRADICTED
     told = "" if prior is None else f", {prior:.1%} forgeries expected"
     return {
