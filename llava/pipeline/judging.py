@@ -53,7 +53,7 @@ def _calibrated(calibration: Calibration, raw: float, prior: float | None) -> di
     (label,) = calibration.labels(np.array([raw]), prior)
     is_in_band = calibration.real_below <= raw <= calibration.fake_above
     doubt = IN_THE_BAND if is_in_band else CONTRADICTED
-    told = "" if prior is None else f", {prior:.1%} forgeries expected"
+    told = "" if prior is None else f", {100 * prior:g} % forgeries expected"
     return {
         "label": label,
         "reason": doubt if label == VerdictLabel.UNCERTAIN else "",

@@ -72,7 +72,9 @@ def _caption(answers: Sequence[Verdict | Explanation]) -> str:
     for verdict in map(verdict_of, answers):
         if verdict.band is not None and verdict.coverage is not None:
             low, high = verdict.band
-            shown[verdict.calibration] = f"UNCERTAIN from {low:.1%} to {high:.1%}, coverage {verdict.coverage:.0%}"
+            shown[verdict.calibration] = (
+                f"UNCERTAIN from {100 * low:.1f} % to {100 * high:.1f} %, coverage {100 * verdict.coverage:g} %"
+            )
     return escape("\n".join(f"{calibration}; {band}" for calibration, band in shown.items()))
 
 
