@@ -27,6 +27,7 @@ class Settings(CalibrationConfig):
     detector: str | None = setting(None, "folder of the detector; calibration.json is written there; none = only show")
     data: str | None = setting(None, "name of the data, shown with every verdict; default: folder and name of the csv")
     test: str | None = setting(None, "csv of other groups, to measure on; without it nothing is measured")
+    prior: float | None = setting(None, "share of fakes expected in --test; none = that of the validation data")
     n_boot: int = setting(2000, "resamples of the group bootstrap")
     json: str | None = setting(None, "write the report on --test to this file as well")
     picture: str | None = setting(None, "draw how reliable the scores on --test are into this file")
@@ -66,14 +67,14 @@ def describe(calibration: Calibration) -> str:
 
 def measure(calibration: Calibration, test: Predictions, settings: Settings) -> None:
     """Print the report on test predictions; write it and draw the picture when asked."""
-    report = calibration_report(test, calibration, settings.n_boot, settings.seed)
+    report = calibration_report(test, calibration, settings.n_boot, settings.seed, prior=settings.prior)
     out = console()
     for table in calibration_tables(report):
         out.print(table)
     if settings.json:
         write_json(settings.json, report)
     if settings.picture:
-        after = calibration.posterior(test.p_fake)
+        after = calibration.posterior(test.p_fake, settings.prior)
         draw_reliability(settings.picture, test, {"raw": test.p_fake, "calibrated": after})
 
 

@@ -331,6 +331,10 @@ def test_the_report_tells_before_from_after_and_counts_verdicts():
     assert report["coverage"]["fake"]["value"] == pytest.approx((said[labels == 1] != "REAL").mean())
     assert report["decided"]["value"] == pytest.approx((said != "UNCERTAIN").mean())
     assert report["right"]["value"] == pytest.approx((said == truth)[said != "UNCERTAIN"].mean())
+    shifted = calibration_report(predictions(labels, p_fake), fitted, n_boot=2, prior=0.1)
+    assert (shifted["prior"], shifted["band"]) == (0.1, fitted.band(0.1))
+    assert shifted["after"]["ece"]["value"] > 0.15, "half of these are fakes, not a tenth"
+    assert shifted["after"]["cllr"]["value"] == pytest.approx(report["after"]["cllr"]["value"])
     reals = int((labels == 0).sum())
     assert report["coverage"]["real"]["expected"] == coverage_range(fitted.class_groups[0], reals, 0.9)
     assert json.loads(json.dumps(report)) and len(calibration_tables(report)) == 2

@@ -129,44 +129,58 @@ def reliability(predictions: Predictions, p_fake: np.ndarray, bins: int = BINS) 
 
 
 def calibration_report(
-    predictions: Predictions, calibration: Calibration, n_boot: int = 2000, seed: int = 0, bins: int = BINS
+    predictions: Predictions,
+    calibration: Calibration,
+    n_boot: int = 2000,
+    seed: int = 0,
+    bins: int = BINS,
+    prior: float | None = None,
 ) -> dict[str, Any]:
     """Compare raw and calibrated p_fake on test predictions, and count the verdicts, as plain values.
 
-    `coverage`: part of a class that is not called the other one, with the range expected of new groups. `decided`: part
-    that is not UNCERTAIN; `right`: part of those that is right. All verdicts at the validation data's prior.
+    prior: share of fakes expected among these images; None = that of the validation data.
     """
-    p_fake = calibration.posterior(predictions.p_fake)
-    said = np.array(calibration.labels(predictions.p_fake), dtype=str)
+    prior = calibration.prior if prior is None else prior
+    settings = (prior, n_boot, seed, bins)
+    return {
+        "calibration": str(calibration),
+        "method": calibration.score_map.method,
+        "prior": prior,
+        "band": calibration.band(prior),
+        "n": {"images": len(predictions), "groups": len(set(predictions.groups))},
+        "bootstrap": {"n_boot": n_boot, "seed": seed, "level": 0.95, "unit": "group"},
+        "before": calibration_metrics(predictions, predictions.p_fake, *settings),
+        "after": calibration_metrics(predictions, calibration.posterior(predictions.p_fake, prior), *settings),
+        "promised_coverage": calibration.coverage,
+        **verdict_report(predictions, calibration, prior, n_boot, seed),
+    }
+
+
+def verdict_report(
+    predictions: Predictions, calibration: Calibration, prior: float, n_boot: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Give coverage of each class, part of the images that are decided, and part of those that is right.
+
+    Coverage: part of a class that is not called the other one, with the range expected of as many new groups.
+    """
+    said = np.array(calibration.labels(predictions.p_fake, prior), dtype=str)
     is_fake = predictions.labels == FAKE
     right, wrong = (said == np.where(is_fake, *names) for names in (("FAKE", "REAL"), ("REAL", "FAKE")))
-    settings = (calibration.prior, n_boot, seed, bins)
 
-    def mean(values: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+    def part(values: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
         def statistic(weights: np.ndarray) -> float:
             total = float(weights[chosen].sum())
             return float(weights[chosen] @ values[chosen]) / total if total else math.nan
 
         return group_bootstrap(predictions.groups, statistic, n_boot, seed).to_dict()
 
-    is_decided = right | wrong
-    coverage = {
-        name: mean(~wrong, predictions.labels == label) | _expected(predictions, calibration, label)
-        for label, name in ((REAL, "real"), (FAKE, "fake"))
-    }
     return {
-        "calibration": str(calibration),
-        "method": calibration.score_map.method,
-        "prior": calibration.prior,
-        "band": calibration.band(),
-        "n": {"images": len(predictions), "groups": len(set(predictions.groups))},
-        "bootstrap": {"n_boot": n_boot, "seed": seed, "level": 0.95, "unit": "group"},
-        "before": calibration_metrics(predictions, predictions.p_fake, *settings),
-        "after": calibration_metrics(predictions, p_fake, *settings),
-        "promised_coverage": calibration.coverage,
-        "coverage": coverage,
-        "decided": mean(is_decided, np.ones(len(said), dtype=bool)),
-        "right": mean(right, is_decided),
+        "coverage": {
+            "real": part(~wrong, ~is_fake) | _expected(predictions, calibration, REAL),
+            "fake": part(~wrong, is_fake) | _expected(predictions, calibration, FAKE),
+        },
+        "decided": part(right | wrong, np.ones(len(said), dtype=bool)),
+        "right": part(right, right | wrong),
     }
 
 
