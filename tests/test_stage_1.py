@@ -16,14 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 
+from llava.core.calibration import read_calibration
 from llava.core.config import build, load_yaml, merge, parse, to_dict
 from llava.core.types import Record
 from llava.data.sources import DataConfig
 from llava.detectors import DETECTORS
 from llava.detectors.base import create, load
 from llava.detectors.m2f2det import M2F2DetConfig
+from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
 from llava.train import infer, stage_1
+from llava.train.calibrate import calibrate, data_name, measured
 from llava.train.callbacks import CollapseError, check_collapse
 from llava.train.config import CollapseConfig, LossConfig, PhaseConfig, Recipe
 from llava.train.engine import (
@@ -323,6 +326,25 @@ def test_training_leaves_out_a_last_smaller_batch_only(count, expected):
     assert {epoch for epoch, _ in sampler} == {1}
 
 
+@pytest.mark.parametrize(("groups", "is_fitted"), [(9, True), (8, False)])
+def test_too_few_validation_groups_leave_a_detector_uncalibrated_with_a_warning(groups, is_fitted, caplog):
+    detector = create("m2f2det", TINY_MODEL)
+    items = from_records(records([0] * 2 * groups + [1] * 30), np.linspace(0.01, 0.99, 2 * groups + 30))
+    found = calibrate(detector, items, CalibrationConfig(), DataConfig(path="somewhere/faces"))
+    assert (found is not None) == is_fitted != ("not calibrated" in caplog.text)
+    if not is_fitted:
+        assert "0.9 needs 9 validation groups of each class, there are 8 real and 15 fake" in caplog.text
+    assert calibrate(detector, items, None, DataConfig(path="faces")) is None
+    assert (found is None) == (measured(found, items, 10) is None)
+
+
+def test_data_are_named_without_their_place(tmp_path):
+    (tmp_path / "faces.v2").mkdir()
+    (tmp_path / "faces.v2" / "table.csv").touch()
+    assert data_name(DataConfig(path=str(tmp_path / "faces.v2"))) == "faces.v2"
+    assert data_name(DataConfig(source="csv", path=str(tmp_path / "faces.v2" / "table.csv"))) == "faces.v2"
+
+
 def test_plain_images_and_noise_are_answered():
     answers = probe_answers(create("m2f2det", TINY_MODEL), torch.device("cpu"))
     assert {"black", "white", "noise"} <= answers.keys()
@@ -384,6 +406,20 @@ def test_the_threshold_comes_from_validation_and_inference_uses_it(trained, tmp_
     scored, trained_on = read_csv(tmp_path / "predictions.csv"), read_csv(output / "test.csv")
     np.testing.assert_allclose(scored.p_fake, trained_on.p_fake, atol=1e-5)
     assert Image.open(tmp_path / "roc.png").size[0] > 300
+
+
+@pytest.mark.e2e
+def test_the_calibration_comes_from_validation_and_lies_beside_the_weights(images, trained):
+    _, results, output = trained
+    found = load(output).calibration
+    assert found == read_calibration(output)
+    assert str(found) == f"calibrated on {images.name}, split 'val', n = 90"
+    assert found == fit_calibration(
+        read_csv(output / "val.csv"), CalibrationConfig(), f"{images.name}, split 'val'", load(output).fingerprint()
+    )
+    report = results["calibration"]
+    assert report["n"]["images"] == 80 and report["method"] == found.score_map.method
+    assert 0 <= report["after"]["ece"]["value"] <= 1 and report["coverage"]["real"]["value"] > 0.7
 
 
 @pytest.mark.e2e

@@ -87,8 +87,11 @@ class VerdictLabel(StrEnum):
 class Verdict:
     """A detector's answer about one face.
 
-    p_fake and every probability and evidence value lie in [0, 1]; p_fake is None when INCONCLUSIVE.
-    `calibration` names what the probability was calibrated on, or is "not calibrated".
+    p_fake and every probability and evidence value lie in [0, 1]; p_fake is None when INCONCLUSIVE. raw_p_fake is the
+    detector's own score, which p_fake is without calibration. FAKE from p_fake = threshold on.
+    `calibration` names what p_fake was calibrated on, or is "not calibrated". Only when calibrated: `band`, the p_fake
+    between which the verdict is UNCERTAIN, for a `coverage` of each class; likelihood_ratio, posterior odds over prior
+    odds: how many times likelier such a score is from a fake than from a real; prior, the share of fakes expected.
     `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
     has `face_count` faces, of which this is number `face`, largest first. face_box: (x, y, width, height) in pixels.
     """
@@ -100,6 +103,11 @@ class Verdict:
     detector: str
     threshold: float = 0.5
     calibration: str = "not calibrated"
+    raw_p_fake: float | None = None
+    band: tuple[float, float] | None = None
+    coverage: float | None = None
+    likelihood_ratio: float | None = None
+    prior: float | None = None
     risk_band: str | None = None
     face_box: tuple[int, int, int, int] | None = None
     reason: str = ""
@@ -112,11 +120,26 @@ class Verdict:
         return asdict(self)
 
     def __str__(self) -> str:
-        """Say the verdict in one line."""
-        sure = "" if self.p_fake is None else f"p_fake {self.p_fake:.3f} ({self.calibration})"
+        """Say the verdict in one line: a percentage when calibrated, the bare score when not."""
+        sure = "" if self.p_fake is None else f"{self.score_text} ({self.calibration})"
         which = f"face {self.face} of {self.face_count}" if self.face_count > 1 else ""
         details = ", ".join(part for part in (sure, which, self.reason) if part)
         return f"{self.label}{': ' if details else ''}{details}"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether p_fake is a probability, and not a bare score."""
+        return self.likelihood_ratio is not None
+
+    @property
+    def score_text(self) -> str:
+        """Write "87 % forged" when calibrated, never 0 or 100 %; "p_fake 0.870" when not; "-" for none."""
+        if self.p_fake is None:
+            return "-"
+        if not self.is_calibrated:
+            return f"p_fake {self.p_fake:.3f}"
+        bound = "under " if self.p_fake < 0.01 else "over " if self.p_fake > 0.99 else ""
+        return f"{bound}{100 * min(max(self.p_fake, 0.01), 0.99):.0f} % forged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +166,9 @@ class Explanation:
 
     @property
     def remark(self) -> str:
-        """Mark a text that contradicts the verdict, or takes no side; empty when they agree."""
+        """Mark a text that contradicts the verdict, or takes a side where it has none, or none; else empty."""
         if self.agrees is False:
             return f"[The text says {LABEL_NAMES[self.text_verdict or REAL]}; the detector's verdict stands.]"
+        if self.text_verdict is not None and self.verdict.label == VerdictLabel.UNCERTAIN:
+            return f"[The text says {LABEL_NAMES[self.text_verdict]}; the verdict is UNCERTAIN.]"
         return "[The text takes no side.]" if self.text and self.text_verdict is None else ""

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from llava.core.calibration import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.config import build, to_dict
 from llava.core.registry import nearest
 from llava.core.types import Decision, InputSpec
-from llava.core.weights import load_module, read_config, save_module
+from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors
+
+VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.decision = Decision()
+        self.calibration: Calibration | None = None
         self._frozen_by_name: set[str] = set()
         self.register_buffer("class_weights", torch.ones(len(self.classes)), persistent=False)
 
@@ -120,8 +124,28 @@ class Detector(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`."""
+        """Write config.json, model.safetensors and, if it is calibrated, calibration.json into `folder`."""
         save_module(folder, self, self.describe())
+        if self.calibration is None:
+            (Path(folder) / CALIBRATION_NAME).unlink(missing_ok=True)  # of weights that were there before
+        else:
+            write_calibration(folder, self.calibration)
+
+    def fingerprint(self) -> str:
+        """Give one SHA-256 of the weights, the same alone and inside a host: without a CLIP vision tower."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(VISION_TOWER)}
+        return sha256_of_tensors(own)
+
+    def load_calibration(self, folder: str | Path) -> None:
+        """Take the calibration.json of `folder`, if any. Raises ValueError when it is of other weights."""
+        calibration = read_calibration(folder)
+        if calibration is not None and calibration.weights_sha256 != (own := self.fingerprint()):
+            raise ValueError(
+                f"{str(Path(folder) / CALIBRATION_NAME)!r} was fitted for other weights (sha256 "
+                f"{calibration.weights_sha256[:12]}, these are {own[:12]}); score the validation split again and run "
+                "eval/calibrate.py, or remove the file to go without calibration."
+            )
+        self.calibration = calibration
 
     def describe(self) -> dict[str, Any]:
         """Give what `from_description` needs to build this detector again, without its weights."""
@@ -144,7 +168,17 @@ def from_description(description: dict[str, Any]) -> Detector:
 
 
 def load(folder: str | Path, expected: str | None = None) -> Detector:
-    """Load a saved detector in eval mode. Raises ValueError when the folder holds another kind of model."""
+    """Load a saved detector with its calibration, in eval mode.
+
+    Raises ValueError when the folder holds another kind of model, or a calibration of other weights.
+    """
+    detector = load_uncalibrated(folder, expected)
+    detector.load_calibration(folder)
+    return detector
+
+
+def load_uncalibrated(folder: str | Path, expected: str | None = None) -> Detector:
+    """Load a saved detector in eval mode, without its calibration. Raises ValueError as `load` does."""
     description = read_config(folder)
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from llava.core.registry import nearest
-from llava.evaluation.predictions import Predictions, by_video
+from llava.evaluation.predictions import Predictions, by_video, refuse_shared_groups
 from llava.evaluation.statistics import Interval, group_bootstrap, group_bootstraps
 
 ThresholdRule = Literal["youden", "eer", "accuracy"]
@@ -153,11 +153,7 @@ def choose_threshold(labels: np.ndarray, p_fake: np.ndarray, rule: ThresholdRule
 
 def threshold_from_validation(validation: Predictions, test: Predictions, rule: ThresholdRule = "youden") -> float:
     """Choose the threshold on validation frames. Raises ValueError when they share a group with the test items."""
-    shared = sorted(set(validation.groups) & set(test.groups))
-    if shared:
-        raise ValueError(
-            f"Validation and test share {len(shared)} groups ({', '.join(shared[:5])}); choose the threshold on others."
-        )
+    refuse_shared_groups(validation, test)
     return choose_threshold(validation.labels, validation.p_fake, rule)
 
 

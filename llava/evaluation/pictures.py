@@ -1,7 +1,8 @@
-"""Pictures of predictions: the ROC curve and the histogram of scores."""
+"""Pictures of predictions: the ROC curve, the histogram of scores, and how reliable they are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from llava.core.runtime import atomic_path
 from llava.evaluation.metrics import RankedScores, auc_interval
 from llava.evaluation.predictions import Predictions, by_video
+from llava.evaluation.reliability import reliability
 
 REAL_COLOUR = "#1b7837"
 
@@ -59,6 +61,26 @@ def draw_histogram(path: str | Path, predictions: Predictions, threshold: float 
         axes.axvline(threshold, color="0.4", linestyle="--", label=f"threshold {threshold:.3f}")
     axes.set(xlabel="p_fake", ylabel="part of the class", title="Scores of each class", xlim=(0, 1))
     axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_reliability(path: str | Path, predictions: Predictions, curves: Mapping[str, np.ndarray]) -> None:
+    """Draw the share of fakes over p_fake in equal-mass bins, with 95 % intervals, into a picture.
+
+    curves: p_fake (N,) of the predictions by their name, such as before and after calibration.
+    """
+    figure = Figure(figsize=(5.5, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, p_fake in curves.items():
+        bins = reliability(predictions, p_fake)
+        centres, shares = [b.p_fake for b in bins], [b.share.value for b in bins]
+        reach = [[b.share.value - b.share.low for b in bins], [b.share.high - b.share.value for b in bins]]
+        axes.errorbar(centres, shares, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.2, label=name)
+    title = f"{len(predictions)} images, {len(set(predictions.groups))} groups"
+    axes.set(xlabel="mean p_fake of the bin", ylabel="share of fakes", title=title, aspect="equal")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.legend(loc="upper left", fontsize="small")
     _save(figure, path)
 
 

@@ -158,6 +158,15 @@ def _from_row(row: dict[str, str], where: str) -> Prediction:
     return Prediction(label=label, p_fake=p_fake, split=row.get("split") or "", **texts)
 
 
+def refuse_shared_groups(validation: Predictions, test: Predictions) -> None:
+    """Raise ValueError when what is chosen on validation would be measured on the same groups."""
+    shared = sorted(set(validation.groups) & set(test.groups))
+    if shared:
+        raise ValueError(
+            f"Validation and test share {len(shared)} groups ({', '.join(shared[:5])}); choose on other groups."
+        )
+
+
 def _refuse(problem: str, names: list[str], what: str = "prediction") -> None:
     if names:
         more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""

@@ -28,6 +28,14 @@ DETECTION_ROWS = (
     ("precision", "precision"),
     ("f1", "F1"),
 )
+CALIBRATION_ROWS = (
+    ("ece", "ECE, equal-mass bins"),
+    ("ece_equal_width", "ECE, equal-width bins"),
+    ("brier", "Brier"),
+    ("log_loss", "log loss (nats)"),
+    ("cllr", "Cllr (bits)"),
+    ("min_cllr", "min Cllr (bits)"),
+)
 PIPE_WIDTH = 120
 
 
@@ -61,6 +69,31 @@ def detection_tables(report: Mapping[str, Any]) -> list[Table]:
         counts = (str(row[level]["n"]) for level in ("frame", "video"))
         classes.add_row(name, *counts, *(interval_text(row[level]["auc"]) for level in ("frame", "video")))
     return [levels, classes]
+
+
+def calibration_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Give a table of raw against calibrated scores, and one of verdicts."""
+    n = report["n"]
+    scores = _table(
+        f"{n['images']} images, {n['groups']} groups; {report['method']}, {report['calibration']}, prior "
+        f"{report['prior']:.3f}; 95 % intervals by group bootstrap",
+        "",
+        "raw",
+        "calibrated",
+    )
+    for key, title in CALIBRATION_ROWS:
+        scores.add_row(title, *(interval_text(report[side][key]) for side in ("before", "after")))
+    chance = (f"{report[side]['ece_if_calibrated']:.4f}" for side in ("before", "after"))
+    scores.add_row("ECE of calibrated scores by chance", *chance)
+    low, high = report["band"]
+    verdicts = _table(f"Verdicts: UNCERTAIN from {low:.3f} to {high:.3f}", "", "value", "expected")
+    for name, row in report["coverage"].items():
+        bounds = row["expected"]
+        shown = "-" if bounds is None else f"{report['promised_coverage']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+        verdicts.add_row(f"{name}: not called the other", interval_text(row), shown)
+    verdicts.add_row("decided", interval_text(report["decided"]), "")
+    verdicts.add_row("right of those decided", interval_text(report["right"]), "")
+    return [scores, verdicts]
 
 
 def judgement_tables(report: Mapping[str, Any]) -> list[Table]:

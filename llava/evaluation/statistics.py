@@ -106,10 +106,10 @@ def paired_group_bootstrap(
     return group_bootstrap(groups, lambda weights: first(weights) - second(weights), n_boot, seed, level)
 
 
-def wilson(k: int, n: int, level: float = 0.95) -> Interval:
+def wilson(k: float, n: int, level: float = 0.95) -> Interval:
     """Give the proportion k / n with Wilson's score interval; NaN for n = 0. Wilson 1927.
 
-    Raises ValueError unless 0 <= k <= n.
+    k need not be whole: a share of n units that are divided. Raises ValueError unless 0 <= k <= n.
     """
     if not 0 <= k <= n:
         raise ValueError(f"k: expected 0 <= k <= n, got k = {k}, n = {n}.")
@@ -119,7 +119,8 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     p, shrink = k / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    # Both ends hold p, but for rounding.
+    return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
 
 
 def _group_codes(groups: Sequence[str] | np.ndarray) -> tuple[np.ndarray, int]:

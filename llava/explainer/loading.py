@@ -30,7 +30,8 @@ def load_model(
 ) -> ForgeryLlava:
     """Load a merged explainer in eval mode; the detector stays in float32, whatever `dtype` (stored = as saved).
 
-    Raises ValueError when the folder holds something else, or when a tensor is missing or left over.
+    Raises ValueError when the folder holds something else, when a tensor is missing or left over, or when its
+    calibration.json is of another detector.
     """
     folder = resolve(name)
     if not is_explainer(folder):
@@ -47,6 +48,7 @@ def load_model(
         if report.get(kind_of_problem):
             some = sorted(map(str, report[kind_of_problem]))
             raise ValueError(f"{str(name)!r}: {len(some)} {kind_of_problem.replace('_', ' ')}, first: {some[0]}.")
+    model.detector.load_calibration(folder)
     return model.eval() if quantization != "none" else model.to(device).eval()  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
+from llava.core.calibration import write_calibration
 from llava.core.runtime import atomic_path, write_json
 from llava.core.weights import read_config, resolve
 from llava.detectors.base import Detector
@@ -53,6 +54,8 @@ def merge_detector(
     with atomic_path(out) as staged:
         model.save_pretrained(staged)
         AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
+        if alone.calibration is not None:
+            write_calibration(staged, alone.calibration)
         del model, llava  # one model in memory at a time
         certificate = certify_detector(staged, alone)
         write_json(staged / CERTIFICATE, certificate)
@@ -72,7 +75,7 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     record = read_record(delta_folder)
     check_fingerprint(record["base"], fingerprint(base_folder), str(base))
     model = load_model(base_folder, dtype="stored")
-    processor = load_processor(base_folder, model)
+    processor, calibration = load_processor(base_folder, model), model.detector.calibration
     live = attach(model, delta_folder).eval()
     expected = sample_logits(live, processor)
     merged: ForgeryLlava = live.merge_and_unload() if isinstance(live, PeftModel) else live
@@ -81,6 +84,8 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     with atomic_path(out) as staged:
         merged.save_pretrained(staged)
         processor.tokenizer.save_pretrained(staged)
+        if calibration is not None:
+            write_calibration(staged, calibration)
         del model, live, merged  # one model in memory at a time
         difference = max_difference(expected, sample_logits(load_model(staged, dtype="stored"), processor))
         if not difference <= tolerance:

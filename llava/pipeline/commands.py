@@ -31,6 +31,9 @@ class AskSettings(FaceSettings, ModelSettings):
     """Which model is asked."""
 
     model: str = setting("m2f2", "folder, name in checkpoints/, or hub id")
+    prior: float | None = setting(
+        None, "share of forgeries expected among such images, 0.1 = one in ten; none = as in the calibration data"
+    )
     fetch: FetchLimits = setting(FetchLimits())
 
 
@@ -107,7 +110,13 @@ def load_pipeline(settings: AskSettings) -> Pipeline:
     disable_progress_bar()
     faces = FaceSettings(face=settings.face, margin=settings.margin, whole_from=settings.whole_from)
     return Pipeline.from_pretrained(
-        settings.model, settings.device, settings.precision, settings.quantization, faces, settings.batch_size
+        settings.model,
+        settings.device,
+        settings.precision,
+        settings.quantization,
+        faces,
+        settings.batch_size,
+        settings.prior,
     )
 
 

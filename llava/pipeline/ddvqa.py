@@ -119,6 +119,7 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
         for (number, item), turns, text in zip(part, conversations, texts, strict=True):
             metadata = {
                 "p_fake": verdicts[number].p_fake,
+                "raw_p_fake": verdicts[number].raw_p_fake,
                 "label": str(verdicts[number].label),
                 "detector": pipeline.detector.name,
                 "model": settings.model_path,
@@ -130,11 +131,14 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
 
 def _identity(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     """Name everything that the rows depend on; weight files by name, size and time, because they may be large."""
+    from llava.core.calibration import CALIBRATION_NAME
     from llava.core.weights import CONFIG_NAME, resolve
 
     folder = resolve(settings.model_path)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
     parts = [(folder / CONFIG_NAME).read_text(encoding="utf-8"), repr(files), *map(repr, items)]
+    if (folder / CALIBRATION_NAME).is_file():
+        parts.append((folder / CALIBRATION_NAME).read_text(encoding="utf-8"))
     chosen = {name: value for name, value in to_dict(settings).items() if name != "output"}
     return {"sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(), "settings": chosen}
 

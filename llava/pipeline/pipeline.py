@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
-from llava.core.types import FAKE, REAL, Explanation, Turn, Verdict, VerdictLabel
+from llava.core.types import Explanation, Turn, Verdict
 from llava.core.weights import read_config, resolve
 from llava.data.images import read_image
 from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
@@ -21,9 +22,10 @@ from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.pipeline.agreement import LABELS, explanation
+from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
+from llava.pipeline.judging import judge
 from llava.pipeline.settings import FaceSettings, Precision, Quantization
 
 Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
@@ -31,6 +33,8 @@ Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 
 class Pipeline:
     """A detector, alone or inside an explainer, that is asked about images.
+
+    prior: share of fakes expected, None = that of the calibration data.
 
     An image is a path, an http(s) address, the bytes of a file, a uint8 RGB array (H, W, 3) or a NamedImage. One that
     cannot be read raises, except as a NamedImage with a problem, which becomes an INCONCLUSIVE verdict.
@@ -43,10 +47,17 @@ class Pipeline:
         name: str,
         faces: FaceSettings | None = None,
         batch_size: int = 8,
+        prior: float | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not usable; allowed: 1 or more.")
+        if prior is not None and detector.calibration is None:
+            raise ValueError(
+                f"prior: {prior} moves a calibrated probability, and {name!r} is not calibrated; run eval/calibrate.py "
+                "or leave --prior out."
+            )
         self.detector = detector
+        self.prior = prior
         self.explainer = explainer
         self.name = name
         self.faces = faces or FaceSettings()
@@ -61,17 +72,22 @@ class Pipeline:
         quantization: Quantization = "none",
         faces: FaceSettings | None = None,
         batch_size: int = 8,
+        prior: float | None = None,
     ) -> Pipeline:
         """Load a detector folder or a merged explainer, by path, name in `checkpoints/` or hub id.
 
-        precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
+        prior: share of fakes expected, above 0 and below 1, for a calibrated detector; None = that of its validation
+        data. precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
         Raises FileNotFoundError or ValueError when the folder holds neither.
         """
+        if prior is not None:
+            require_share("prior", prior)
         folder, where = resolve(name), pick_device(device)
         if is_explainer(folder):
             dtype = ("bf16" if where.type == "cuda" else "fp32") if precision == "auto" else precision
             model = load_model(folder, where, dtype, quantization)
-            return cls(model.detector, Explainer(model, load_processor(folder, model)), str(name), faces, batch_size)
+            explainer = Explainer(model, load_processor(folder, model))
+            return cls(model.detector, explainer, str(name), faces, batch_size, prior)
         settings = read_config(folder)
         if "detector" not in settings:
             raise ValueError(
@@ -80,7 +96,7 @@ class Pipeline:
             )
         if quantization != "none":
             raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
-        return cls(load_detector(folder).to(where), None, str(name), faces, batch_size)
+        return cls(load_detector(folder).to(where), None, str(name), faces, batch_size, prior)
 
     def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
         """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
@@ -122,10 +138,11 @@ class Pipeline:
         """Judge a batch of faces; beside the verdicts, what the explainer made of those that have pixels."""
         pixels = [face.pixels for face in faces if face.pixels is not None]
         if not pixels:
-            return [self._verdict(face, None) for face in faces], None
+            return [judge(self.detector, face, None) for face in faces], None
         encoded = self.explainer.encode(pixels) if self.explainer else None
         scores = iter(self._rows(encoded.detection if encoded else self._detection(pixels)))
-        return [self._verdict(face, None if face.pixels is None else next(scores)) for face in faces], encoded
+        rows = (None if face.pixels is None else next(scores) for face in faces)
+        return [judge(self.detector, face, row, self.prior) for face, row in zip(faces, rows, strict=True)], encoded
 
     def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
         for number, image in enumerate(images):
@@ -156,24 +173,6 @@ class Pipeline:
             }
             for row in columns.float().tolist()
         ]
-
-    def _verdict(self, face: Face, scores: dict[str, Any] | None) -> Verdict:
-        decision = self.detector.decision
-        label = VerdictLabel.INCONCLUSIVE
-        if scores is not None:
-            label = LABELS[FAKE if scores["p_fake"] >= decision.threshold else REAL]
-        box = face.box
-        return Verdict(
-            label=label,
-            **(scores or {"p_fake": None, "probabilities": {}, "evidence": {}}),
-            detector=self.detector.name,
-            threshold=decision.threshold,
-            face_box=None if box is None else (box.x, box.y, box.width, box.height),
-            reason=face.reason,
-            image=face.image,
-            face=face.number,
-            face_count=face.count,
-        )
 
 
 def generation_settings(

@@ -19,16 +19,17 @@ PIPE_WIDTH = 200
 COLOURS = {VerdictLabel.REAL: "green", VerdictLabel.FAKE: "red"}
 AGREEMENT = {True: "agrees", False: "DISAGREES", None: "-"}
 VERDICT_FIELDS = ("image", "face", "face_count", "label", "p_fake", "threshold", "calibration", "detector")
-MORE_FIELDS = ("face_box", "reason")
+MORE_FIELDS = ("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "face_box", "reason")
 TEXT_FIELDS = ("question", "text", "text_verdict", "agrees")
 
 
 def table_text(answers: Sequence[Verdict | Explanation]) -> str:
     """Give a table, in colour and as wide as the window on a terminal, plain and wide in a file or pipe."""
     has_text = any(isinstance(answer, Explanation) for answer in answers)
-    calibration = ", ".join(dict.fromkeys(verdict_of(answer).calibration for answer in answers))
-    table = Table()
-    for head in ("verdict", f"p_fake\n({calibration})", "image", *(("text", "text") if has_text else ()), "remark"):
+    is_calibrated = any(verdict_of(answer).is_calibrated for answer in answers)
+    table = Table(caption=_caption(answers), caption_justify="left") if is_calibrated else Table()
+    score = "probability" if is_calibrated else "p_fake\n(not calibrated)"
+    for head in ("verdict", score, "image", *(("text", "text") if has_text else ()), "remark"):
         table.add_column(head, overflow="fold")
     if has_text:
         table.columns[3].header = "text and\nverdict"
@@ -59,15 +60,28 @@ def _cells(answer: Verdict | Explanation) -> list[str]:
     verdict = verdict_of(answer)
     colour = COLOURS.get(verdict.label, "yellow")
     which = f" (face {verdict.face} of {verdict.face_count})" if verdict.face_count > 1 else ""
-    p_fake = "-" if verdict.p_fake is None else f"{verdict.p_fake:.3f}"
+    p_fake = verdict.score_text if verdict.is_calibrated else "-" if verdict.p_fake is None else f"{verdict.p_fake:.3f}"
     text = [AGREEMENT[answer.agrees], escape(answer.text)] if isinstance(answer, Explanation) else []
     remark = " ".join([verdict.reason, answer.remark if isinstance(answer, Explanation) else ""]).strip()
     return [f"[{colour}]{verdict.label}[/]", p_fake, escape(verdict.image + which), *text, escape(remark)]
 
 
+def _caption(answers: Sequence[Verdict | Explanation]) -> str:
+    """Say what the probabilities were calibrated on, and where the band lies."""
+    shown = {}
+    for verdict in map(verdict_of, answers):
+        if verdict.band is not None and verdict.coverage is not None:
+            low, high = verdict.band
+            shown[verdict.calibration] = (
+                f"UNCERTAIN from {100 * low:.1f} % to {100 * high:.1f} %, coverage {100 * verdict.coverage:g} %"
+            )
+    return escape("\n".join(f"{calibration}; {band}" for calibration, band in shown.items()))
+
+
 def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
     row = verdict_of(answer).to_dict()
-    row["face_box"] = " ".join(map(str, row["face_box"] or ()))
+    for name in ("face_box", "band"):
+        row[name] = " ".join(map(str, row[name] or ()))
     if isinstance(answer, Explanation):
         said = "" if answer.text_verdict is None else LABEL_NAMES[answer.text_verdict]
         row |= {"question": answer.question, "text": answer.text, "text_verdict": said, "agrees": answer.agrees}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from llava.core.config import build, setting
 from llava.data.sources import DataConfig
 from llava.detectors import DETECTORS
+from llava.evaluation.calibration import CalibrationConfig
 from llava.evaluation.metrics import ThresholdRule
 from llava.ops.degrade import DegradeConfig
 
@@ -82,6 +83,9 @@ class Recipe(PhaseConfig):
     output_dir: str = setting("checkpoints/stage_1", "folder of the trained detector and its numbers")
     resume: bool = setting(True, "go on with an interrupted run in output_dir; false starts afresh")
     threshold_rule: ThresholdRule = setting("youden", "how the decision threshold is chosen on validation")
+    calibration: CalibrationConfig | None = setting(
+        CalibrationConfig(), "how the score is calibrated on validation; none = not at all"
+    )
     near_duplicates: bool = setting(True, "look for near-duplicates across splits (reads every image once)")
     resamples: int = setting(2000, "bootstrap resamples behind each final interval")
 

@@ -20,6 +20,7 @@ from llava.detectors.base import load
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.pictures import draw_roc
 from llava.evaluation.predictions import write_csv
+from llava.train.calibrate import measured
 from llava.train.scoring import score
 from llava.train.stage_1 import describe_level
 
@@ -79,6 +80,7 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
         "decision": asdict(detector.decision),
         "split": config.split,
         **detection_report(predictions, detector.decision.threshold, config.resamples),
+        "calibration": measured(detector.calibration, predictions, config.resamples),
     }
     write_csv(output / "predictions.csv", predictions)
     write_json(output / "report.json", report)

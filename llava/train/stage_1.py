@@ -1,4 +1,4 @@
-"""Stage 1: train a detector by a recipe, choose its threshold on validation, and say how good it is on test."""
+"""Stage 1: train a detector by a recipe, calibrate it on validation, and say how good it is on test."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from llava.core.weights import CONFIG_NAME, load_strictly, resolve
 from llava.detectors.base import Detector, create, load
 from llava.evaluation.metrics import choose_threshold, detection_report
 from llava.evaluation.predictions import write_csv
+from llava.train.calibrate import calibrate, measured
 from llava.train.callbacks import CollapseError
 from llava.train.config import PhaseConfig, Recipe
 from llava.train.engine import BEST, train_phase
@@ -134,13 +135,14 @@ def start(recipe: Recipe, phase: PhaseConfig, previous: Path | None) -> Detector
 
 
 def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path) -> dict[str, Any]:
-    """Choose the threshold on validation, save the detector with it, and score validation and test."""
+    """Choose threshold and calibration on validation, save the detector with them, and score both splits."""
     device = pick_device()
     scored = {"val": score(detector, data.source, data.val, device, phase.batch_size, phase.workers)}
     threshold = choose_threshold(scored["val"].labels, scored["val"].p_fake, recipe.threshold_rule)
     assert phase.data is not None
     chosen_on = f"validation split {phase.data.val!r}, {len(data.val)} images, {recipe.threshold_rule}"
     detector.decision = Decision(threshold=threshold, chosen_on=chosen_on)
+    detector.calibration = calibrate(detector, scored["val"], recipe.calibration, phase.data)
     if data.test:
         scored["test"] = score(detector, data.source, data.test, device, phase.batch_size, phase.workers)
     if _is_main():
@@ -152,6 +154,7 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
         "detector": detector.name,
         "decision": dataclasses.asdict(detector.decision),
         "data": data.summary(),
+        "calibration": measured(detector.calibration, scored.get("test"), recipe.resamples),
         "plain_images": probe_answers(detector, device),
         **reports,
     }
