@@ -15,7 +15,7 @@ from llava.data.storage import ImageStore, open_store
 from llava.evaluation.captions import read_jsonl
 from llava.pipeline.settings import ModelSettings
 
-FOLDERS = ("test", "train")
+FOLDERS = ("test", "val", "train")
 _NUMBER = re.compile(r"(\d+)")
 
 
