@@ -66,4 +66,4 @@ def _are_plausible(left: tuple[float, float, float], right: tuple[float, float, 
 
 
 def _in_image(eye: tuple[float, float, float], box: FaceBox) -> Point:
-    return box.x + eye[0] * box.width, box.y + eye[1] * box.height
+    return float(box.x + eye[0] * box.width), float(box.y + eye[1] * box.height)
