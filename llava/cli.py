@@ -34,6 +34,9 @@ COMMANDS = {
         "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
     ),
     "data ddvqa": Command("llava.data.ddvqa:build_ddvqa", "turn DD-VQA annotation files into training files"),
+    "data forge": Command(
+        "llava.pipeline.forge:build_forgeries", "forge real faces so that region and artefact are known"
+    ),
     "tiny-base": Command(
         "llava.train.tiny_base:make_tiny_base", "make a tiny LLaVA from training data, for two CPU cores"
     ),

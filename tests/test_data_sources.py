@@ -135,6 +135,9 @@ def test_csv_labels_groups_and_videos(tmp_path: Path) -> None:
         (None, "unknown", "3.png", "3.png"),
     ]
     assert source.rows_left_out == 1
+    assert all(not r.tags for r in source.records)
+    other = CsvSource(DataConfig(source="csv", path=str(path), columns={"class_name": "kind"}))
+    assert other.records[1].tags == {"set": "train", "ids": "001_002", "clip": "b"}
     plain = CsvSource(DataConfig(source="csv", path=str(path), columns=columns))
     assert [r.group for r in plain.records] == ["001", "001_002", "003_002", "3.png"]
 
@@ -237,13 +240,14 @@ def conversations(folder: Path, items: list[Any]) -> ConversationSource:
 
 
 def test_conversations_are_read_with_labels_and_turns(tmp_path: Path) -> None:
-    labelled = talk(label="fake", class_name="FaceSwap", group="001")
+    labelled = talk(label="fake", class_name="FaceSwap", group="001", tags={"region": "nose"})
     source = conversations(tmp_path, [talk(), labelled, talk(id="b", label="real", class_name="Original")])
     assert [(r.id, r.label, r.class_name, r.group) for r in source.records] == [
         ("a", None, "unknown", "0"),
         ("a#2", FAKE, "FaceSwap", "001"),
         ("b", REAL, "real", "0"),
     ]
+    assert [r.tags for r in source.records[:2]] == [{"image": "0.png"}, {"region": "nose", "image": "0.png"}]
     sample = source.load(source.records[1])
     assert [(t.role, t.text) for t in sample.turns] == [
         ("human", "<image>\n<deepfake>\nReal?"),
@@ -262,6 +266,7 @@ def test_conversations_are_read_with_labels_and_turns(tmp_path: Path) -> None:
         (talk(conversations=[{"from": "gpt", "value": "<image>"}]), "turn 0: .*must alternate"),
         (talk(conversations=talk()["conversations"][:1] * 2), "turn 1: .*must alternate"),
         (talk(label="maybe"), "record 1: label 'maybe'"),
+        (talk(tags=["nose"]), r"record 1: `tags` is \['nose'\]"),
         ("text", "record 1"),
     ],
 )

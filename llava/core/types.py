@@ -11,6 +11,7 @@ import numpy as np
 
 REAL, FAKE = 0, 1
 LABEL_NAMES = ("real", "fake")
+REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,10 @@ class ConversationSource(ImageSource):
     `path` is one json, or a folder with {train,val,test}/verdict_only.json as `m2f2 data` writes it: its records
     carry their split, so a detector trains on the same images as the explainer.
 
-    `label` (real, fake, 0, 1), `class_name`, `group`, `video` and `split` are read where a record has them; without,
-    the label is None, and video and group are the image. An id that repeats gets `#2`, `#3` … so that ids are unique.
-    The text of the turns is left as it is. Raises ValueError naming the record's index, FileNotFoundError for images.
+    `label` (real, fake, 0, 1), `class_name`, `group`, `video`, `split` and `tags` are read where a record has them;
+    without, the label is None, and video and group are the image. An id that repeats gets `#2`, `#3` … so that ids are
+    unique. The text of the turns is left as it is. Raises ValueError naming the record's index, FileNotFoundError for
+    images.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -112,6 +113,9 @@ def _record(item: Mapping[str, Any], name: str, place: str, where: str) -> Recor
     label = parse_label(item.get("label"), where)
     stem = str(PurePosixPath(item["image"]).with_suffix(""))
     class_name = str(item.get("class_name") or "") if label == FAKE else ""
+    tags = item.get("tags") or {}
+    if not isinstance(tags, dict):
+        raise ValueError(f"{where}: `tags` is {tags!r}; expected a mapping of names to values.")
     return Record(
         id=name,
         label=label,
@@ -120,7 +124,7 @@ def _record(item: Mapping[str, Any], name: str, place: str, where: str) -> Recor
         group=str(item.get("group") or item.get("video") or stem),
         where=place,
         split=str(item.get("split") or ""),
-        tags={"image": item["image"]},
+        tags={**{str(key): str(value) for key, value in tags.items()}, "image": item["image"]},
     )
 
 

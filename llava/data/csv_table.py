@@ -25,8 +25,9 @@ class CsvSource(ImageSource):
     """Images of a csv table; `DataConfig.columns` maps our fields to its columns.
 
     Needed: file, and label (real, fake, 0, 1, or empty for unknown) or class_name, from which the label then follows
-    as in a class folder. Video defaults to the file, group to the video. Rows whose file has no image suffix are left
-    out and counted in `rows_left_out`. Raises FileNotFoundError or ValueError naming file and row.
+    as in a class folder. Video defaults to the file, group to the video. Other columns become the record's tags. Rows
+    whose file has no image suffix are left out and counted in `rows_left_out`. Raises FileNotFoundError or ValueError
+    naming file and row.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -99,6 +100,7 @@ def _groups(rows: Sequence[Row], columns: Mapping[str, str], are_ids: bool) -> l
 
 def _record(row: Row, columns: Mapping[str, str], config: DataConfig, where: str, group: str, line: str) -> Record:
     given = {field: row[column].strip() for field, column in columns.items()}
+    tags = {name: value.strip() for name, value in row.items() if name not in columns.values()}
     class_name = given.get("class_name", "")
     try:
         label = parse_label(given["label"], line) if "label" in given else None
@@ -122,6 +124,7 @@ def _record(row: Row, columns: Mapping[str, str], config: DataConfig, where: str
         group=group,
         where=where,
         split=given.get("split", ""),
+        tags=tags,
     )
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava.core.config import setting
-from llava.core.runtime import atomic_path, item_rng, write_json
-from llava.core.types import LABEL_NAMES, REAL
-from llava.data.conversations import PROMPT_HEAD
+from llava.data.conversation_files import (
+    Pair,
+    Row,
+    Subject,
+    shuffled_dialogue,
+    single_questions,
+    write_conversations,
+    write_ground_truth,
+)
 from llava.data.ddvqa_text import (
     VERDICT_QUESTION,
     label_free_answer,
@@ -53,37 +58,20 @@ class DdvqaConfig:
 
 
 @dataclass(frozen=True)
-class _Face:
-    """One annotated image: its name without suffix, file, class and group."""
+class _Face(Subject):
+    """One annotated image."""
 
-    key: str
-    file: str
-    class_name: str
-    group: str
     annotation: Annotation
 
-    @property
-    def label_name(self) -> str:
-        return "real" if self.class_name == LABEL_NAMES[REAL] else "fake"
-
-    def said(self) -> Iterable[tuple[str, str]]:
+    def said(self) -> Iterable[Pair]:
         """Give (question, answer) of every annotator, question by question."""
         for number in sorted(self.annotation, key=int):
             entry = self.annotation[number]
             yield from ((entry["question"], answer) for answer in entry["answer"])
 
-    def label_free(self) -> list[tuple[str, str]]:
+    def label_free(self) -> list[Pair]:
         """Give (question, answer) like `said`, in label-free words."""
         return [(label_free_question(region_of(q)), label_free_answer(a, self.label_name)) for q, a in self.said()]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One conversation about a face: its id, and what is asked and answered."""
-
-    id: str
-    face: _Face
-    pairs: list[tuple[str, str]]
 
 
 def build_ddvqa(config: DdvqaConfig) -> dict[str, int]:
@@ -107,12 +95,11 @@ def build_ddvqa(config: DdvqaConfig) -> dict[str, int]:
     for split, members in splits.items():
         for style in STYLES:
             rows = [row for face in members for row in _rows(face, style, config.seed)]
-            write_json(Path(config.output) / split / f"{style}.json", [_conversation(row) for row in rows])
-            counts[f"{split}/{style}.json"] = len(rows)
+            path = Path(config.output) / split / f"{style}.json"
+            counts[f"{split}/{path.name}"] = write_conversations(path, rows)
             if split != "train" and style != "dialogue":
-                truths = _ground_truth(rows, merge=style != "published")
-                _write_jsonl(Path(config.output) / split / f"{style}.jsonl", truths)
-                counts[f"{split}/{style}.jsonl"] = len(truths)
+                path = path.with_suffix(".jsonl")
+                counts[f"{split}/{path.name}"] = write_ground_truth(path, rows, merge=style != "published")
     counts["annotated_without_image"] = left_out
     log.info("wrote %s: %s", config.output, counts)
     return counts
@@ -176,63 +163,25 @@ def _validation_names(config: DdvqaConfig, faces: Sequence[_Face]) -> set[str]:
     return wanted
 
 
-def _rows(face: _Face, style: str, seed: int) -> list[_Row]:
+def _rows(face: _Face, style: str, seed: int) -> list[Row]:
     """Give the conversations about one image in one style."""
     if style == "dialogue":
-        return [_Row(f"{face.key}_d{i}", face, pairs) for i, pairs in enumerate(_rounds(face, seed))]
+        return [shuffled_dialogue(face, pairs, number, seed) for number, pairs in enumerate(_rounds(face))]
     if style == "verdict_only":
-        pairs = [(VERDICT_QUESTION, verdict_sentence(face.label_name))]
-    elif style == "label_free":
-        pairs = face.label_free()
-    else:
-        pairs = [published_pair(q, a, face.label_name) for q, a in face.said()]
-    return [_Row(f"{face.key}_{number}", face, [pair]) for number, pair in enumerate(pairs)]
+        return single_questions(face, [(VERDICT_QUESTION, verdict_sentence(face.label_name))])
+    if style == "label_free":
+        return single_questions(face, face.label_free())
+    return single_questions(face, [published_pair(q, a, face.label_name) for q, a in face.said()])
 
 
-def _rounds(face: _Face, seed: int) -> Iterator[list[tuple[str, str]]]:
-    """Give dialogues about one image: round j asks all that has a j-th answer, and for the verdict, in random order.
+def _rounds(face: _Face) -> Iterator[list[Pair]]:
+    """Give the questions of dialogues about one image: round j asks all that has a j-th answer, and for the verdict.
 
-    The order is a function of (seed, image, round), so that any question is the first one somewhere.
+    They are put in random order later, so that any question is the first one somewhere.
     """
     answers: dict[str, list[str]] = {}
     for question, answer in face.label_free():
         answers.setdefault(question, []).append(answer)
     for number in range(max(map(len, answers.values()), default=0)):
         pairs = [(VERDICT_QUESTION, verdict_sentence(face.label_name))]
-        pairs += [(question, said[number]) for question, said in answers.items() if number < len(said)]
-        order = item_rng(seed, number, zlib.crc32(face.key.encode())).permutation(len(pairs))
-        yield [pairs[i] for i in order]
-
-
-def _conversation(row: _Row) -> dict[str, Any]:
-    turns: list[dict[str, str]] = []
-    for question, answer in row.pairs:
-        head = "" if turns else PROMPT_HEAD
-        turns += [{"from": "human", "value": head + question}, {"from": "gpt", "value": answer}]
-    return {
-        "id": row.id,
-        "image": row.face.file,
-        "label": row.face.label_name,
-        "class_name": row.face.class_name,
-        "group": row.face.group,
-        "conversations": turns,
-    }
-
-
-def _ground_truth(rows: Sequence[_Row], merge: bool) -> list[dict[str, Any]]:
-    """Give rows of the published test.jsonl, {key: {question, answer: [...]}}, from rows of one question each.
-
-    `merge`: one row per image and question, with every annotator's answer as a reference; its key is the first's.
-    """
-    truths: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        ((question, answer),) = row.pairs
-        place = (row.face.key, question if merge else row.id)
-        truth = truths.setdefault(place, {row.id: {"question": question, "answer": []}})
-        next(iter(truth.values()))["answer"].append(answer)
-    return list(truths.values())
-
-
-def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as staged:
-        staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        yield pairs + [(question, said[number]) for question, said in answers.items() if number < len(said)]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 
-from llava.core.types import LABEL_NAMES
+from llava.core.types import LABEL_NAMES, REGIONS
 from llava.data.ddvqa_reasons import reason_sentences, stated_verdict, without_verdict
 
-REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 VERDICT_QUESTION = "Determine the authenticity of this image."
 WHOLE_QUESTION = "Does this image look real or fake? Give the reasons."
 

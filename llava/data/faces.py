@@ -16,6 +16,7 @@ import numpy as np
 from llava.core.config import setting
 from llava.core.registry import Registry
 
+FACE_CASCADE = "haarcascade_frontalface_default.xml"
 FACE_DETECTORS: Registry[type] = Registry("face detector", {"haar": "llava.data.faces:HaarFaces"})
 
 
@@ -61,7 +62,7 @@ class HaarFaces:
         if scale < 1.0:
             grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         smallest = max(1, round(self.config.min_face * min(grey.shape)))
-        found, _, scores = _cascade(os.getpid()).detectMultiScale3(
+        found, _, scores = open_cascade(FACE_CASCADE, os.getpid()).detectMultiScale3(
             grey,
             scaleFactor=self.config.scale_step,
             minNeighbors=self.config.min_neighbors,
@@ -83,13 +84,18 @@ def crop_face(image: np.ndarray, box: FaceBox, margin: float = 0.3) -> np.ndarra
     At the image's border the square is moved inwards; when it is larger than the image's shorter side, it is shrunk
     to that. So the crop is always square and always made of real pixels, never padded, but the face may be off centre.
     """
+    left, top, side = face_square(box, image.shape[0], image.shape[1], margin)
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
+
+
+def face_square(box: FaceBox, height: int, width: int, margin: float = 0.3) -> tuple[int, int, int]:
+    """Give (left, top, side) in pixels of the square that `crop_face` cuts out of an image of that size."""
     if margin < 0:
         raise ValueError(f"margin: {margin} is not usable; allowed: 0 or more, 0.3 leaves hair and chin in.")
-    height, width = image.shape[:2]
     side = min(round(max(box.width, box.height) * (1 + 2 * margin)), height, width)
     left = min(max(round(box.x + box.width / 2 - side / 2), 0), width - side)
     top = min(max(round(box.y + box.height / 2 - side / 2), 0), height - side)
-    return np.ascontiguousarray(image[top : top + side, left : left + side])
+    return left, top, side
 
 
 def _box(face: Sequence[int], scale: float, score: float, width: int, height: int) -> FaceBox:
@@ -97,11 +103,10 @@ def _box(face: Sequence[int], scale: float, score: float, width: int, height: in
     return FaceBox(x=x, y=y, width=min(w, width - x), height=min(h, height - y), score=score)
 
 
-@lru_cache(maxsize=2)
-def _cascade(process: int) -> cv2.CascadeClassifier:
-    """Read the cascade once per process (an OpenCV object cannot be pickled into a worker)."""
-    path = Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"
-    cascade = cv2.CascadeClassifier(str(path))
+@lru_cache(maxsize=4)
+def open_cascade(name: str, process: int) -> cv2.CascadeClassifier:
+    """Read a cascade that OpenCV ships, once per process (an OpenCV object cannot be pickled into a worker)."""
+    cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / name))
     if cascade.empty():
-        raise FileNotFoundError(f"OpenCV's cascade {path.name!r} is missing; install opencv-python-headless>=4.14,<5.")
+        raise FileNotFoundError(f"OpenCV's cascade {name!r} is missing; install opencv-python-headless>=4.14,<5.")
     return cascade

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from llava.core.config import setting
+from llava.ops.ranges import require_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,11 @@ class DegradeConfig:
 
     def __post_init__(self) -> None:
         for name in ("blur", "rescale", "noise", "jpeg", "flip"):
-            _require_within(f"{name}_probability", (getattr(self, f"{name}_probability"),), 0, 1)
-        _require_within("blur_sigma", self.blur_sigma, 0, 100)
-        _require_within("rescale_factor", self.rescale_factor, 0.01, 1)
-        _require_within("noise_sigma", self.noise_sigma, 0, 255)
-        _require_within("jpeg_quality", self.jpeg_quality, 1, 100)
+            require_within(f"{name}_probability", (getattr(self, f"{name}_probability"),), 0, 1)
+        require_within("blur_sigma", self.blur_sigma, 0, 100)
+        require_within("rescale_factor", self.rescale_factor, 0.01, 1)
+        require_within("noise_sigma", self.noise_sigma, 0, 255)
+        require_within("jpeg_quality", self.jpeg_quality, 1, 100)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Degrade one image with these settings."""
@@ -96,8 +97,3 @@ def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 def flip(image: np.ndarray) -> np.ndarray:
     """Mirror left and right."""
     return np.ascontiguousarray(image[:, ::-1])
-
-
-def _require_within(name: str, values: tuple[float, ...], low: float, high: float) -> None:
-    if any(not low <= v <= high for v in values) or values[0] > values[-1]:
-        raise ValueError(f"{name}: {values} is not usable; allowed: {low} to {high}, the smaller value first.")

@@ -19,7 +19,7 @@ from llava.pipeline.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
-FOLDERS = ("test", "train")
+FOLDERS = ("test", "val", "train")
 _NUMBER = re.compile(r"(\d+)")
 
 

@@ -1,0 +1,93 @@
+"""Conversation files for training and what to score answers by, from questions and answers about images."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.core.runtime import atomic_path, item_rng, write_json
+from llava.core.types import LABEL_NAMES, REAL
+from llava.data.conversations import PROMPT_HEAD
+
+Pair = tuple[str, str]  # question and answer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One image that is talked about: its name without suffix, file, class, group and tags."""
+
+    key: str
+    file: str
+    class_name: str
+    group: str
+    tags: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def label_name(self) -> str:
+        """Give `real` or `fake`, as the class name says."""
+        return LABEL_NAMES[REAL] if self.class_name == LABEL_NAMES[REAL] else "fake"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation about an image: its id, and what is asked and answered."""
+
+    id: str
+    subject: Subject
+    pairs: Sequence[Pair]
+
+
+def single_questions(subject: Subject, pairs: Sequence[Pair]) -> list[Row]:
+    """Give one conversation for each pair."""
+    return [Row(f"{subject.key}_{number}", subject, [pair]) for number, pair in enumerate(pairs)]
+
+
+def shuffled_dialogue(subject: Subject, pairs: Sequence[Pair], number: int, seed: int) -> Row:
+    """Give one conversation of all pairs; their order is a function of (seed, image, number of the dialogue)."""
+    order = item_rng(seed, number, zlib.crc32(subject.key.encode())).permutation(len(pairs))
+    return Row(f"{subject.key}_d{number}", subject, [pairs[i] for i in order])
+
+
+def write_conversations(path: Path, rows: Sequence[Row]) -> int:
+    """Write the json list that LLaVA trains on; gives the number of conversations."""
+    write_json(path, [_conversation(row) for row in rows])
+    return len(rows)
+
+
+def write_ground_truth(path: Path, rows: Sequence[Row], merge: bool) -> int:
+    """Write rows of the published test.jsonl, {key: {question, answer: [...]}}, from rows of one question each.
+
+    `merge`: one row per image and question, with every answer as a reference; its key is the first's. Gives the
+    number of rows.
+    """
+    truths: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        ((question, answer),) = row.pairs
+        place = (row.subject.key, question if merge else row.id)
+        truth = truths.setdefault(place, {row.id: {"question": question, "answer": []}})
+        next(iter(truth.values()))["answer"].append(answer)
+    with atomic_path(path) as staged:
+        lines = [json.dumps(truth, ensure_ascii=False) + "\n" for truth in truths.values()]
+        staged.write_text("".join(lines), encoding="utf-8")
+    return len(truths)
+
+
+def _conversation(row: Row) -> dict[str, Any]:
+    turns: list[dict[str, str]] = []
+    for question, answer in row.pairs:
+        head = "" if turns else PROMPT_HEAD
+        turns += [{"from": "human", "value": head + question}, {"from": "gpt", "value": answer}]
+    subject = row.subject
+    return {
+        "id": row.id,
+        "image": subject.file,
+        "label": subject.label_name,
+        "class_name": subject.class_name,
+        "group": subject.group,
+        **({"tags": dict(subject.tags)} if subject.tags else {}),
+        "conversations": turns,
+    }

@@ -1,0 +1,200 @@
+"""`m2f2 data forge`: a folder of real faces becomes labelled images whose truth is known, masks and conversations."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from llava.core.config import setting, to_dict
+from llava.core.registry import nearest
+from llava.core.runtime import item_rng, write_run
+from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Record
+from llava.data.forgery_text import Truth
+from llava.data.images import IMAGE_SUFFIXES, list_images
+from llava.data.splits import choose_groups
+from llava.ops.forge import ForgeConfig, Forgery, draw_kind, forge
+from llava.pipeline.forge_faces import FaceCrop, RegionFinder, read_face, regions_by_eyes
+from llava.pipeline.forge_files import (
+    IMAGES,
+    MASKS,
+    SUFFIXES,
+    Item,
+    claim_folder,
+    write_image,
+    write_lists,
+    write_mask,
+)
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 20  # draws for one forgery until one is strong enough to be seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgeDataConfig:
+    """Say which photos are forged, how often, how they are divided and where all goes."""
+
+    folder: str = setting(help="folder of real faces; each folder below it is one person", positional=True)
+    output: str = setting(help="folder to write: images/, masks/, manifest.csv and conversations by split")
+    per_image: int = setting(1, "forgeries of each photo; the untouched face stands beside them once")
+    seed: int = setting(0, "seed of what is forged, of the splits and of the questions' order in dialogues")
+    face: Literal["auto", "off"] = setting("auto", "auto = crop to the largest face, off = the image is a face crop")
+    longest_side: int = setting(512, "larger faces are shrunk to this side, in pixels, before they are forged")
+    format: Literal["png", "jpeg"] = setting("png", "of real and fake images alike; only png keeps the masks exact")
+    jpeg_quality: int = setting(95, "of real and fake images alike, for format jpeg")
+    test_groups: tuple[str, ...] = setting((), "persons to test on: folder, or file name without suffix")
+    val_groups: tuple[str, ...] = setting((), "persons to validate on")
+    test_fraction: float = setting(0.2, "part of the photos to test on when no test_groups are given; 0 = none")
+    val_fraction: float = setting(0.2, "part of the others to validate on when no val_groups are given; 0 = none")
+    forge: ForgeConfig = setting(ForgeConfig())
+
+    def __post_init__(self) -> None:
+        limits = {"per_image": (1, 10_000), "longest_side": (64, 4096), "jpeg_quality": (1, 100)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: {getattr(self, name)} is not usable; allowed: {low} to {high}.")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo of the folder: its number in the sorted list, name, person and split."""
+
+    number: int
+    name: str
+    group: str
+    split: str
+
+
+def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = regions_by_eyes) -> dict[str, int]:
+    """Write untouched and forged faces, masks, manifest.csv and conversations; gives the counts.
+
+    A forgery is a function of (seed, number of the photo in the sorted list, number of the forgery), whatever else is
+    asked for. Photos without a usable face are left out and counted by reason. find_regions: a landmark detector in
+    place of the canonical proportions. Raises ValueError for an output folder that holds something else.
+    """
+    root, output = Path(config.folder), Path(config.output)
+    photos = _list_photos(root, output)
+    groups = [_group(path.relative_to(root)) for path in photos]
+    splits = divide(groups, config)
+    settings = {**to_dict(config), "photos": _digest(root, photos)}
+    claim_folder(output, settings)
+    write_run(output, settings, config.seed)
+    counts: Counter[str] = Counter(photos=len(photos))
+    items: list[Item] = []
+    console = Console(stderr=True)
+    for number, path in enumerate(track(photos, "forging", console=console, disable=not console.is_terminal)):
+        crop = read_face(path, config.face, config.longest_side, find_regions)
+        if isinstance(crop, str):
+            counts[crop] += 1
+            log.info("%s: %s", path, crop.replace("_", " "))
+            continue
+        photo = Photo(number, path.relative_to(root).as_posix(), groups[number], splits[groups[number]])
+        written = _write_photo(output, photo, crop, config)
+        counts["forgeries_too_faint"] += 1 + config.per_image - len(written)
+        items += written
+    if not items:
+        raise ValueError(
+            f"{config.folder!r}: no photo has a usable face ({dict(counts)}); --face off takes them whole."
+        )
+    counts.update(f"{item.record.split}/{LABEL_NAMES[item.record.label or REAL]}" for item in items)
+    return {**counts, **write_lists(output, items, config.seed)}
+
+
+def divide(groups: Sequence[str], config: ForgeDataConfig) -> dict[str, str]:
+    """Give the split of each group: as named, the rest by fractions of the photos. Raises ValueError for odd names."""
+    for name, wanted in (("test_groups", config.test_groups), ("val_groups", config.val_groups)):
+        unknown = next((group for group in wanted if group not in groups), None)
+        if unknown is not None:
+            raise ValueError(f"{name}: there is no {unknown!r} in {config.folder!r}. {nearest(unknown, set(groups))}")
+    both = set(config.test_groups) & set(config.val_groups)
+    if both:
+        raise ValueError(f"{min(both)!r} stands in test_groups and val_groups; name it in one of them.")
+    named = {*config.test_groups, *config.val_groups}
+    test = set(config.test_groups) or _chosen(groups, config.test_fraction, named, config.seed)
+    val = set(config.val_groups) or _chosen(groups, config.val_fraction, named | test, config.seed + 1)
+    splits = {group: "test" if group in test else "val" if group in val else "train" for group in groups}
+    if "train" not in splits.values():
+        raise ValueError(f"No photo is left to train on: all {len(splits)} persons validate or test. Add photos.")
+    return splits
+
+
+def _chosen(groups: Sequence[str], fraction: float, taken: set[str], seed: int) -> set[str]:
+    rest = [group for group in groups if group not in taken]
+    return choose_groups(rest, fraction, seed) if fraction and rest else set()
+
+
+def _list_photos(root: Path, output: Path) -> list[Path]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"Folder {str(root)!r} does not exist; give a folder of photos of real faces.")
+    if output.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{str(output)!r} lies in {str(root)!r}, so forgeries would be taken for photos; move it.")
+    photos = list_images(root)
+    if not photos:
+        raise FileNotFoundError(f"{str(root)!r} holds no images ({' '.join(IMAGE_SUFFIXES)}); give another folder.")
+    return photos
+
+
+def _group(name: Path) -> str:
+    """Give the person: the first folder, or the file's own name."""
+    return name.parts[0] if len(name.parts) > 1 else name.stem
+
+
+def _digest(root: Path, photos: Sequence[Path]) -> str:
+    """Tell one list of photos from another by names and sizes."""
+    lines = "".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n" for path in photos)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _write_photo(output: Path, photo: Photo, crop: FaceCrop, config: ForgeDataConfig) -> list[Item]:
+    """Write the untouched face and its forgeries; those that stay too faint are missing."""
+    items = []
+    for variant in range(config.per_image + 1):
+        rng = item_rng(config.seed, variant, photo.number)
+        forgery = visible_forgery(crop, config.forge, rng) if variant else None
+        if variant and forgery is None:
+            continue
+        item = _item(photo, variant, forgery, crop, SUFFIXES[config.format])
+        write_image(output / item.record.id, forgery.image if forgery else crop.image, config.jpeg_quality)
+        if forgery:
+            write_mask(output / item.record.tags["mask"], forgery.mask)
+        items.append(item)
+    return items
+
+
+def visible_forgery(crop: FaceCrop, config: ForgeConfig, rng: np.random.Generator) -> Forgery | None:
+    """Draw region, artefact and strength until the change is large enough to be seen; None after 20 draws."""
+    for _ in range(ATTEMPTS):
+        region, artefact = draw_kind(crop.regions, config, rng)
+        forgery = forge(crop.image, crop.regions[region], region, artefact, rng, config)
+        if forgery is not None:
+            return forgery
+    return None
+
+
+def _item(photo: Photo, variant: int, forgery: Forgery | None, crop: FaceCrop, suffix: str) -> Item:
+    stem = f"{photo.split}/{photo.number:05d}_{variant}"
+    file, tags = f"{IMAGES}/{stem}{suffix}", {"region": "", "artefact": "", "mask": "", "original": photo.name}
+    truth = None
+    if forgery is not None:
+        tags |= {"region": forgery.region, "artefact": forgery.artefact, "mask": f"{MASKS}/{stem}.png"}
+        touched = [name for name in REGIONS if bool(((crop.regions[name] > 0) & (forgery.mask > 0)).any())]
+        truth = Truth(region=forgery.region, artefact=forgery.artefact, touched=touched)
+    record = Record(
+        id=file,
+        label=REAL if truth is None else FAKE,
+        class_name=LABEL_NAMES[REAL] if truth is None else truth.artefact,
+        video=file,
+        group=photo.group,
+        where=file,
+        split=photo.split,
+        tags=tags,
+    )
+    return Item(record=record, truth=truth)
