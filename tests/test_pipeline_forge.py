@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from llava.core.types import FAKE, REAL, REGIONS
+from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS
 from llava.data.conversations import ConversationSource
 from llava.data.eyes import find_eyes
 from llava.data.faces import FaceBox, find_faces
@@ -23,6 +23,9 @@ from llava.data.forgery_text import SIGNS, Truth, truthful_answer
 from llava.data.images import read_image
 from llava.data.sources import DataConfig, open_source
 from llava.data.splits import LeakError, check_leaks
+from llava.evaluation.captions import read_caption_set
+from llava.evaluation.questions import read_training
+from llava.evaluation.regions import region_report
 from llava.evaluation.text import parse_verdict
 from llava.ops.face_regions import FACE, face_regions
 from llava.ops.forge import ARTEFACTS, ForgeConfig
@@ -93,6 +96,24 @@ def test_sources_read_what_is_written(photos: Path) -> None:
     assert {item.name for item in list_items(settings)} == {
         r.id.removeprefix("images/") for r in source.records if r.split == "val"
     }
+
+
+def test_the_truth_can_be_scored_by_region(photos: Path) -> None:
+    out = photos.parent / "out"
+    build_forgeries(config_of(photos, test_groups=("bob",), val_groups=("cy",)))
+    truth = out / "test" / "label_free.jsonl"
+    rows = [json.loads(line) for line in truth.read_text(encoding="utf-8").splitlines()]
+    answers = [{"key": key, "text": row["answer"][0]} for found in rows for key, row in found.items()]
+    (out / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers), encoding="utf-8")
+    items = read_caption_set(out / "answers.jsonl", truth).items
+    tagged = {Path(row["file"]).stem: row for row in table(out)}
+    for item in items:
+        row = tagged[item.key.rpartition("_")[0]]
+        assert (item.label, item.group) == (LABEL_NAMES.index(row["label"]), row["group"])
+        assert item.region == (row["region"] if row["region"] in REGIONS else None)
+    report = region_report(items, read_training(out / "train" / "label_free.json"), n_boot=50)
+    assert report is not None and report["accuracy"]["value"] == 1.0
+    assert report["n"] == sum(row["split"] == "test" and row["region"] in REGIONS for row in tagged.values()) > 1
 
 
 def test_masks_are_exact_and_reals_untouched(photos: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.core.runtime import atomic_path, item_rng, write_json
-from llava.core.types import LABEL_NAMES, REAL
+from llava.core.types import LABEL_NAMES, REAL, REGIONS
 from llava.data.conversations import PROMPT_HEAD
 
 Pair = tuple[str, str]  # question and answer
@@ -61,19 +61,26 @@ def write_conversations(path: Path, rows: Sequence[Row]) -> int:
 def write_ground_truth(path: Path, rows: Sequence[Row], merge: bool) -> int:
     """Write rows of the published test.jsonl, {key: {question, answer: [...]}}, from rows of one question each.
 
-    `merge`: one row per image and question, with every answer as a reference; its key is the first's. Gives the
-    number of rows.
+    `merge`: one row per image and question, with every answer as a reference; its key is the first's. Images with tags
+    also give `label`, `group` and, where one of REGIONS was edited, `region`. Gives the number of rows.
     """
     truths: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         ((question, answer),) = row.pairs
         place = (row.subject.key, question if merge else row.id)
-        truth = truths.setdefault(place, {row.id: {"question": question, "answer": []}})
+        truth = truths.setdefault(place, {row.id: {"question": question, "answer": [], **_known(row.subject)}})
         next(iter(truth.values()))["answer"].append(answer)
     with atomic_path(path) as staged:
         lines = [json.dumps(truth, ensure_ascii=False) + "\n" for truth in truths.values()]
         staged.write_text("".join(lines), encoding="utf-8")
     return len(truths)
+
+
+def _known(subject: Subject) -> dict[str, str]:
+    if not subject.tags:
+        return {}
+    region = {"region": subject.tags["region"]} if subject.tags.get("region") in REGIONS else {}
+    return {"label": subject.label_name, "group": subject.group, **region}
 
 
 def _conversation(row: Row) -> dict[str, Any]:

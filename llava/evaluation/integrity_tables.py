@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from llava.core.types import LABEL_NAMES
-from llava.data.ddvqa_text import REGIONS
+from llava.core.types import LABEL_NAMES, REGIONS
 from llava.evaluation.regions import NONE, SEVERAL
 from llava.evaluation.report import CAPTION_ROWS, interval_text
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.data.ddvqa_text import REGIONS
+from llava.core.types import REGIONS
 from llava.evaluation.captions import CaptionItem, question_type
 from llava.evaluation.questions import Lookup, TrainingPair
 from llava.evaluation.statistics import group_bootstrap, wilson
