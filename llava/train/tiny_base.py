@@ -35,6 +35,7 @@ from llava.detectors.base import load as load_detector
 from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor
 from llava.explainer.prompts import lay_out, plain_text, strip_tags
+from llava.train.engine import usable_precision
 
 log = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<deepfake>")
@@ -52,7 +53,7 @@ class TinyBaseConfig:
     hidden_size: int = setting(192, "width of the language model")
     layers: int = setting(4, "layers of the language model")
     heads: int = setting(6, "attention heads of the language model")
-    steps: int = setting(350, "training steps, whatever the size of the data")
+    steps: int = setting(600, "training steps, whatever the size of the data")
     batch_size: int = setting(16, "conversations per step")
     lr: float = setting(1e-3, "highest learning rate")
     seed: int = setting(0, "seed of initial weights and order")
@@ -153,6 +154,7 @@ def _train(
         dataloader_drop_last=True,  # a batch of one would keep its own picture
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
+        bf16=usable_precision("auto") == "bf16",  # a third faster on a CPU that multiplies in bf16
     )
     dataset = _ToldConversations(sources, processor)
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
