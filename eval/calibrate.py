@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Predictions, read_csv, refuse_shared_groups
 from llava.evaluation.reliability import calibration_report
-from llava.evaluation.report import calibration_tables, console
+from llava.evaluation.report import calibration_tables, console, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,4 @@ def measure(calibration: Calibration, test: Predictions, settings: Settings) -> 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from llava.core.config import parse, setting
 from llava.core.registry import nearest
-from llava.evaluation.report import console, interval_text
+from llava.evaluation.report import console, interval_text, run_script
 
 # file of a run's folder -> rows (title, path inside the file)
 ROWS = {
@@ -85,7 +84,4 @@ def cell(report: Mapping[str, Any] | None, path: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from llava.core.runtime import write_json
 from llava.evaluation.metrics import ThresholdRule, detection_report, threshold_from_validation
 from llava.evaluation.pictures import draw_histogram, draw_roc
 from llava.evaluation.predictions import read_csv
-from llava.evaluation.report import console, detection_tables
+from llava.evaluation.report import console, detection_tables, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

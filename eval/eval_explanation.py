@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
 from llava.evaluation.captions import read_caption_set, score_captions
-from llava.evaluation.report import caption_table, console
+from llava.evaluation.report import caption_table, console, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

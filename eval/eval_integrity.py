@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -14,7 +13,7 @@ from llava.evaluation.flip import read_flipped
 from llava.evaluation.integrity import integrity_report, read_prompts
 from llava.evaluation.integrity_tables import integrity_tables
 from llava.evaluation.questions import read_training
-from llava.evaluation.report import console
+from llava.evaluation.report import console, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

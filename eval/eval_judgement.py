@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
 from llava.evaluation.agreement import read_agreement
 from llava.evaluation.judgement import judgement_report, read_judgements
-from llava.evaluation.report import agreement_table, console, judgement_tables
+from llava.evaluation.report import agreement_table, console, judgement_tables, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

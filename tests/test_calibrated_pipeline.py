@@ -1,4 +1,4 @@
-"""A calibrated detector in the pipeline, through merges and on the command line; the words see raw numbers."""
+"""A calibrated detector in the pipeline, through merges and on the command line; words rest on the verdict's p_fake."""
 
 from __future__ import annotations
 
@@ -88,10 +88,20 @@ def test_a_score_in_the_band_is_uncertain_and_the_words_stay(calibrated: Path, t
     write_calibration(tmp_path / "wide", wide)
     before = list(opened(calibrated / "explainer").explain_all(PICTURES))
     after = list(opened(tmp_path / "wide").explain_all(PICTURES))
-    assert [a.text for a in after] == [b.text for b in before], "the explainer reads the raw evidence"
+    assert [a.text for a in after] == [b.text for b in before], "the words rest on p_fake, not on the label"
     assert {a.verdict.label for a in after} == {"UNCERTAIN"} and {a.verdict.reason for a in after} == {IN_THE_BAND}
     assert {a.agrees for a in after} == {None}
     assert all(a.remark.endswith("the verdict is UNCERTAIN.]") for a in after if a.text_verdict is not None)
+
+
+def test_the_words_are_told_the_calibrated_p_fake(calibrated: Path, tiny_explainer: Path) -> None:
+    told = opened(calibrated / "explainer").needed_explainer().encode(PICTURES).evidence
+    raw = opened(tiny_explainer).needed_explainer().encode(PICTURES).evidence
+    verdicts = opened(calibrated / "explainer").detect(PICTURES)
+    assert told[:, 1].tolist() == pytest.approx([v.p_fake for v in verdicts], abs=1e-6)
+    assert told.sum(dim=1).tolist() == pytest.approx([1.0] * len(PICTURES))
+    assert raw[:, 1].tolist() == pytest.approx([v.raw_p_fake for v in verdicts], abs=1e-6)
+    assert not np.allclose(told, raw)
 
 
 def test_a_prior_without_calibration_is_refused(tiny_explainer: Path, calibrated: Path) -> None:

@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from llava.evaluation.agreement import agreement, read_agreement
 from llava.evaluation.judgement import judgement_report, read_judgements
+from llava.evaluation.report import agreement_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,8 +127,13 @@ def test_ambiguous_and_bad_truth(tmp_path):
 def test_agreement_counts_undecided_against_and_inconclusive_out():
     report = agreement([0, 1, None, 1, 1], [0, 1, 1, 0, None], ["a", "b", "c", "d", "e"], n_boot=100)
     assert report["agreement"]["value"] == 0.5
-    assert (report["n"], report["text_undecided"], report["no_detector_verdict"]) == (4, 1, 1)
+    assert (report["n"], report["text_undecided"], report["left_out"]) == (4, 1, 1)
     assert report["agreement"]["low"] < 0.5 < report["agreement"]["high"]
+
+
+def test_agreement_with_nothing_has_no_value():
+    report = agreement([0, 1], [None, None], ["a", "b"], n_boot=100)
+    assert (report["n"], report["left_out"], report["agreement"]["value"]) == (0, 2, None)
 
 
 def run(*arguments):
@@ -202,16 +208,21 @@ def test_words_are_compared_with_what_the_rows_say(tmp_path):
         {"image": "0_002_003.jpg", "text": "The image is real.", "metadata": {"label": "FAKE", "p_fake": 0.8}},
         {"image": "0_004_005.jpg", "text": "Who knows?", "metadata": {"label": "FAKE", "p_fake": 0.9}},
         {"image": "0_006_007.jpg", "text": "The image is fake.", "metadata": {"label": "INCONCLUSIVE", "p_fake": None}},
+        {"image": "0_008_009.jpg", "text": "The image is fake.", "metadata": {"label": "UNCERTAIN", "p_fake": 0.6}},
     ]
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = read_agreement(path, n_boot=50)
-    assert (report["told"], report["n"], report["text_undecided"], report["no_detector_verdict"]) == (None, 3, 1, 1)
-    assert report["agreement"]["value"] == pytest.approx(1 / 3)
+    assert (report["told"], report["n"], report["text_undecided"], report["left_out"]) == (None, 4, 1, 1)
+    assert report["agreement"]["value"] == pytest.approx(2 / 4)
+    assert (report["clear"]["n"], report["clear"]["left_out"]) == (3, 2)
+    assert report["clear"]["agreement"]["value"] == pytest.approx(1 / 3)
+    shown = [list(column.cells) for column in agreement_table(report).columns]
+    assert shown[:2] == [["all answers", "verdict REAL or FAKE"], ["4", "3"]]
     told = [row | {"metadata": row["metadata"] | {"evidence_p_fake": 0.02}} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in told))
     report = read_agreement(path, n_boot=50)
-    assert (report["told"], report["n"]) == (0.02, 4)
-    assert report["agreement"]["value"] == 0.5
+    assert (report["told"], report["n"], report.get("clear")) == (0.02, 5, None)
+    assert report["agreement"]["value"] == pytest.approx(2 / 5)
     path.write_text(json.dumps({"image": "5_001.jpg", "text": "real", "metadata": {}}) + "\n")
     assert read_agreement(path) is None

@@ -229,6 +229,9 @@ def test_impossible_flags_are_refused() -> None:
         build(ExplainArguments, {"output_dir": "o", "mm_vision_select_feature": "patch"})
     with pytest.raises(ValueError, match="leave --freeze_backbone True"):
         build(ExplainArguments, {"output_dir": "o", "lora_enable": "true", "freeze_backbone": "false"})
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--tf32 True needs a GPU, and here is none; give --tf32 False"):
+            build(ExplainArguments, {"output_dir": "o", "tf32": "true", "bf16": "false"})
 
 
 def test_launcher_flags_are_told_apart() -> None:

@@ -100,6 +100,20 @@ class Detector(nn.Module):
         """Map logits (B, classes) to the probability of not being real, (B,) in [0, 1]."""
         return 1.0 - logits.float().softmax(dim=-1)[:, self.classes.index("real")]
 
+    def told_evidence(self, output: DetectorOutput) -> Tensor:
+        """Give the evidence (B, E) that words rest on: p_real and p_fake are those of the verdict, calibrated if it is.
+
+        Calibrated, they are the posterior at the validation data's share of fakes; all other evidence stays as it is.
+        """
+        assert output.logits is not None and output.evidence is not None
+        if self.calibration is None:
+            return output.evidence
+        posterior = self.calibration.posterior(self.p_fake(output.logits).double().cpu().numpy())
+        p_fake = torch.from_numpy(posterior).to(output.evidence)
+        told = {"p_real": 1 - p_fake, "p_fake": p_fake}
+        columns = zip(self.evidence_names, output.evidence.unbind(dim=1), strict=True)
+        return torch.stack([told.get(name, column) for name, column in columns], dim=1)
+
     def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:
         """Run on inputs (B, V, ...) and average probabilities and evidence over the V views of each image.
 

@@ -1,7 +1,8 @@
-"""Do the words say what the evidence says? Text verdicts against the detector's, or against evidence that was told."""
+"""How often the words say what the detector found, or what the evidence they were told says."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from llava.core.types import FAKE, REAL
 from llava.evaluation.captions import image_groups, read_jsonl
-from llava.evaluation.statistics import group_bootstrap
+from llava.evaluation.statistics import Interval, group_bootstrap
 from llava.evaluation.text import parse_verdict
 
 _LABELS = {"REAL": REAL, "FAKE": FAKE}
@@ -18,35 +19,35 @@ _LABELS = {"REAL": REAL, "FAKE": FAKE}
 
 def agreement(
     text_verdicts: Sequence[int | None],
-    detector_verdicts: Sequence[int | None],
+    found: Sequence[int | None],
     groups: Sequence[str],
     n_boot: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Give the part of items whose text says what the detector says, with its group-bootstrap interval.
+    """Give the part of items whose text says what was found, with its group-bootstrap interval.
 
-    An undecided text does not agree. Items on which the detector gave no verdict are left out and counted.
+    An undecided text does not agree. Items on which nothing was found (None) are left out and counted; when no item is
+    left, the agreement has no value.
     """
-    pairs = [(t, d, g) for t, d, g in zip(text_verdicts, detector_verdicts, groups, strict=True) if d is not None]
-    if not pairs:
-        raise ValueError("The detector gave no verdict on any item, so there is nothing to agree with.")
-    same = np.array([t == d for t, d, _ in pairs], dtype=float)
-    interval = group_bootstrap(
-        [g for _, _, g in pairs], lambda weights: float(np.average(same, weights=weights)), n_boot, seed
-    )
+    pairs = [(t, f, g) for t, f, g in zip(text_verdicts, found, groups, strict=True) if f is not None]
+    same = np.array([t == f for t, f, _ in pairs], dtype=float)
+    interval = Interval(math.nan, math.nan, math.nan, 0)
+    if pairs:
+        interval = group_bootstrap([g for _, _, g in pairs], lambda w: float(np.average(same, weights=w)), n_boot, seed)
     return {
         "agreement": interval.to_dict(),
         "n": len(pairs),
         "text_undecided": sum(t is None for t, _, _ in pairs),
-        "no_detector_verdict": len(text_verdicts) - len(pairs),
+        "left_out": len(found) - len(pairs),
     }
 
 
 def read_agreement(predict_path: str | Path, n_boot: int = 2000, seed: int = 0) -> dict[str, Any] | None:
     """Compare each answer with its row's metadata; None where rows do not say what the detector found.
 
-    Evidence that was told (`evidence_p_fake`, the causality test) counts as fake from 0.5 on; else the detector's
-    own `label` counts. `told` in the result names it.
+    What was found is the side of `p_fake`, of the detector or told (`evidence_p_fake`, the causality test): fake from
+    0.5 on, or as a clear label (REAL, FAKE) says. `clear`: the same over clear labels only, without UNCERTAIN ones.
+    `told` in the result names the evidence told.
     """
     rows = [row for _, row in read_jsonl(predict_path)]
     notes = [row.get("metadata") or {} for row in rows]
@@ -58,5 +59,14 @@ def read_agreement(predict_path: str | Path, n_boot: int = 2000, seed: int = 0) 
     texts = [parse_verdict(row["text"]) for row in rows]
     groups = image_groups([Path(row["image"]).stem for row in rows])
     p_fake = told.pop()
-    found = [_LABELS.get(n.get("label", "")) if p_fake is None else int(p_fake >= 0.5) for n in notes]
-    return {"told": p_fake, **agreement(texts, found, groups, n_boot, seed)}
+    if p_fake is not None:
+        return {"told": p_fake, **agreement(texts, [int(p_fake >= 0.5)] * len(rows), groups, n_boot, seed)}
+    labels = [_LABELS.get(note.get("label", "")) for note in notes]
+    sides = [_side(note) if label is None else label for note, label in zip(notes, labels, strict=True)]
+    clear = agreement(texts, labels, groups, n_boot, seed)
+    return {"told": None, **agreement(texts, sides, groups, n_boot, seed), "clear": clear}
+
+
+def _side(note: dict[str, Any]) -> int | None:
+    p_fake = note.get("p_fake")
+    return None if p_fake is None else int(p_fake >= 0.5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +44,14 @@ def console() -> Console:
     """Give a console that is wide enough for every table, also when its output goes into a file."""
     width = Console().width
     return Console(width=max(width, PIPE_WIDTH), highlight=False, soft_wrap=False)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; a mistake in what was asked ends it with one line instead of a traceback."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
 
 
 def interval_text(interval: Mapping[str, Any]) -> str:
@@ -124,10 +133,13 @@ def judgement_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def agreement_table(report: Mapping[str, Any]) -> Table:
-    """Give one line: how often the words say what the detector found, or what they were told."""
-    whom = "the detector" if report["told"] is None else f"the evidence told (p_fake {report['told']})"
-    table = _table(f"Words against {whom}: {report['n']} answers", "", "value", "undecided")
-    table.add_row("agreement", interval_text(report["agreement"]), str(report["text_undecided"]))
+    """Say how often the words say what the detector found, in all and where its verdict is clear, or were told."""
+    whom = "the side the detector's p_fake is on" if report["told"] is None else f"the p_fake told, {report['told']}"
+    table = _table(f"Words against {whom}", "", "n", "left out", "agreement", "text undecided")
+    rows = {"all answers": report, **({"verdict REAL or FAKE": report["clear"]} if report.get("clear") else {})}
+    for name, row in rows.items():
+        n, left_out, undecided = (str(row[key]) for key in ("n", "left_out", "text_undecided"))
+        table.add_row(name, n, left_out, interval_text(row["agreement"]), undecided)
     return table
 
 

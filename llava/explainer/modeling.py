@@ -26,7 +26,7 @@ from llava.explainer.configuration import ForgeryLlavaConfig
 class Encoded:
     """What the images of a batch become before a word is read.
 
-    image_features (N, patches, hidden); evidence (N, E); detection: the detector's whole output.
+    image_features (N, patches, hidden); evidence (N, E), as told to the words; detection: the detector's whole output.
     """
 
     image_features: Tensor
@@ -114,8 +114,7 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         detection = self.detect(features, detector_inputs)
         projector = self.model.multi_modal_projector
         projected = projector(features[:, 1:].to(projector.linear_1.weight.dtype))  # the LLM never sees CLS
-        assert detection.evidence is not None
-        return Encoded(image_features=projected, evidence=detection.evidence, detection=detection)
+        return Encoded(image_features=projected, evidence=self.detector.told_evidence(detection), detection=detection)
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None, evidence: Tensor | None) -> Tensor:
         """Embed ids (B, L) and put image and evidence tokens at their placeholders, in reading order."""

@@ -95,6 +95,11 @@ class ExplainArguments(TrainingArguments):
         if self.lora_enable and not self.freeze_backbone:
             raise ValueError("--lora_enable True trains beside a frozen language model; leave --freeze_backbone True.")
         if not torch.cuda.is_available():
+            if self.tf32:
+                raise ValueError(
+                    "--tf32 True needs a GPU, and here is none; give --tf32 False, or the small recipe for a CPU: "
+                    "--config scripts/configs/stage_2/m2f2_tiny.yaml (or stage_3)."
+                )
             self.use_cpu = True
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 self.ddp_backend = "gloo"
