@@ -62,7 +62,7 @@ def write_ground_truth(path: Path, rows: Sequence[Row], merge: bool) -> int:
     """Write rows of the published test.jsonl, {key: {question, answer: [...]}}, from rows of one question each.
 
     `merge`: one row per image and question, with every answer as a reference; its key is the first's. Images with tags
-    also give `label`, `group` and, where one of REGIONS was edited, `region`. Gives the number of rows.
+    also give `label`, `group` and, where one of REGIONS was edited, `region` and `artefact`. Gives the number of rows.
     """
     truths: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
@@ -79,8 +79,9 @@ def write_ground_truth(path: Path, rows: Sequence[Row], merge: bool) -> int:
 def _known(subject: Subject) -> dict[str, str]:
     if not subject.tags:
         return {}
-    region = {"region": subject.tags["region"]} if subject.tags.get("region") in REGIONS else {}
-    return {"label": subject.label_name, "group": subject.group, **region}
+    is_local = subject.tags.get("region") in REGIONS
+    edit = {name: subject.tags[name] for name in ("region", "artefact") if is_local and subject.tags.get(name)}
+    return {"label": subject.label_name, "group": subject.group, **edit}
 
 
 def _conversation(row: Row) -> dict[str, Any]:

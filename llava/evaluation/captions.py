@@ -31,7 +31,8 @@ _DDVQA_IMAGE = re.compile(r"[0-6](?:_\d+)+")
 class CaptionItem:
     """One answer with its references. `group`: unit of the bootstrap; items of one image share it.
 
-    label: the image's, None where the files do not tell. region: where a forged image was edited, if the truth says.
+    label: the image's, None where the files do not tell. region, artefact: where and how a forged image was edited, if
+    the truth says.
     """
 
     key: str
@@ -41,6 +42,7 @@ class CaptionItem:
     group: str
     label: int | None = None
     region: str | None = None
+    artefact: str | None = None
 
     @property
     def image(self) -> str:
@@ -92,7 +94,7 @@ def question_type(question: str) -> str:
 def read_caption_set(predict_path: str | Path, gt_path: str | Path) -> CaptionSet:
     """Pair the rows {key, text} of a prediction file with the rows {key: {question, answer: [...]}} of a truth file.
 
-    A truth may carry `label` (real, fake, 0, 1), `region` and `group`. Without a label it is the one in a DD-VQA file
+    A truth may carry `label` (real, fake, 0, 1), `region`, `artefact` and `group`. Without a label it is the one in a DD-VQA file
     name, else what the references say. Raises FileNotFoundError, or ValueError naming the line, for unreadable rows and
     repeated keys, and when no key of the two files is the same.
     """
@@ -254,6 +256,7 @@ def _item(key: str, truth: dict[str, Any], answer: str, group: str) -> CaptionIt
         group=str(truth.get("group") or group),
         label=label_of(key.rpartition("_")[0], references, truth.get("label"), f"Truth {key!r}"),
         region=truth.get("region") or None,
+        artefact=truth.get("artefact") or None,
     )
 
 
