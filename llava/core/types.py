@@ -43,10 +43,14 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz."""
+    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz.
+
+    mask: (H, W) uint8, above 0 where pixels were forged, all 0 for a real image; None = unknown, or not asked for.
+    """
 
     record: Record
     image: np.ndarray
+    mask: np.ndarray | None = None
     frames: np.ndarray | None = None
     audio: np.ndarray | None = None
     turns: Sequence[Turn] = ()
