@@ -108,7 +108,7 @@ class Detector(nn.Module):
     def told_evidence(self, output: DetectorOutput) -> Tensor:
         """Give the evidence (B, E) that words rest on: p_real and p_fake are those of the verdict, calibrated if it is.
 
-        Calibrated, they are the posterior at the validation data's share of fakes; all other evidence stays as it is.
+        Calibrated, they are the posterior at the calibration's own prior; all other evidence stays as it is.
         """
         assert output.logits is not None and output.evidence is not None
         if self.calibration is None:
