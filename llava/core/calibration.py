@@ -62,8 +62,8 @@ class Calibration:
 
     real_below, fake_above: ends of the abstain band, in raw p_fake; see `labels`. coverage: what the band promises for
     each class. prior: share of fakes expected where nobody says another. images, groups: how many it was fitted on;
-    class_groups: how many of the groups have real images, and fake ones. data: their name. weights_sha256: `Detector.fingerprint()`
-    of the detector whose scores they are.
+    class_groups: how many of the groups have real images, and fake ones. data: their name. weights_sha256:
+    `Detector.fingerprint()` of the detector whose scores they are.
     """
 
     score_map: ScoreMap
