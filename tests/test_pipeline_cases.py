@@ -80,7 +80,7 @@ def test_a_calibrated_verdict_is_said_in_plain_words() -> None:
     for words in (
         "FAKE 87 % forged (calibrated on photos, n = 400)",
         "Of 100 faces with such a score, 87 are expected to be forged.",
-        "6.7 times likelier to come from a forged face than from a real one: weak support for “forged”",
+        "6.7 times likelier to come from a forged face than from a real one: on its own, weak support for “forged”",
         "Before looking, 50 % of such pictures were expected to be forged.",
         "UNCERTAIN between 20.0 % and 70.0 %",
         "at least 90 are not called the opposite",
@@ -164,14 +164,29 @@ def test_other_reports_use_the_same_page() -> None:
 @pytest.mark.parametrize(
     ("ratio", "words"),
     [
-        (1.0, "1.0 times likelier to come from a forged face than from a real one: no support for “forged”"),
-        (0.05, "20 times likelier to come from a real face than from a forged one: moderate support for “real”"),
-        (1 / 1.9, "1.9 times likelier to come from a real face than from a forged one: no support for “real”"),
-        (2.0, "2.0 times likelier to come from a forged face than from a real one: weak support"),
-        (10.0, "10 times likelier to come from a forged face than from a real one: moderate support"),
-        (100.0, "100 times likelier to come from a forged face than from a real one: moderately strong support"),
-        (4321.0, "4,300 times likelier to come from a forged face than from a real one: strong support"),
-        (2e-6, "500,000 times likelier to come from a real face than from a forged one: very strong support"),
+        (
+            1.0,
+            "1.0 times likelier to come from a forged face than from a real one: on its own, no support for “forged”",
+        ),
+        (
+            0.05,
+            "20 times likelier to come from a real face than from a forged one: on its own, moderate support for “real”",
+        ),
+        (
+            1 / 1.9,
+            "1.9 times likelier to come from a real face than from a forged one: on its own, no support for “real”",
+        ),
+        (2.0, "2.0 times likelier to come from a forged face than from a real one: on its own, weak support"),
+        (10.0, "10 times likelier to come from a forged face than from a real one: on its own, moderate support"),
+        (
+            100.0,
+            "100 times likelier to come from a forged face than from a real one: on its own, moderately strong support",
+        ),
+        (4321.0, "4,300 times likelier to come from a forged face than from a real one: on its own, strong support"),
+        (
+            2e-6,
+            "500,000 times likelier to come from a real face than from a forged one: on its own, very strong support",
+        ),
     ],
 )
 def test_a_likelihood_ratio_in_words(ratio: float, words: str) -> None:
@@ -189,7 +204,7 @@ def test_a_percentage_is_never_certain_and_an_empty_band_is_said() -> None:
 
 def test_the_map_lies_over_the_central_square_and_fields_stay_fields() -> None:
     pixels = np.full((40, 100, 3), (200, 100, 50), np.uint8)
-    shown = overlay(pixels, np.array([[0.2, 0.3], [0.4, 0.6]], np.float32))
+    shown = overlay(pixels, np.array([[0.25, 0.375], [0.5, 0.75]], np.float32))
     grey = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
     assert shown.shape == pixels.shape and (shown[:, :30] == grey).all() and (shown[:, 70:] == grey).all()
     for (row, column), place in {(0, 30): 0.0, (0, 69): 0.25, (39, 30): 0.5, (39, 69): 1.0}.items():
@@ -279,7 +294,7 @@ def test_the_command_writes_the_same_facts_twice(case_folder: Path, tiny_explain
     first = case["entries"][0]
     assert first["input"]["sha256"] == hashlib.sha256((case_folder / "0.png").read_bytes()).hexdigest()
     assert (decoded(first["crop"]["png"]) == draw(0, 700)).all()
-    assert np.array(first["evidence_map"]["values"]).shape == (4, 4) and first["whole"] is None
+    assert np.array(first["evidence_map"]["fields"]).shape == (4, 4) and first["whole"] is None
     assert case["model"]["detector_sha256"] == load(tiny_explainer.parent / "detector").fingerprint()
     assert case["model"]["explainer_sha256"] == fingerprint(tiny_explainer)
     assert case["settings"]["face"] == "off" and case["model"]["calibration"] is None

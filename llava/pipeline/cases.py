@@ -75,7 +75,9 @@ def entry_section(entry: Facts, anchor: str) -> Section:
     """Lay out one entry as a part of a page."""
     verdict = entry["verdict"]
     which = f" (face {verdict['face']} of {verdict['face_count']})" if verdict["face_count"] > 1 else ""
-    return Section(title=f"{entry['input']['name']}{which}", body=fill("entry.html", **entry, id=anchor), anchor=anchor)
+    name = entry["input"]["name"]
+    short = name.rpartition("/")[2] or name  # the whole path stands in the table of the input
+    return Section(title=f"{short}{which}", body=fill("entry.html", **entry, id=anchor), anchor=anchor)
 
 
 def render_case(case: Facts) -> str:
@@ -104,7 +106,7 @@ def _pictures(finding: Finding, image: NamedImage) -> Facts:
         "evidence_map": None
         if mapped is None
         else {
-            "values": [[round(value, 4) for value in row] for row in mapped.tolist()],
+            "fields": [[round(value, 4) for value in row] for row in mapped.tolist()],
             "lowest": float(mapped.min()),
             "highest": float(mapped.max()),
             "overlay": _picture(overlay(finding.pixels, mapped)),

@@ -137,8 +137,6 @@ def _checked_inputs(settings: DetectSettings) -> list[str]:
 
 
 def _answers(names: Sequence[str], settings: DetectSettings, pipeline: Pipeline, ask: Ask) -> Iterator[str]:
-    from llava.pipeline.cases import entry_of  # here, so that --help loads no plotting
-
     is_case = bool(settings.html or settings.json_file)
     answers, entries = [], []
     unread = 0
@@ -148,7 +146,7 @@ def _answers(names: Sequence[str], settings: DetectSettings, pipeline: Pipeline,
         for finding in ask(list(images.values())):
             answers.append(finding.answer)
             if is_case:
-                entries.append(entry_of(finding, images[finding.verdict.image]))
+                entries.append(_entry(finding, images[finding.verdict.image]))
             if settings.json:
                 yield json.dumps(finding.answer.to_dict(), ensure_ascii=False) + "\n"
     if not settings.json:
@@ -159,6 +157,12 @@ def _answers(names: Sequence[str], settings: DetectSettings, pipeline: Pipeline,
         _write_case(pipeline, entries, settings)
     if unread:
         raise Incomplete(f"{unread} of {len(names)} inputs could not be read; their rows say why.")
+
+
+def _entry(finding: Finding, image: NamedImage) -> dict[str, Any]:
+    from llava.pipeline.cases import entry_of  # here, because only a case file needs matplotlib and Jinja
+
+    return entry_of(finding, image)
 
 
 def _write_case(pipeline: Pipeline, entries: Sequence[dict[str, Any]], settings: DetectSettings) -> None:

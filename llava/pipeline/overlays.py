@@ -8,7 +8,7 @@ import numpy as np
 
 SHOWN_SIDE = 512  # px; a case file holds three pictures per face and is to stay small enough to send
 COLOURS = "cividis"  # dark blue to light yellow: rises in lightness, so it also reads in grey and to the colour-blind
-OPACITY = 0.6
+OPACITY = 0.45
 FRAME_COLOUR = (255, 221, 0)
 
 

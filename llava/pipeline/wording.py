@@ -52,7 +52,7 @@ def ratio_in_words(likelihood_ratio: float) -> str:
     strength = SUPPORT[bisect_right(SUPPORT_FROM, ratio)]
     return (
         f"Such a score is {_times(ratio)} likelier to come from a {kinds[0]} face than from a {kinds[1]} one: "
-        f"{strength} support for “{kinds[0]}”, whatever else is known."
+        f"on its own, {strength} support for “{kinds[0]}”."
     )
 
 
