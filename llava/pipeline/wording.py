@@ -8,7 +8,7 @@ from llava.core.types import Verdict, VerdictLabel
 
 # Verbal scale of the ENFSI guideline for evaluative reporting in forensic science (2015).
 SUPPORT_FROM = (2, 10, 100, 1_000, 10_000, 1_000_000)
-SUPPORT = ("no", "weak", "moderate", "moderately strong", "strong", "very strong", "extremely strong")
+SUPPORT = ("weak", "moderate", "moderately strong", "strong", "very strong", "extremely strong")
 
 LIMITS = (
     "This is no evidence by itself. It says what one program found in one picture; a person who knows the field has to "
@@ -27,13 +27,13 @@ LIMITS = (
 def meaning(verdict: Verdict) -> str:
     """Say what a verdict means and what it does not."""
     if verdict.p_fake is None:
-        return f"There is no verdict: {verdict.reason}."
+        return f"There is no verdict: {_reason(verdict)}."
     says = {
         VerdictLabel.FAKE: "The detector found traces of forgery in this face.",
         VerdictLabel.REAL: "The detector found none of the traces of forgery that it knows. This does not prove that "
         "the face is real.",
-        VerdictLabel.UNCERTAIN: f"The detector cannot tell: {verdict.reason}. Take this as no answer either way.",
-        VerdictLabel.INCONCLUSIVE: f"There is no verdict: {verdict.reason}.",
+        VerdictLabel.UNCERTAIN: f"The detector cannot tell: {_reason(verdict)}. Take this as no answer either way.",
+        VerdictLabel.INCONCLUSIVE: f"There is no verdict: {_reason(verdict)}.",
     }[verdict.label]
     if verdict.is_calibrated:
         return f"{says} {_share(verdict)}"
@@ -49,10 +49,11 @@ def ratio_in_words(likelihood_ratio: float) -> str:
     is_fake = likelihood_ratio >= 1
     ratio = likelihood_ratio if is_fake else 1 / likelihood_ratio
     kinds = ("forged", "real") if is_fake else ("real", "forged")
-    strength = SUPPORT[bisect_right(SUPPORT_FROM, ratio)]
+    step = bisect_right(SUPPORT_FROM, ratio)
+    supports = f"{SUPPORT[step - 1]} support for “{kinds[0]}”" if step else "no support for either"
     return (
         f"Such a score is {_times(ratio)} likelier to come from a {kinds[0]} face than from a {kinds[1]} one: "
-        f"on its own, {strength} support for “{kinds[0]}”."
+        f"on its own, {supports}."
     )
 
 
@@ -71,6 +72,10 @@ def band_in_words(verdict: Verdict) -> str:
 def prior_in_words(prior: float) -> str:
     """Say what was expected before anything was looked at."""
     return f"Before looking, {100 * prior:g} % of such pictures were expected to be forged."
+
+
+def _reason(verdict: Verdict) -> str:
+    return verdict.reason.rstrip(".")
 
 
 def _share(verdict: Verdict) -> str:
