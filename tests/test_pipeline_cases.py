@@ -222,6 +222,9 @@ def test_large_pictures_are_shrunk_and_their_real_size_is_told() -> None:
     assert (whole[30, 20] != 255).any() and (whole[50, 40] == 255).all() and (whole[5, 5] == 255).all()
     finding = Finding(verdict=FACE, pixels=large, evidence_map=None)
     crop = entry_of(finding, NamedImage(name="a", pixels=large))["crop"]
+    wide = entry_of(replace(finding, evidence_map=MAP), NamedImage(name="a", pixels=large))
+    assert "The detector sees the coloured square only." in page_of(wide).text
+    assert "coloured square" not in page_of(entry(FACE)).text
     assert crop["size"] == [1200, 300] and decoded(crop["png"]).shape == (128, 512, 3)
 
 
