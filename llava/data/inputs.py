@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,16 @@ class FetchLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedImage:
-    """An image with the name it is reported under; `pixels` uint8 RGB (H, W, 3), or None and the `problem` in words."""
+    """An image with the name it is reported under; `pixels` uint8 RGB (H, W, 3), or None and the `problem` in words.
+
+    sha256: of the `byte_count` bytes of the file or download; empty where there were none to be read.
+    """
 
     name: str
     pixels: np.ndarray | None
     problem: str = ""
+    sha256: str = ""
+    byte_count: int = 0
 
 
 def expand(words: Sequence[str]) -> list[str]:
@@ -58,16 +64,14 @@ def expand(words: Sequence[str]) -> list[str]:
 
 def open_input(name: str, limits: FetchLimits | None = None) -> NamedImage:
     """Read one image of `expand`'s list; what cannot be read comes back with its problem."""
+    pixels, problem, sha256, byte_count = None, "", "", 0
     try:
-        if is_url(name):
-            return NamedImage(name=name, pixels=read_image(fetch(name, limits or FetchLimits()), name))
-        if not Path(name).exists() and MEMBER_MARK not in name:
-            raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
-        if Path(name).is_dir():
-            raise UnreadableImage(f"{name}: a folder without images.")
-        return NamedImage(name=name, pixels=read_image(stored_image(name), name))
+        content = _content(name, limits or FetchLimits())
+        sha256, byte_count = hashlib.sha256(content).hexdigest(), len(content)
+        pixels = read_image(content, name)
     except (UnreadableImage, OSError, KeyError, BadZipFile) as error:
-        return NamedImage(name=name, pixels=None, problem=_words(name, error))
+        problem = _words(name, error)
+    return NamedImage(name=name, pixels=pixels, problem=problem, sha256=sha256, byte_count=byte_count)
 
 
 def is_url(word: str) -> bool:
@@ -96,6 +100,18 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
         if isinstance(error, UnreadableImage):
             raise
         raise UnreadableImage(f"{url}: cannot be downloaded ({type(error).__name__}: {error}).") from error
+
+
+def _content(name: str, limits: FetchLimits) -> bytes:
+    """Read the bytes behind a name. Raises UnreadableImage or an error of the file system or archive."""
+    if is_url(name):
+        return fetch(name, limits)
+    if Path(name).is_dir():
+        raise UnreadableImage(f"{name}: a folder without images.")
+    if not Path(name).is_file() and MEMBER_MARK not in name:
+        raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
+    source = stored_image(name)
+    return source.read_bytes() if isinstance(source, Path) else source
 
 
 def _matches(word: str) -> Iterator[str]:

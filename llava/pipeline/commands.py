@@ -7,16 +7,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 
-from llava.core.config import setting
+from llava.core.config import setting, to_dict
 from llava.core.errors import Incomplete
-from llava.core.runtime import batched
-from llava.core.types import Explanation, Verdict, VerdictLabel
+from llava.core.runtime import batched, write_json
+from llava.core.types import VerdictLabel
 from llava.data.inputs import FetchLimits, NamedImage, expand, open_input
+from llava.pipeline.findings import Finding
 from llava.pipeline.settings import FaceSettings, ModelSettings, WordSettings
 from llava.pipeline.tables import table_text, write_csv
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from llava.pipeline.pipeline import Pipeline
 
 QUIT = "/quit"
+FILES = ("csv", "html", "json_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class DetectSettings(AskSettings):
     paths: list[str] = setting(help="image files, folders, zips, quoted globs, http(s) addresses", positional=True)
     json: bool = setting(False, "print one JSON object per face and line instead of a table")
     csv: str | None = setting(None, "write the answers to this file as well")
+    html: str | None = setting(None, "write a case file to read and print: pictures, verdicts, what they rest on")
+    json_file: str | None = setting(None, "write the case file as JSON, with the same facts and pictures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +64,14 @@ class ChatSettings(AskSettings, WordSettings):
     image: str = setting(help="image file or http(s) address", positional=True)
 
 
-Answer = Verdict | Explanation
-Ask = Callable[[Sequence[NamedImage]], Iterable[Answer]]
+Ask = Callable[[Sequence[NamedImage]], Iterable[Finding]]
 
 
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
     names = _checked_inputs(settings)
     pipeline = load_pipeline(settings)
-    yield from _answers(names, settings, pipeline.detect)
+    yield from _answers(names, settings, pipeline, pipeline.findings)
 
 
 def explain(settings: ExplainSettings) -> Iterator[str]:
@@ -78,7 +81,11 @@ def explain(settings: ExplainSettings) -> Iterator[str]:
     from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
-    yield from _answers(names, settings, lambda images: pipeline.explain_all(images, settings.question, words))
+
+    def ask(images: Sequence[NamedImage]) -> Iterator[Finding]:
+        return pipeline.explained_findings(images, settings.question, words)
+
+    yield from _answers(names, settings, pipeline, ask)
 
 
 def chat(settings: ChatSettings) -> Iterator[str]:
@@ -122,27 +129,51 @@ def load_pipeline(settings: AskSettings) -> Pipeline:
 
 def _checked_inputs(settings: DetectSettings) -> list[str]:
     """List the inputs; what is wrong with the command line is said here, before a model is loaded."""
-    if settings.csv and Path(settings.csv).is_dir():
-        raise ValueError(f"--csv {settings.csv!r} is a folder; give the name of a file.")
+    for name in FILES:
+        file = getattr(settings, name)
+        if file and Path(file).is_dir():
+            raise ValueError(f"--{name.replace('_', '-')} {file!r} is a folder; give the name of a file.")
     return expand(settings.paths)
 
 
-def _answers(names: Sequence[str], settings: DetectSettings, ask: Ask) -> Iterator[str]:
-    answers: list[Answer] = []
+def _answers(names: Sequence[str], settings: DetectSettings, pipeline: Pipeline, ask: Ask) -> Iterator[str]:
+    is_case = bool(settings.html or settings.json_file)
+    answers, entries = [], []
     unread = 0
     for batch in _with_progress(names, settings.batch_size):
-        images = [open_input(name, settings.fetch) for name in batch]
-        unread += sum(image.pixels is None for image in images)
-        for answer in ask(images):
-            answers.append(answer)
+        images = {name: open_input(name, settings.fetch) for name in batch}
+        unread += sum(image.pixels is None for image in images.values())
+        for finding in ask(list(images.values())):
+            answers.append(finding.answer)
+            if is_case:
+                entries.append(_entry(finding, images[finding.verdict.image]))
             if settings.json:
-                yield json.dumps(answer.to_dict(), ensure_ascii=False) + "\n"
+                yield json.dumps(finding.answer.to_dict(), ensure_ascii=False) + "\n"
     if not settings.json:
         yield table_text(answers)
     if settings.csv:
         write_csv(settings.csv, answers)
+    if is_case:
+        _write_case(pipeline, entries, settings)
     if unread:
         raise Incomplete(f"{unread} of {len(names)} inputs could not be read; their rows say why.")
+
+
+def _entry(finding: Finding, image: NamedImage) -> dict[str, Any]:
+    from llava.pipeline.cases import entry_of  # here, because only a case file needs matplotlib and Jinja
+
+    return entry_of(finding, image)
+
+
+def _write_case(pipeline: Pipeline, entries: Sequence[dict[str, Any]], settings: DetectSettings) -> None:
+    from llava.pipeline.cases import case_of, write_case_html
+
+    left_out = {"paths", "json", "fetch", *FILES}
+    case = case_of(pipeline, entries, {k: v for k, v in to_dict(settings).items() if k not in left_out})
+    if settings.html:
+        write_case_html(settings.html, case)
+    if settings.json_file:
+        write_json(settings.json_file, case)
 
 
 def _with_progress(names: Sequence[str], size: int) -> Iterable[list[str]]:
