@@ -51,6 +51,15 @@ def comparison(runs: Sequence[Path]) -> Table:
     return table
 
 
+def scores_of(run: Path) -> list[tuple[str, str]]:
+    """Give (title, value with its interval) of everything that a run was scored on. Raises as `comparison` does."""
+    report = _read_run(run)
+    found = [
+        (title, _cell(report[name], path)) for name, rows in ROWS.items() if name in report for title, path in rows
+    ]
+    return [(title, value) for title, value in found if value != "-"]
+
+
 def _items(counts: Mapping[str, Any]) -> Any:
     """Give how many answers a report was made of."""
     return counts.get("items") or counts["scored"]

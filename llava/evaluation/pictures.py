@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,17 @@ def draw_reliability(path: str | Path, predictions: Predictions, curves: Mapping
     axes.set(xlabel="mean p_fake of the bin", ylabel="share of fakes", title=title, aspect="equal")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(loc="upper left", fontsize="small")
+    _save(figure, path)
+
+
+def draw_losses(path: str | Path, histories: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draw (step, loss) of several trainings, one panel each, into a picture."""
+    figure = Figure(figsize=(3.2 * len(histories), 2.8), layout="constrained")
+    for axes, (name, losses) in zip(
+        figure.subplots(1, len(histories), squeeze=False)[0], histories.items(), strict=True
+    ):
+        axes.plot(*zip(*losses, strict=True))
+        axes.set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
     _save(figure, path)
 
 

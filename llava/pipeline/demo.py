@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llava.evaluation.judgement import judgement_report, read_judgements
 from llava.evaluation.report import text_of
 from llava.pipeline import ddvqa
 from llava.pipeline.demo_data import CONFIGS, Plan, prepare
+from llava.pipeline.demo_report import write_report
 from llava.train import infer, stage_1, stages
 from llava.train.tiny_base import TinyBaseConfig, make_tiny_base
 
@@ -64,6 +66,9 @@ def run_demo(config: DemoConfig) -> Iterator[str]:
     train(plan, out, clock)
     answer(plan, out, clock)
     clock.run("scores", lambda: judge_answers(plan, out))
+    if config.data is None:
+        clock.run("report", lambda: write_report(out, clock.seconds))
+        yield f"The report is {out / 'report.html'}: open it in a browser. This model is a demonstration and no tool.\n"
     write_json(out / "seconds.json", clock.seconds)
     yield text_of(comparison([out]))
     minutes = sum(clock.seconds.values()) / 60
@@ -108,7 +113,7 @@ def answer(plan: Plan, out: Path, clock: Clock) -> None:
                 "questions": plan.conversations / "test" / file,
                 "output": out / f"{task}.jsonl",
             }
-            clock.run(f"answers: {task}", lambda task=task, settings=settings: ddvqa.main([task, *flags(settings)]))
+            clock.run(f"answers: {task}", partial(ddvqa.main, [task, *flags(settings)]))
 
 
 def judge_answers(plan: Plan, out: Path) -> None:

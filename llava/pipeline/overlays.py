@@ -48,3 +48,14 @@ def framed(pixels: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     for colour, line in (((0, 0, 0), 2 * thickness), (FRAME_COLOUR, thickness)):  # a dark edge, for bright pictures
         cv2.rectangle(shown, (x, y), (x + width - 1, y + height - 1), colour, line)
     return shown
+
+
+def outlined(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw the outline of a mask (H, W), bool, into a copy of a picture; the line lies outside of it."""
+    inside = mask.astype(np.uint8)
+    shown = pixels.copy()
+    for colour, reach in (((0, 0, 0), 3), (FRAME_COLOUR, 2)):
+        grown = cv2.dilate(inside, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
+        near = cv2.dilate(inside, np.ones((3, 3), np.uint8)) if reach == 2 else inside
+        shown[(grown > 0) & (near == 0)] = colour
+    return shown
