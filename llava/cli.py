@@ -30,6 +30,7 @@ COMMANDS = {
     "explain": Command("llava.pipeline.commands:explain", "say it with the reasons in words"),
     "chat": Command("llava.pipeline.commands:chat", "talk about one face: the verdict, then your questions"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
+    "evaluate": Command("llava.train.infer:evaluate", "score a detector on a split: AUC, calibration, robustness"),
     "data verdicts": Command(
         "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
     ),

@@ -22,6 +22,7 @@ from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.ops.delivery import VERSIONS, delivered
 from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
@@ -34,7 +35,8 @@ Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 class Pipeline:
     """A detector, alone or inside an explainer, that is asked about images.
 
-    prior: share of fakes expected, None = that of the calibration data.
+    prior: share of fakes expected, None = that of the calibration data. stability: whether `detect`, `explain` and
+    `chat` judge delivered versions of each face as well, and say UNCERTAIN where one turns the verdict round.
 
     An image is a path, an http(s) address, the bytes of a file, a uint8 RGB array (H, W, 3) or a NamedImage. One that
     cannot be read raises, except as a NamedImage with a problem, which becomes an INCONCLUSIVE verdict.
@@ -48,6 +50,7 @@ class Pipeline:
         faces: FaceSettings | None = None,
         batch_size: int = 8,
         prior: float | None = None,
+        stability: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not usable; allowed: 1 or more.")
@@ -62,6 +65,7 @@ class Pipeline:
         self.name = name
         self.faces = faces or FaceSettings()
         self.batch_size = batch_size
+        self.stability = stability
 
     @classmethod
     def from_pretrained(
@@ -73,6 +77,7 @@ class Pipeline:
         faces: FaceSettings | None = None,
         batch_size: int = 8,
         prior: float | None = None,
+        stability: bool = True,
     ) -> Pipeline:
         """Load a detector folder or a merged explainer, by path, name in `checkpoints/` or hub id.
 
@@ -87,7 +92,7 @@ class Pipeline:
             dtype = ("bf16" if where.type == "cuda" else "fp32") if precision == "auto" else precision
             model = load_model(folder, where, dtype, quantization)
             explainer = Explainer(model, load_processor(folder, model))
-            return cls(model.detector, explainer, str(name), faces, batch_size, prior)
+            return cls(model.detector, explainer, str(name), faces, batch_size, prior, stability)
         settings = read_config(folder)
         if "detector" not in settings:
             raise ValueError(
@@ -96,12 +101,14 @@ class Pipeline:
             )
         if quantization != "none":
             raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
-        return cls(load_detector(folder).to(where), None, str(name), faces, batch_size, prior)
+        detector = load_detector(folder).to(where)
+        return cls(detector, None, str(name), faces, batch_size, prior, stability)
 
     def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
         """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
         faces = self._faces(_as_list(images))
-        return [verdict for batch in batched(faces, self.batch_size) for verdict in self.look(batch)[0]]
+        batches = batched(faces, self.batch_size)
+        return [verdict for batch in batches for verdict in self.look(batch, self.stability)[0]]
 
     def explain(self, image: Image, question: str | None = None) -> Explanation:
         """Give the verdict on an image's largest face with the words that explain it."""
@@ -113,7 +120,7 @@ class Pipeline:
         """Yield one explanation per face, in the order of the images; without words where there is no verdict."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
         for batch in batched(self._faces(images), self.batch_size):
-            verdicts, encoded = self.look(batch)
+            verdicts, encoded = self.look(batch, self.stability)
             conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
             texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
             yield from (explanation(v, asked, "" if v.p_fake is None else next(texts)) for v in verdicts)
@@ -121,7 +128,7 @@ class Pipeline:
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
         explainer = self.needed_explainer()
-        (verdict,), encoded = self.look([next(self._faces([image]))])
+        (verdict,), encoded = self.look([next(self._faces([image]))], self.stability)
         return Chat(explainer, verdict, encoded, settings)
 
     def needed_explainer(self) -> Explainer:
@@ -134,13 +141,19 @@ class Pipeline:
         return self.explainer
 
     @torch.inference_mode()
-    def look(self, faces: Sequence[Face]) -> tuple[list[Verdict], Encoded | None]:
-        """Judge a batch of faces; beside the verdicts, what the explainer made of those that have pixels."""
+    def look(self, faces: Sequence[Face], stability: bool = False) -> tuple[list[Verdict], Encoded | None]:
+        """Judge a batch of faces; beside the verdicts, what the explainer made of those that have pixels.
+
+        stability: judge delivered versions of each face as well.
+        """
         pixels = [face.pixels for face in faces if face.pixels is not None]
         if not pixels:
             return [judge(self.detector, face, None) for face in faces], None
         encoded = self.explainer.encode(pixels) if self.explainer else None
-        scores = iter(self._rows(encoded.detection if encoded else self._detection(pixels)))
+        found = self._rows(encoded.detection if encoded else self._detection(pixels))
+        if stability:
+            found = [row | {"versions": p} for row, p in zip(found, self._versions(pixels), strict=True)]
+        scores = iter(found)
         rows = (None if face.pixels is None else next(scores) for face in faces)
         return [judge(self.detector, face, row, self.prior) for face, row in zip(faces, rows, strict=True)], encoded
 
@@ -156,6 +169,21 @@ class Pipeline:
             for name, spec in self.detector.inputs.items()
         }
         return self.detector.over_views(inputs)
+
+    def _versions(self, pixels: Sequence[np.ndarray]) -> Iterator[dict[str, float]]:
+        """Yield the raw p_fake of every delivered version of each image by its name.
+
+        The versions of a whole batch are scored together, `batch_size` at a time, so that memory stays what it was.
+        """
+        images = (version for image in pixels for version in delivered(image))
+        shares_vision = self.detector.shares_vision
+        detect = self.explainer.detect if self.explainer and shares_vision else self._detection
+        scores: list[float] = []
+        for batch in batched(images, self.batch_size):
+            logits = detect(batch).logits
+            assert logits is not None
+            scores += self.detector.p_fake(logits).tolist()
+        return (dict(zip(VERSIONS, part, strict=True)) for part in batched(scores, len(VERSIONS)))
 
     def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
         """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""

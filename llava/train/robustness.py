@@ -1,0 +1,81 @@
+"""Score a split under every degradation and every version of the stability rule: robustness.json and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from llava.core.runtime import write_json
+from llava.core.types import Record
+from llava.data.sources import Source
+from llava.detectors.base import Detector
+from llava.evaluation.pictures import draw_robustness
+from llava.evaluation.predictions import Predictions
+from llava.evaluation.robustness import robustness_report
+from llava.ops.delivery import Change, every_change
+from llava.train.scoring import score
+
+
+def degraded_scores(
+    detector: Detector,
+    source: Source,
+    records: Sequence[Record],
+    device: torch.device,
+    batch_size: int = 32,
+    workers: int = 0,
+    seed: int = 0,
+) -> dict[Change, np.ndarray]:
+    """Give the raw p_fake (N,) of the records after each change; noise is a function of (seed, index)."""
+    console = Console(stderr=True)
+    changes = track(every_change(), "degrading", console=console, transient=True, disable=not console.is_terminal)
+    return {
+        change: score(detector, source, records, device, batch_size, workers, degrade=change, seed=seed).p_fake
+        for change in changes
+    }
+
+
+def write_robustness(
+    folder: Path,
+    detector: Detector,
+    predictions: Predictions,
+    degraded: dict[Change, np.ndarray],
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write robustness.json and robustness.png into `folder` and give the report."""
+    calibration = detector.calibration
+    by = f"threshold {detector.decision.threshold:.3f}, not calibrated" if calibration is None else str(calibration)
+    report = {"verdicts": by, **robustness_report(predictions, degraded, detector.labels, n_boot, seed)}
+    write_json(folder / "robustness.json", report)
+    draw_robustness(folder / "robustness.png", report)
+    return report
+
+
+def rule_lines(report: dict[str, Any]) -> list[str]:
+    """Say in words how many verdicts JPEG and the other degradations turn round, before and after the rule."""
+
+    def text(share: dict[str, Any]) -> str:
+        if share["value"] is None:
+            return "none to look at"
+        value, low, high = (100 * share[name] for name in ("value", "low", "high"))
+        return f"{value:.1f} % [{low:.1f}, {high:.1f}] of {share['images']}"
+
+    lines = [
+        f"{kind} {numbers['points'][0]['strength']:g} to {numbers['points'][-1]['strength']:g} ({numbers['unit']}): "
+        f"verdicts turned round at any strength {text(numbers['any']['flips_before'])}; "
+        f"after the stability rule {text(numbers['any']['flips_after'])}; "
+        f"at strengths that the rule does not try {text(numbers['any_unseen']['flips_after'])}"
+        for kind, numbers in report["degradations"].items()
+    ]
+    rule = report["rule"]
+    return [
+        *lines,
+        f"the rule makes UNCERTAIN {text(rule['become_uncertain'])} clear verdicts; "
+        f"right of the clear ones: {text(rule['right_before'])} before, {text(rule['right_after'])} after",
+    ]
