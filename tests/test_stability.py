@@ -80,7 +80,7 @@ def test_a_stable_verdict_stays(image: np.ndarray, label: str) -> None:
     assert (verdict.label, verdict.reason, len(verdict.stability)) == (label, "", 8)
     low, high = verdict.p_fake_range
     assert high - low < 0.01 and low <= verdict.p_fake <= high
-    assert verdict.range_text == f"8 versions: {low:.3f} to {high:.3f}"
+    assert verdict.range_text == f"{low:.3f} to {high:.3f} in 8 delivered versions"
     assert str(verdict).endswith(f"(not calibrated), {verdict.range_text}")
 
 
@@ -127,7 +127,7 @@ def test_a_score_in_the_band_keeps_its_own_reason() -> None:
     model.detector.calibration = calibration(real_below=0.001, fake_above=1.0)
     (verdict,) = model.detect(CHECKS)
     assert (verdict.label, verdict.reason) == ("UNCERTAIN", IN_THE_BAND) and len(verdict.stability) == 8
-    assert "8 versions: " in verdict.range_text and verdict.range_text.endswith("%")
+    assert verdict.range_text.endswith("% in 8 delivered versions")
 
 
 def test_faces_of_a_batch_keep_their_own_versions() -> None:
@@ -175,7 +175,7 @@ def test_table_and_csv_show_range_and_reason(tmp_path: Path) -> None:
     said = Explanation(verdict=verdict, question="Why?", text="The image is fake.", text_verdict=1, agrees=None)
     low, high = verdict.p_fake_range
     shown = " ".join(table_text([verdict, said]).replace("│", " ").split())
-    assert "the verdict turns to REAL after" in shown and f"8 versions: {low:.3f} to {high:.3f}" in shown
+    assert "the verdict turns to REAL after" in shown and f"{low:.3f} to {high:.3f} in 8 delivered versions" in shown
     assert "[The text says fake; the verdict is UNCERTAIN.]" in shown
     write_csv(tmp_path / "a.csv", [verdict, pipeline(stability=False).detect(WHITE)[0]])
     with (tmp_path / "a.csv").open(newline="") as file:
@@ -198,4 +198,4 @@ def test_the_command_line_is_careful_unless_told_otherwise(
     assert row("--stability", "off")["stability"] == {}
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert cli.main(["chat", *asked]) == 0
-    assert "8 versions: " in capsys.readouterr().out.splitlines()[0]
+    assert "in 8 delivered versions" in capsys.readouterr().out.splitlines()[0]

@@ -150,11 +150,11 @@ class Verdict:
 
     @property
     def range_text(self) -> str:
-        """Write "8 versions: 81 % to 92 %", or their scores when not calibrated; empty when none was judged."""
+        """Write "81 % to 92 % in 8 delivered versions", uncalibrated their scores; empty when none was judged."""
         if self.p_fake_range is None:
             return ""
         low, high = (_percent(p) if self.is_calibrated else f"{p:.3f}" for p in self.p_fake_range)
-        return f"{len(self.stability)} versions: {low} to {high}"
+        return f"{low} to {high} in {len(self.stability)} delivered versions"
 
 
 @dataclass(frozen=True, kw_only=True)
