@@ -106,7 +106,7 @@ def draw_robustness(path: str | Path, report: Mapping[str, Any]) -> None:
         _draw_points(above, numbers["points"], "auc", "AUC")
         for shift, (name, label) in enumerate(FLIP_CURVES.items(), -1):
             _draw_points(below, numbers["points"], name, label, 0.15 * shift)
-        below.set(xlabel=f"{numbers['unit']}, mild to strong")
+        below.set(xlabel=numbers["unit"])
         strengths = [point["strength"] for point in numbers["points"]]
         below.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     axes[0, 0].set(ylabel="AUC")

@@ -13,7 +13,10 @@ from llava.ops.degrade import add_noise, blur, compress_jpeg
 
 @dataclass(frozen=True, kw_only=True)
 class Degradation:
-    """A kind of change: `apply` changes an image by a strength; `strengths` in `unit`, from mild to strong."""
+    """A kind of change: `apply` changes an image by a strength; `strengths` in `unit`, the milder ones first.
+
+    (Of resize, growing comes before shrinking.)
+    """
 
     unit: str
     strengths: tuple[float, ...]
@@ -90,6 +93,5 @@ def delivered(image: np.ndarray) -> list[np.ndarray]:
 
 
 def every_change() -> list[Change]:
-    """List every degradation at every strength, and what only VERSIONS has."""
-    listed = [Change(kind, strength) for kind, family in DEGRADATIONS.items() for strength in family.strengths]
-    return list(dict.fromkeys([*listed, *VERSIONS.values()]))
+    """List every degradation at every strength; the changes of VERSIONS are among them."""
+    return [Change(kind, strength) for kind, family in DEGRADATIONS.items() for strength in family.strengths]

@@ -58,24 +58,23 @@ def write_robustness(
 
 
 def rule_lines(report: dict[str, Any]) -> list[str]:
-    """Say in words how many verdicts JPEG and the other degradations turn round, before and after the rule."""
-
-    def text(share: dict[str, Any]) -> str:
-        if share["value"] is None:
-            return "none to look at"
-        value, low, high = (100 * share[name] for name in ("value", "low", "high"))
-        return f"{value:.1f} % [{low:.1f}, {high:.1f}] of {share['images']}"
-
-    lines = [
-        f"{kind} {numbers['points'][0]['strength']:g} to {numbers['points'][-1]['strength']:g} ({numbers['unit']}): "
-        f"verdicts turned round at any strength {text(numbers['any']['flips_before'])}; "
-        f"after the stability rule {text(numbers['any']['flips_after'])}; "
-        f"at strengths that the rule does not try {text(numbers['any_unseen']['flips_after'])}"
-        for kind, numbers in report["degradations"].items()
-    ]
+    """Give a table of the flip rates over all strengths of each degradation, and what the stability rule does."""
+    rows = [["verdicts by " + report["verdicts"], "REAL <-> FAKE", "after the rule", "any other verdict"]]
+    for kind, numbers in report["degradations"].items():
+        mild, strong = numbers["points"][0]["strength"], numbers["points"][-1]["strength"]
+        rates = (_share_text(numbers["any"][name]) for name in ("flips_before", "flips_after", "differs"))
+        rows.append([f"{kind} {mild:g} to {strong:g} ({numbers['unit']})", *rates])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = report["rule"]
     return [
-        *lines,
-        f"the rule makes UNCERTAIN {text(rule['become_uncertain'])} clear verdicts; "
-        f"right of the clear ones: {text(rule['right_before'])} before, {text(rule['right_after'])} after",
+        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
+        f"the rule makes UNCERTAIN {_share_text(rule['become_uncertain'])} clear verdicts; right of the clear ones: "
+        f"{_share_text(rule['right_before'])} before, {_share_text(rule['right_after'])} after",
     ]
+
+
+def _share_text(share: dict[str, Any]) -> str:
+    if share["value"] is None:
+        return "none to look at"
+    value, low, high = (100 * share[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}] of {share['images']}"
