@@ -31,6 +31,7 @@ COMMANDS = {
     "chat": Command("llava.pipeline.commands:chat", "talk about one face: the verdict, then your questions"),
     "demo": Command("llava.pipeline.demo:run_demo", "run the whole path, small: data, three stages, answers, scores"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
+    "evaluate": Command("llava.train.infer:evaluate", "score a detector on a split: AUC, calibration, robustness"),
     "data verdicts": Command(
         "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
     ),

@@ -97,6 +97,7 @@ class Verdict:
     `calibration` names what p_fake was calibrated on, or is "not calibrated". Only when calibrated: `band`, the p_fake
     between which the verdict is UNCERTAIN, for a `coverage` of each class; likelihood_ratio, posterior odds over prior
     odds: how many times likelier such a score is from a fake than from a real; prior, the share of fakes expected.
+    `stability`: p_fake of each delivered version of the face (`llava.ops.delivery`) by name, empty when not judged.
     `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
     has `face_count` faces, of which this is number `face`, largest first. face_box: (x, y, width, height) in pixels.
     """
@@ -114,6 +115,7 @@ class Verdict:
     likelihood_ratio: float | None = None
     prior: float | None = None
     risk_band: str | None = None
+    stability: Mapping[str, float] = field(default_factory=dict)
     face_box: tuple[int, int, int, int] | None = None
     reason: str = ""
     image: str = ""
@@ -128,7 +130,7 @@ class Verdict:
         """Say the verdict in one line: a percentage when calibrated, the bare score when not."""
         sure = "" if self.p_fake is None else f"{self.score_text} ({self.calibration})"
         which = f"face {self.face} of {self.face_count}" if self.face_count > 1 else ""
-        details = ", ".join(part for part in (sure, which, self.reason) if part)
+        details = ", ".join(part for part in (sure, which, self.reason, self.range_text) if part)
         return f"{self.label}{': ' if details else ''}{details}"
 
     @property
@@ -143,8 +145,20 @@ class Verdict:
             return "-"
         if not self.is_calibrated:
             return f"p_fake {self.p_fake:.3f}"
-        bound = "under " if self.p_fake < 0.01 else "over " if self.p_fake > 0.99 else ""
-        return f"{bound}{100 * min(max(self.p_fake, 0.01), 0.99):.0f} % forged"
+        return f"{_percent(self.p_fake)} forged"
+
+    @property
+    def p_fake_range(self) -> tuple[float, float] | None:
+        """Lowest and highest p_fake of the delivered versions; None when none was judged."""
+        return (min(self.stability.values()), max(self.stability.values())) if self.stability else None
+
+    @property
+    def range_text(self) -> str:
+        """Write "81 % to 92 % in 8 delivered versions", uncalibrated their scores; empty when none was judged."""
+        if self.p_fake_range is None:
+            return ""
+        low, high = (_percent(p) if self.is_calibrated else f"{p:.3f}" for p in self.p_fake_range)
+        return f"{low} to {high} in {len(self.stability)} delivered versions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,3 +191,9 @@ class Explanation:
         if self.text_verdict is not None and self.verdict.label == VerdictLabel.UNCERTAIN:
             return f"[The text says {LABEL_NAMES[self.text_verdict]}; the verdict is UNCERTAIN.]"
         return "[The text takes no side.]" if self.text and self.text_verdict is None else ""
+
+
+def _percent(p: float) -> str:
+    """Write a probability as a percentage, never 0 or 100 %."""
+    bound = "under " if p < 0.01 else "over " if p > 0.99 else ""
+    return f"{bound}{100 * min(max(p, 0.01), 0.99):.0f} %"

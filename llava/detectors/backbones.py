@@ -77,22 +77,11 @@ def high_pass(images: Tensor) -> Tensor:
 
 
 def let_see_residual(backbone: Backbone) -> None:
-    """Give the first convolution three more input channels, as freshly drawn as its own were, for the residual."""
-    name, first = next((name, m) for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
-    wider = nn.Conv2d(
-        2 * first.in_channels,
-        first.out_channels,
-        first.kernel_size,
-        first.stride,
-        first.padding,
-        bias=first.bias is not None,  # type: ignore[arg-type]
-    )
-    with torch.no_grad():
-        wider.weight[:, : first.in_channels] = first.weight
-        if first.bias is not None and wider.bias is not None:
-            wider.bias.copy_(first.bias)
-    parent, _, own = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), own, wider)
+    """Give the first convolution as many more input channels, with fresh weights, for the residual."""
+    first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    fresh = nn.init.kaiming_uniform_(torch.empty_like(first.weight), a=5**0.5)  # as PyTorch draws a convolution
+    first.weight = nn.Parameter(torch.cat([first.weight.detach(), fresh], dim=1))
+    first.in_channels *= 2
     backbone.sees_residual = True
 
 

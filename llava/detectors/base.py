@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput
 from llava.core.calibration import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.config import build, to_dict
 from llava.core.registry import nearest
-from llava.core.types import Decision, InputSpec
+from llava.core.types import Decision, InputSpec, VerdictLabel
 from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors
 
 VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
@@ -104,6 +105,15 @@ class Detector(nn.Module):
     def p_fake(self, logits: Tensor) -> Tensor:
         """Map logits (B, classes) to the probability of not being real, (B,) in [0, 1]."""
         return 1.0 - logits.float().softmax(dim=-1)[:, self.classes.index("real")]
+
+    def labels(self, p_fake: np.ndarray, prior: float | None = None) -> list[VerdictLabel]:
+        """Give the verdict on each raw p_fake (N,): by the calibration, without one by the threshold.
+
+        prior: share of fakes expected, for a calibrated detector; None = the calibration's own.
+        """
+        if self.calibration is not None:
+            return self.calibration.labels(p_fake, prior)
+        return [VerdictLabel.FAKE if p >= self.decision.threshold else VerdictLabel.REAL for p in p_fake]
 
     def told_evidence(self, output: DetectorOutput) -> Tensor:
         """Give the evidence (B, E) that words rest on: p_real and p_fake are those of the verdict, calibrated if it is.

@@ -1,11 +1,13 @@
-"""Pictures of predictions: the ROC curve, the histogram of scores, and how reliable they are."""
+"""Pictures of predictions: ROC curve, histogram of scores, how reliable they are, and what degradations do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -15,6 +17,11 @@ from llava.evaluation.predictions import Predictions, by_video
 from llava.evaluation.reliability import reliability
 
 REAL_COLOUR = "#1b7837"
+FLIP_CURVES = {
+    "flips_before": "REAL and FAKE change places, of clear verdicts",
+    "flips_after": "the same, of those that the stability rule keeps",
+    "differs": "any other verdict, UNCERTAIN included, of all images",
+}
 
 
 def draw_roc(
@@ -93,6 +100,40 @@ def draw_losses(path: str | Path, histories: Mapping[str, Sequence[tuple[int, fl
         axes.plot(*zip(*losses, strict=True))
         axes.set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
     _save(figure, path)
+
+
+def draw_robustness(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Draw AUC (above) and flip rates (below), with 95 % intervals, over strength per degradation into a picture.
+
+    report: of `llava.evaluation.robustness.robustness_report`.
+    """
+    kinds = report["degradations"]
+    figure = Figure(figsize=(3 * len(kinds), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(kinds), sharey="row", sharex="col", squeeze=False)
+    whole = report["undegraded"]["auc"]
+    for (above, below), (kind, numbers) in zip(axes.T, kinds.items(), strict=True):
+        above.axhline(whole["value"], color="0.6", linewidth=1, label=f"undegraded, AUC {whole['value']:.3f}")
+        above.set(title=kind)
+        _draw_points(above, numbers["points"], "auc", "AUC")
+        for shift, (name, label) in enumerate(FLIP_CURVES.items(), -1):
+            _draw_points(below, numbers["points"], name, label, 0.15 * shift)
+        below.set(xlabel=numbers["unit"])
+        strengths = [point["strength"] for point in numbers["points"]]
+        below.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
+    axes[0, 0].set(ylabel="AUC")
+    axes[0, 0].legend(fontsize="x-small")
+    axes[1, 0].set(ylabel="share of verdicts")
+    axes[1, 0].set_ylim(bottom=-0.01)
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    _save(figure, path)
+
+
+def _draw_points(axes: Axes, points: Sequence[Mapping[str, Any]], name: str, label: str, shift: float = 0.0) -> None:
+    """Draw one number of each point with its interval; a point that is undefined is left out."""
+    shown = [(i + shift, point[name]) for i, point in enumerate(points) if point[name]["low"] is not None]
+    places, values = [i for i, _ in shown], [v["value"] for _, v in shown]
+    reach = [[v["value"] - v["low"] for _, v in shown], [v["high"] - v["value"] for _, v in shown]]
+    axes.errorbar(places, values, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

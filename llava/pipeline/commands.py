@@ -36,6 +36,9 @@ class AskSettings(FaceSettings, ModelSettings):
     prior: float | None = setting(
         None, "share of forgeries expected among such images, 0.1 = one in ten; none = as in the calibration data"
     )
+    stability: bool = setting(
+        True, "judge delivered versions of each face too (JPEG, resized, cropped); one that turns it makes it UNCERTAIN"
+    )
     fetch: FetchLimits = setting(FetchLimits())
 
 
@@ -124,6 +127,7 @@ def load_pipeline(settings: AskSettings) -> Pipeline:
         faces,
         settings.batch_size,
         settings.prior,
+        settings.stability,
     )
 
 

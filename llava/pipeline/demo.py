@@ -79,8 +79,8 @@ def train(plan: Plan, out: Path, clock: Clock) -> None:
     """Train the detector, the tiny base, the adapter and LoRA, by what the stage scripts call."""
     images = ["--image_folder", str(plan.images)]
     clock.run("stage 1: the detector", lambda: stage_1.main(["--output_dir", str(out / "stage_1"), *plan.stage_1]))
-    scored = ["--model", str(out / "stage_1"), "--output_dir", str(out / "scores")]
-    clock.run("stage 1: scores on test", lambda: infer.main(scored))
+    scored = infer.ScoreConfig(model=str(out / "stage_1"), output_dir=str(out / "scores"))
+    clock.run("stage 1: scores on test", lambda: infer.score_split(scored))
     base = {"image_folder": str(plan.images), "detector": str(out / "stage_1"), "out": str(out / "base"), **plan.base}
     clock.run("the tiny LLaVA base", lambda: make_tiny_base(build(TinyBaseConfig, base)))
     second = {

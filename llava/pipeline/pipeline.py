@@ -23,6 +23,7 @@ from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.ops.delivery import VERSIONS, delivered
 from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
@@ -36,7 +37,8 @@ Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 class Pipeline:
     """A detector, alone or inside an explainer, that is asked about images.
 
-    prior: share of fakes expected, None = that of the calibration data.
+    prior: share of fakes expected, None = that of the calibration data. stability: whether `detect`, `explain` and
+    `chat` judge delivered versions of each face as well, and say UNCERTAIN where one turns the verdict round.
 
     An image is a path, an http(s) address, the bytes of a file, a uint8 RGB array (H, W, 3) or a NamedImage. One that
     cannot be read raises, except as a NamedImage with a problem, which becomes an INCONCLUSIVE verdict.
@@ -50,6 +52,7 @@ class Pipeline:
         faces: FaceSettings | None = None,
         batch_size: int = 8,
         prior: float | None = None,
+        stability: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not usable; allowed: 1 or more.")
@@ -64,6 +67,7 @@ class Pipeline:
         self.name = name
         self.faces = faces or FaceSettings()
         self.batch_size = batch_size
+        self.stability = stability
 
     @classmethod
     def from_pretrained(
@@ -75,11 +79,12 @@ class Pipeline:
         faces: FaceSettings | None = None,
         batch_size: int = 8,
         prior: float | None = None,
+        stability: bool = True,
     ) -> Pipeline:
         """Load a detector folder or a merged explainer, by path, name in `checkpoints/` or hub id.
 
-        prior: share of fakes expected, above 0 and below 1, for a calibrated detector; None = that of its validation
-        data. precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
+        prior: share of fakes expected, above 0 and below 1, for a calibrated detector; None = the calibration's own.
+        precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
         Raises FileNotFoundError or ValueError when the folder holds neither.
         """
         if prior is not None:
@@ -89,7 +94,7 @@ class Pipeline:
             dtype = ("bf16" if where.type == "cuda" else "fp32") if precision == "auto" else precision
             model = load_model(folder, where, dtype, quantization)
             explainer = Explainer(model, load_processor(folder, model))
-            return cls(model.detector, explainer, str(name), faces, batch_size, prior)
+            return cls(model.detector, explainer, str(name), faces, batch_size, prior, stability)
         settings = read_config(folder)
         if "detector" not in settings:
             raise ValueError(
@@ -98,7 +103,8 @@ class Pipeline:
             )
         if quantization != "none":
             raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
-        return cls(load_detector(folder).to(where), None, str(name), faces, batch_size, prior)
+        detector = load_detector(folder).to(where)
+        return cls(detector, None, str(name), faces, batch_size, prior, stability)
 
     def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
         """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
@@ -119,7 +125,7 @@ class Pipeline:
     def findings(self, images: Sequence[Image]) -> Iterator[Finding]:
         """Yield the verdicts as `detect` gives them, each beside the crop and the map that it rests on."""
         for batch in batched(self._faces(images), self.batch_size):
-            yield from self.look(batch)[0]
+            yield from self.look(batch, self.stability)[0]
 
     def explained_findings(
         self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
@@ -127,7 +133,7 @@ class Pipeline:
         """Yield the explanations as `explain_all` gives them, each beside the crop and the map."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
         for batch in batched(self._faces(images), self.batch_size):
-            found, encoded = self.look(batch)
+            found, encoded = self.look(batch, self.stability)
             conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
             texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
             for finding in found:
@@ -137,7 +143,7 @@ class Pipeline:
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
         explainer = self.needed_explainer()
-        (finding,), encoded = self.look([next(self._faces([image]))])
+        (finding,), encoded = self.look([next(self._faces([image]))], self.stability)
         return Chat(explainer, finding.verdict, encoded, settings)
 
     def needed_explainer(self) -> Explainer:
@@ -150,14 +156,20 @@ class Pipeline:
         return self.explainer
 
     @torch.inference_mode()
-    def look(self, faces: Sequence[Face]) -> tuple[list[Finding], Encoded | None]:
-        """Judge a batch of faces; beside the findings, what the explainer made of those that have pixels."""
+    def look(self, faces: Sequence[Face], stability: bool = False) -> tuple[list[Finding], Encoded | None]:
+        """Judge a batch of faces; beside the findings, what the explainer made of those that have pixels.
+
+        stability: judge delivered versions of each face as well.
+        """
         pixels = [face.pixels for face in faces if face.pixels is not None]
         if not pixels:
             return [Finding(verdict=judge(self.detector, face, None)) for face in faces], None
         encoded = self.explainer.encode(pixels) if self.explainer else None
         detection = encoded.detection if encoded else self._detection(pixels)
-        rows = iter(zip(self._rows(detection), self._maps(detection, len(pixels)), strict=True))
+        scored = self._rows(detection)
+        if stability:
+            scored = [row | {"versions": p} for row, p in zip(scored, self._versions(pixels), strict=True)]
+        rows = iter(zip(scored, self._maps(detection, len(pixels)), strict=True))
         found = []
         for face in faces:
             scores, evidence_map = (None, None) if face.pixels is None else next(rows)
@@ -185,6 +197,21 @@ class Pipeline:
         maps = detection.evidence_map.float().cpu()
         first_view = next(iter(self.detector.inputs.values())).views[0]
         return list((maps.flip(-1) if first_view == "flip" else maps).numpy())
+
+    def _versions(self, pixels: Sequence[np.ndarray]) -> Iterator[dict[str, float]]:
+        """Yield the raw p_fake of every delivered version of each image by its name.
+
+        The versions of a whole batch are scored together, `batch_size` at a time, so that memory stays what it was.
+        """
+        images = (version for image in pixels for version in delivered(image))
+        shares_vision = self.detector.shares_vision
+        detect = self.explainer.detect if self.explainer and shares_vision else self._detection
+        scores: list[float] = []
+        for batch in batched(images, self.batch_size):
+            logits = detect(batch).logits
+            assert logits is not None
+            scores += self.detector.p_fake(logits).tolist()
+        return (dict(zip(VERSIONS, part, strict=True)) for part in batched(scores, len(VERSIONS)))
 
     def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
         """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""

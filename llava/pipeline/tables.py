@@ -19,7 +19,7 @@ PIPE_WIDTH = 200
 COLOURS = {VerdictLabel.REAL: "green", VerdictLabel.FAKE: "red"}
 AGREEMENT = {True: "agrees", False: "DISAGREES", None: "-"}
 VERDICT_FIELDS = ("image", "face", "face_count", "label", "p_fake", "threshold", "calibration", "detector")
-MORE_FIELDS = ("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "face_box", "reason")
+MORE_FIELDS = ("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "p_fake_range", "face_box", "reason")
 TEXT_FIELDS = ("question", "text", "text_verdict", "agrees")
 
 
@@ -62,7 +62,8 @@ def _cells(answer: Verdict | Explanation) -> list[str]:
     which = f" (face {verdict.face} of {verdict.face_count})" if verdict.face_count > 1 else ""
     p_fake = verdict.score_text if verdict.is_calibrated else "-" if verdict.p_fake is None else f"{verdict.p_fake:.3f}"
     text = [AGREEMENT[answer.agrees], escape(answer.text)] if isinstance(answer, Explanation) else []
-    remark = " ".join([verdict.reason, answer.remark if isinstance(answer, Explanation) else ""]).strip()
+    remark = "; ".join(part for part in (verdict.reason, verdict.range_text) if part)
+    remark = " ".join([remark, answer.remark if isinstance(answer, Explanation) else ""]).strip()
     return [f"[{colour}]{verdict.label}[/]", p_fake, escape(verdict.image + which), *text, escape(remark)]
 
 
@@ -79,8 +80,9 @@ def _caption(answers: Sequence[Verdict | Explanation]) -> str:
 
 
 def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
-    row = verdict_of(answer).to_dict()
-    for name in ("face_box", "band"):
+    verdict = verdict_of(answer)
+    row = verdict.to_dict() | {"p_fake_range": verdict.p_fake_range}
+    for name in ("face_box", "band", "p_fake_range"):
         row[name] = " ".join(map(str, row[name] or ()))
     if isinstance(answer, Explanation):
         said = "" if answer.text_verdict is None else LABEL_NAMES[answer.text_verdict]
