@@ -1,8 +1,9 @@
-"""What a person names on the command line (file, folder, glob, zip, URL) as a list of named images."""
+"""What a person names on the command line (file, folder, glob, zip, URL) as a list of named images and videos."""
 
 from __future__ import annotations
 
 import glob
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from llava.data.images import IMAGE_SUFFIXES, UnreadableImage, list_images, read
 from llava.data.storage import MEMBER_MARK, stored_image
 
 SCHEMES = ("http", "https")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
+SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchLimits:
-    """What an image from the web may cost."""
+    """What an image or video from the web may cost."""
 
     max_bytes: int = setting(20_000_000, "largest download, in bytes")
     seconds: float = setting(20.0, "longest download, in seconds")
@@ -40,8 +43,17 @@ class NamedImage:
     problem: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedVideo:
+    """A video, not opened yet, with its name; `source`: a file or its bytes, or None and the `problem` in words."""
+
+    name: str
+    source: Path | bytes | None
+    problem: str = ""
+
+
 def expand(words: Sequence[str]) -> list[str]:
-    """List the images behind files, folders, globs, zips and http(s) URLs, each once; none of them is opened.
+    """List the images and videos behind files, folders, globs, zips and http(s) URLs, each once; none is opened.
 
     A word that matches nothing stays in the list, so that `open_input` can say what is wrong with it. Raises
     FileNotFoundError when no word matches anything.
@@ -50,29 +62,45 @@ def expand(words: Sequence[str]) -> list[str]:
     if not any(found.values()):
         asked = ", ".join(map(repr, words)) or "nothing"
         raise FileNotFoundError(
-            f"No image to look at: {asked} matches nothing. Give image files, folders, zips, quoted globs or URLs; "
-            f"in folders and zips files count that end in {' '.join(IMAGE_SUFFIXES)}."
+            f"No image to look at: {asked} matches nothing. Give image or video files, folders, zips, quoted globs or "
+            f"URLs; in folders and zips files count that end in {' '.join(SUFFIXES)}."
         )
     return list(dict.fromkeys(name for word, names in found.items() for name in names or [word]))
 
 
-def open_input(name: str, limits: FetchLimits | None = None) -> NamedImage:
-    """Read one image of `expand`'s list; what cannot be read comes back with its problem."""
+def open_input(name: str, limits: FetchLimits | None = None) -> NamedImage | NamedVideo:
+    """Read one image of `expand`'s list, or find one video; what cannot be read comes back with its problem."""
     try:
-        if is_url(name):
-            return NamedImage(name=name, pixels=read_image(fetch(name, limits or FetchLimits()), name))
-        if not Path(name).exists() and MEMBER_MARK not in name:
-            raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
-        if Path(name).is_dir():
-            raise UnreadableImage(f"{name}: a folder without images.")
-        return NamedImage(name=name, pixels=read_image(stored_image(name), name))
+        source = _source(name, limits or FetchLimits())
+        if is_video(name):
+            return NamedVideo(name=name, source=source)
+        return NamedImage(name=name, pixels=read_image(source, name))
     except (UnreadableImage, OSError, KeyError, BadZipFile) as error:
-        return NamedImage(name=name, pixels=None, problem=_words(name, error))
+        problem = _words(name, error)
+        if is_video(name):
+            return NamedVideo(name=name, source=None, problem=problem)
+        return NamedImage(name=name, pixels=None, problem=problem)
 
 
 def is_url(word: str) -> bool:
     """Say whether a word has the form of an address (`scheme://…`)."""
     return "://" in word
+
+
+def is_video(name: str) -> bool:
+    """Say whether a file, member of a zip or address is named like a video."""
+    return Path(re.split("[?#]", name)[0] if is_url(name) else name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def _source(name: str, limits: FetchLimits) -> Path | bytes:
+    """Give what is behind a name: a file or its bytes. Raises what `open_input` puts into words."""
+    if is_url(name):
+        return fetch(name, limits)
+    if not Path(name).exists() and MEMBER_MARK not in name:
+        raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
+    if Path(name).is_dir():
+        raise UnreadableImage(f"{name}: a folder without images.")
+    return stored_image(name)
 
 
 def fetch(url: str, limits: FetchLimits) -> bytes:
@@ -83,7 +111,7 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     _check_scheme(url)
     deadline = time.monotonic() + limits.seconds
     try:
-        asked = request.Request(url, headers={"User-Agent": "m2f2-det", "Accept": "image/*"})
+        asked = request.Request(url, headers={"User-Agent": "m2f2-det", "Accept": "image/*, video/*"})
         with _opener().open(asked, timeout=limits.seconds) as answer:
             return _read_within(answer, url, limits, deadline)
     except HTTPError as error:
@@ -103,7 +131,7 @@ def _matches(word: str) -> Iterator[str]:
     if is_url(word):
         yield word
     elif path.is_dir():
-        yield from map(str, list_images(path))
+        yield from map(str, list_images(path, SUFFIXES))
     elif path.is_file():
         yield from _zip_members(path) if is_zipfile(path) else [word]
     elif glob.has_magic(word):
@@ -112,13 +140,13 @@ def _matches(word: str) -> Iterator[str]:
 
 
 def _zip_members(path: Path) -> list[str]:
-    """List the images of an archive; none when it is damaged, so that opening it tells why."""
+    """List the images and videos of an archive; none when it is damaged, so that opening it tells why."""
     try:
         with ZipFile(path) as archive:
             names = [m.filename for m in archive.infolist() if not m.is_dir()]
     except BadZipFile:
         return []
-    return [f"{path}{MEMBER_MARK}{n}" for n in sorted(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES]
+    return [f"{path}{MEMBER_MARK}{n}" for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES]
 
 
 def _check_scheme(url: str) -> None:

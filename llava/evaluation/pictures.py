@@ -1,4 +1,4 @@
-"""Pictures of predictions: the ROC curve, the histogram of scores, and how reliable they are."""
+"""Pictures of predictions: the ROC curve, the histogram of scores, how reliable they are, scores over a video."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llava.core.runtime import atomic_path
+from llava.core.types import VideoVerdict
 from llava.evaluation.metrics import RankedScores, auc_interval
 from llava.evaluation.predictions import Predictions, by_video
 from llava.evaluation.reliability import reliability
 
 REAL_COLOUR = "#1b7837"
+SCORE_COLOUR, TELLING_COLOUR = "#1f77b4", "#d62728"
 
 
 def draw_roc(
@@ -81,6 +83,34 @@ def draw_reliability(path: str | Path, predictions: Predictions, curves: Mapping
     axes.set(xlabel="mean p_fake of the bin", ylabel="share of fakes", title=title, aspect="equal")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(loc="upper left", fontsize="small")
+    _save(figure, path)
+
+
+def draw_timeline(path: str | Path, verdict: VideoVerdict) -> None:
+    """Draw p_fake of a video's frames over time into a picture, with the video's score and the threshold or band.
+
+    Raises ValueError for a video without scores.
+    """
+    scores = {frame.seconds: frame.p_fake for frame in verdict.frames if frame.p_fake is not None}
+    if verdict.telling_seconds is None or verdict.p_fake is None:
+        raise ValueError(f"{verdict.image}: no frame has a score ({verdict.reason}); there is nothing to draw.")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = verdict.band or (verdict.threshold, verdict.threshold)
+    if low < high:
+        axes.axhspan(low, high, color="0.9", label="band: UNCERTAIN")
+    else:
+        axes.axhline(verdict.threshold, color="0.4", linestyle="--", label=f"threshold {verdict.threshold:.3f}")
+    axes.plot([*scores], [*scores.values()], "o-", markersize=4, color=SCORE_COLOUR, label=f"{len(scores)} frames")
+    axes.axhline(verdict.p_fake, color="black", linewidth=1, label=f"trimmed mean {verdict.p_fake:.3f}")
+    blind = [frame.seconds for frame in verdict.frames if frame.p_fake is None]
+    if blind:
+        axes.plot(blind, [0.0] * len(blind), "x", color="0.5", clip_on=False, label=f"{len(blind)} without the face")
+    time, text = verdict.telling_seconds, f"most telling, {verdict.telling_seconds:.1f} s"
+    axes.plot([time], [scores[time]], "o", markersize=11, fillstyle="none", color=TELLING_COLOUR, label=text)
+    axes.set(title=f"{Path(verdict.image).name}: {verdict.label}", xlabel="seconds", ylim=(-0.03, 1.03))
+    axes.set_ylabel("probability of being forged" if verdict.is_calibrated else "p_fake (not calibrated)")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
     _save(figure, path)
 
 

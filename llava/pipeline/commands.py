@@ -15,10 +15,10 @@ from rich.progress import track
 from llava.core.config import setting
 from llava.core.errors import Incomplete
 from llava.core.runtime import batched
-from llava.core.types import Explanation, Verdict, VerdictLabel
-from llava.data.inputs import FetchLimits, NamedImage, expand, open_input
-from llava.pipeline.settings import FaceSettings, ModelSettings, WordSettings
-from llava.pipeline.tables import table_text, write_csv
+from llava.core.types import Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.data.inputs import FetchLimits, NamedImage, NamedVideo, expand, open_input
+from llava.pipeline.settings import FaceSettings, ModelSettings, VideoSettings, WordSettings
+from llava.pipeline.tables import table_text, verdict_of, write_csv
 
 if TYPE_CHECKING:
     from llava.pipeline.pipeline import Pipeline
@@ -41,9 +41,11 @@ class AskSettings(FaceSettings, ModelSettings):
 class DetectSettings(AskSettings):
     """What is looked at, and how the answers are given."""
 
-    paths: list[str] = setting(help="image files, folders, zips, quoted globs, http(s) addresses", positional=True)
+    paths: list[str] = setting(help="images, videos, folders, zips, quoted globs, http(s) addresses", positional=True)
     json: bool = setting(False, "print one JSON object per face and line instead of a table")
     csv: str | None = setting(None, "write the answers to this file as well")
+    timeline: str | None = setting(None, "draw the scores of each video over time into this folder")
+    video: VideoSettings = setting(VideoSettings())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +64,14 @@ class ChatSettings(AskSettings, WordSettings):
 
 Answer = Verdict | Explanation
 Ask = Callable[[Sequence[NamedImage]], Iterable[Answer]]
+AskVideo = Callable[[NamedVideo], Answer]
 
 
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
     names = _checked_inputs(settings)
     pipeline = load_pipeline(settings)
-    yield from _answers(names, settings, pipeline.detect)
+    yield from _answers(names, settings, pipeline.detect, lambda video: pipeline.detect_video(video, settings.video))
 
 
 def explain(settings: ExplainSettings) -> Iterator[str]:
@@ -78,13 +81,20 @@ def explain(settings: ExplainSettings) -> Iterator[str]:
     from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
-    yield from _answers(names, settings, lambda images: pipeline.explain_all(images, settings.question, words))
+    yield from _answers(
+        names,
+        settings,
+        lambda images: pipeline.explain_all(images, settings.question, words),
+        lambda video: pipeline.explain_video(video, settings.question, settings.video, words),
+    )
 
 
 def chat(settings: ChatSettings) -> Iterator[str]:
     """Yield the verdict, then answers as they are written, until /quit or the end of the input."""
     (name,) = expand([settings.image])[:1]
     image = open_input(name, settings.fetch)
+    if isinstance(image, NamedVideo):
+        raise ValueError(f"{name}: a conversation is about one image; ask about a video with `m2f2 explain`.")
     if image.problem:
         raise ValueError(f"{name}: {image.problem}")
     pipeline = load_pipeline(settings)
@@ -124,23 +134,31 @@ def _checked_inputs(settings: DetectSettings) -> list[str]:
     """List the inputs; what is wrong with the command line is said here, before a model is loaded."""
     if settings.csv and Path(settings.csv).is_dir():
         raise ValueError(f"--csv {settings.csv!r} is a folder; give the name of a file.")
+    if settings.timeline and Path(settings.timeline).is_file():
+        raise ValueError(f"--timeline {settings.timeline!r} is a file; give the name of a folder.")
     return expand(settings.paths)
 
 
-def _answers(names: Sequence[str], settings: DetectSettings, ask: Ask) -> Iterator[str]:
+def _answers(names: Sequence[str], settings: DetectSettings, ask: Ask, ask_video: AskVideo) -> Iterator[str]:
+    from llava.pipeline.video import in_order, write_timelines
+
     answers: list[Answer] = []
     unread = 0
     for batch in _with_progress(names, settings.batch_size):
-        images = [open_input(name, settings.fetch) for name in batch]
-        unread += sum(image.pixels is None for image in images)
-        for answer in ask(images):
+        inputs = [open_input(name, settings.fetch) for name in batch]
+        unread += sum(isinstance(each, NamedImage) and each.pixels is None for each in inputs)
+        for answer in in_order(inputs, ask, ask_video):
             answers.append(answer)
+            verdict = verdict_of(answer)
+            unread += isinstance(verdict, VideoVerdict) and not verdict.frames
             if settings.json:
                 yield json.dumps(answer.to_dict(), ensure_ascii=False) + "\n"
     if not settings.json:
         yield table_text(answers)
     if settings.csv:
         write_csv(settings.csv, answers)
+    if settings.timeline:
+        write_timelines(settings.timeline, answers)
     if unread:
         raise Incomplete(f"{unread} of {len(names)} inputs could not be read; their rows say why.")
 

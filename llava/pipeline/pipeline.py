@@ -11,7 +11,7 @@ import torch
 
 from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
-from llava.core.types import Explanation, Turn, Verdict
+from llava.core.types import Explanation, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config, resolve
 from llava.data.images import read_image
 from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
@@ -26,7 +26,8 @@ from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
 from llava.pipeline.judging import judge
-from llava.pipeline.settings import FaceSettings, Precision, Quantization
+from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
+from llava.pipeline.video import Video, detect_video, explain_video
 
 Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 
@@ -117,6 +118,20 @@ class Pipeline:
             conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
             texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
             yield from (explanation(v, asked, "" if v.p_fake is None else next(texts)) for v in verdicts)
+
+    def detect_video(self, video: Video, settings: VideoSettings | None = None) -> VideoVerdict:
+        """Give the verdict on the face that a video shows longest; INCONCLUSIVE where it cannot be read or judged."""
+        return detect_video(self, video, settings or VideoSettings())
+
+    def explain_video(
+        self,
+        video: Video,
+        question: str | None = None,
+        settings: VideoSettings | None = None,
+        words: GenerationSettings | None = None,
+    ) -> Explanation:
+        """Give the verdict on a video with words about its most telling frame."""
+        return explain_video(self, video, settings or VideoSettings(), question, words)
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""

@@ -1,0 +1,196 @@
+"""Video to verdict and explanation: the frames of one face are scored, their trimmed mean is the clip's score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from math import inf
+from pathlib import Path
+from statistics import stdev
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from scipy.stats import trim_mean
+
+from llava.core.runtime import batched
+from llava.core.types import Explanation, FrameScore, Turn, Verdict, VerdictLabel, VideoVerdict
+from llava.data.images import UnreadableImage
+from llava.data.inputs import NamedImage, NamedVideo, open_input
+from llava.data.tracks import link_faces
+from llava.data.video import open_clip, read_frames
+from llava.explainer.generation import GenerationSettings
+from llava.explainer.prompts import VERDICT_QUESTION
+from llava.pipeline.agreement import explanation
+from llava.pipeline.faces import Face, faces_of
+from llava.pipeline.judging import judge
+from llava.pipeline.settings import FaceSettings, VideoSettings
+
+if TYPE_CHECKING:
+    from llava.pipeline.pipeline import Pipeline
+
+Answer: TypeAlias = Verdict | Explanation
+Video: TypeAlias = str | Path | NamedVideo
+NO_FRAME = "none of its frames can be decoded"
+NO_FACE = "no face found in any frame; --face off judges whole frames"
+TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (--video.least_frames)"
+LOST = "{} of {} frames are damaged and left out"
+
+
+def detect_video(pipeline: Pipeline, video: Video, settings: VideoSettings) -> VideoVerdict:
+    """Give the verdict on the face that a video shows longest; INCONCLUSIVE with the reason where there is none.
+
+    The score is the trimmed mean of the raw p_fake of the frames with this face; threshold and calibration of the
+    detector, made for single images, are applied to it.
+    """
+    return _watch(pipeline, video, settings)[0]
+
+
+def explain_video(
+    pipeline: Pipeline,
+    video: Video,
+    settings: VideoSettings,
+    question: str | None = None,
+    words: GenerationSettings | None = None,
+) -> Explanation:
+    """Give the verdict on a video with words about its most telling frame; `about` says which second that is."""
+    explainer, asked = pipeline.needed_explainer(), question or VERDICT_QUESTION
+    verdict, face = _watch(pipeline, video, settings)
+    _, encoded = pipeline.look([] if face is None else [face])
+    if encoded is None:
+        return explanation(verdict, asked, "")
+    (text,) = explainer.answer(encoded, [[Turn(role="human", text=asked)]], words)
+    return replace(explanation(verdict, asked, text), about=f"the frame at {verdict.telling_seconds:.1f} s")
+
+
+def in_order(
+    inputs: Sequence[NamedImage | NamedVideo],
+    ask_images: Callable[[Sequence[NamedImage]], Iterable[Answer]],
+    ask_video: Callable[[NamedVideo], Answer],
+) -> Iterator[Answer]:
+    """Yield the answers about images and videos in the order of the inputs; neighbouring images are asked together."""
+    for _, run in groupby(inputs, key=type):
+        images, videos = [], []
+        for each in run:
+            videos.append(each) if isinstance(each, NamedVideo) else images.append(each)
+        yield from ask_images(images) if images else map(ask_video, videos)
+
+
+def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]:
+    """Draw the timeline of every video with scores as <file name>.png; a name that is taken gets a number."""
+    from llava.evaluation.pictures import draw_timeline  # here, because most runs draw nothing
+
+    drawn: list[Path] = []
+    for answer in answers:
+        verdict = answer.verdict if isinstance(answer, Explanation) else answer
+        if isinstance(verdict, VideoVerdict) and verdict.telling is not None:
+            name, number = Path(verdict.image).name, 2
+            while (path := Path(folder) / f"{name}.png") in drawn:
+                name, number = f"{Path(verdict.image).name}-{number}", number + 1
+            draw_timeline(path, verdict)
+            drawn.append(path)
+    return drawn
+
+
+def _watch(pipeline: Pipeline, video: Video, settings: VideoSettings) -> tuple[VideoVerdict, Face | None]:
+    """Give the verdict, and the face of the most telling frame where there is one."""
+    named = video if isinstance(video, NamedVideo) else open_input(str(video))
+    if not isinstance(named, NamedVideo):
+        raise ValueError(f"{str(video)!r} is not named like a video; `detect` and `explain` take images.")
+    seconds, faces, limit = _faces_over_time(named, pipeline.faces, settings.frames)
+    tracks = _tracks(faces, settings)
+    needed = min(settings.least_frames, len(faces))
+    count = sum(len(track) >= needed for track in tracks)
+    followed = tracks[0] if tracks else {}
+    reason = "" if count else TOO_FEW.format(len(followed), len(faces), needed) if followed else NO_FACE
+    alone = _scored(pipeline, followed) if count else {}
+    clip = Face(image=named.name, pixels=None, count=count, reason=reason if faces else "")
+    judged = judge(pipeline.detector, clip, _trimmed(list(alone.values()), settings.trim), pipeline.prior)
+    telling = _most_telling(judged, alone)
+    frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seconds))
+    scores = [frame.raw_p_fake for frame in frames if frame.raw_p_fake is not None]
+    known = vars(judged) | {
+        "reason": "; ".join(part for part in (judged.reason, limit) if part),
+        "face_box": None if telling is None else frames[telling].face_box,
+    }
+    spread = stdev(scores) if len(scores) > 1 else None
+    verdict = VideoVerdict(**known, frames=frames, trim=settings.trim, spread=spread, telling=telling)
+    return verdict, None if telling is None else followed[telling]
+
+
+def _faces_over_time(
+    video: NamedVideo, settings: FaceSettings, count: int
+) -> tuple[list[float], list[list[Face]], str]:
+    """Give times and faces of the frames, and what limits them; the reason alone when there is none.
+
+    Of each frame only the faces are kept. A face is always cut out, however large it is (`whole_from` is for single
+    images), so that all frames of a clip are cut alike.
+    """
+    if video.source is None:
+        return [], [], video.problem
+    seconds, faces = [], []
+    cut_out = replace(settings, whole_from=inf)
+    try:
+        clip = open_clip(video.source, video.name)
+        for frame in read_frames(clip, count):
+            image = NamedImage(name=video.name, pixels=frame.pixels)
+            seconds.append(frame.seconds)
+            faces.append([face for face in faces_of(image, cut_out) if face.pixels is not None])
+    except UnreadableImage as error:
+        return [], [], str(error).removeprefix(f"{video.name}: ")
+    missing = len(clip.chosen(count)) - len(faces)
+    lost = LOST.format(missing, missing + len(faces)) if missing and faces else "" if faces else NO_FRAME
+    return seconds, faces, "; ".join(part for part in (lost, clip.note) if part)
+
+
+def _tracks(frames: Sequence[Sequence[Face]], settings: VideoSettings) -> list[dict[int, Face]]:
+    """Give each face over time, longest first: number of the frame -> the face there. Whole frames are one face."""
+    boxes = [[face.box for face in faces if face.box is not None] for faces in frames]
+    if not any(boxes):
+        return [track] if (track := {n: faces[0] for n, faces in enumerate(frames) if faces}) else []
+    links = link_faces(boxes, settings.overlap, settings.shift)
+    return [{n: frames[n][i] for n, i in sorted(track.items())} for track in links]
+
+
+def _scored(pipeline: Pipeline, faces: Mapping[int, Face]) -> dict[int, Verdict]:
+    """Give the verdict on each frame alone."""
+    batches = batched(faces.values(), pipeline.batch_size)
+    return dict(zip(faces, (verdict for batch in batches for verdict in pipeline.look(batch)[0]), strict=True))
+
+
+def _trimmed(verdicts: Sequence[Verdict], trim: float) -> dict[str, Any] | None:
+    """Give the trimmed mean of every number of the frames, in the form that `judge` takes; None without frames."""
+    if not verdicts:
+        return None
+
+    def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: float(trim_mean([row[name] for row in rows], trim)) for name in rows[0]}
+
+    p_fake = float(trim_mean([_raw(v) for v in verdicts], trim))
+    evidence, probabilities = means([v.evidence for v in verdicts]), means([v.probabilities for v in verdicts])
+    return {"p_fake": p_fake, "probabilities": probabilities, "evidence": evidence}
+
+
+def _most_telling(clip: Verdict, frames: Mapping[int, Verdict]) -> int | None:
+    """Give the number of the frame whose score lies farthest on the verdict's side, or nearest to an undecided one."""
+    if not frames:
+        return None
+    goal = {VerdictLabel.FAKE: 1.0, VerdictLabel.REAL: 0.0}.get(clip.label, clip.raw_p_fake)
+    assert goal is not None
+    return min(frames, key=lambda number: abs(_raw(frames[number]) - goal))
+
+
+def _frame(seconds: float, face: Face | None, alone: Verdict | None) -> FrameScore:
+    """Give the row of one frame, with the followed face and the verdict on it alone, where there is one."""
+    box = None if face is None else face.box
+    return FrameScore(
+        seconds=seconds,
+        face_box=None if box is None else (box.x, box.y, box.width, box.height),
+        raw_p_fake=None if alone is None else alone.raw_p_fake,
+        p_fake=None if alone is None else alone.p_fake,
+    )
+
+
+def _raw(verdict: Verdict) -> float:
+    """Give the detector's own score of a face that has pixels, and so has a score."""
+    assert verdict.raw_p_fake is not None
+    return verdict.raw_p_fake
