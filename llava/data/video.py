@@ -28,7 +28,6 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg"
 JUMP_FROM = 100
 # A clip that ends before this part of the length in its header is said to break off.
 WHOLE_FROM = 0.9
-USUAL_RATE = Fraction(25)  # frames per second, of a file that tells neither times nor a rate
 
 
 class UnreadableVideo(UnreadableImage):
@@ -48,8 +47,7 @@ class Clip:
     """When each frame of a video is shown; nothing has been decoded for it.
 
     stamps: one per frame, in the order they are shown, in units of `time_base` seconds; key_stamps: of those that can
-    be decoded alone. Without time stamps in the file (`is_timed` False) the frames are numbered, and none is known to
-    stand alone. note: how the file is damaged, else empty.
+    be decoded alone. note: how the file is damaged, else empty.
     """
 
     source: Path | bytes
@@ -57,7 +55,6 @@ class Clip:
     stamps: tuple[int, ...]
     key_stamps: tuple[int, ...]
     time_base: Fraction
-    is_timed: bool
     note: str = ""
 
     def chosen(self, count: int) -> list[int]:
@@ -80,23 +77,18 @@ def open_clip(source: Path | bytes, name: str = "") -> Clip:
     with _opened(source, name) as (container, stream):
         check_size((stream.width, stream.height), name)
         packets, is_broken = _scan(container, stream)
-        if not packets:
-            raise UnreadableVideo(f"{name}: a video without a frame.")
-        stamps = [packet.stamp for packet in packets if packet.stamp is not None]
-        if len(stamps) < len(packets) or stream.time_base is None:
-            rate = stream.average_rate or stream.guessed_rate or USUAL_RATE
-            numbers = tuple(range(len(packets)))
-            return Clip(source=source, name=name, stamps=numbers, key_stamps=(), time_base=1 / rate, is_timed=False)
-        seen = max(packet.stamp + packet.duration for packet in packets if packet.stamp is not None) - min(stamps)
+        if not packets or stream.time_base is None:
+            raise UnreadableVideo(f"{name}: a video without a frame that has a time.")
+        stamps = sorted(packet.stamp for packet in packets)
+        seen = max(packet.stamp + packet.duration for packet in packets) - stamps[0]
         is_short = stream.duration is not None and seen < WHOLE_FROM * stream.duration
         broken = f"the file is damaged or breaks off after {float(seen * stream.time_base):.1f} s"
         return Clip(
             source=source,
             name=name,
-            stamps=tuple(sorted(stamps)),
-            key_stamps=tuple(sorted(p.stamp for p in packets if p.is_key and p.stamp is not None)),
+            stamps=tuple(stamps),
+            key_stamps=tuple(sorted(packet.stamp for packet in packets if packet.is_key)),
             time_base=stream.time_base,
-            is_timed=True,
             note=broken if is_broken or is_short else "",
         )
 
@@ -108,14 +100,14 @@ def read_frames(clip: Clip, count: int) -> Iterator[Frame]:
     """
     chosen = clip.chosen(count)
     with _opened(clip.source, clip.name) as (container, stream):
-        decoded, last = _decoded(container, stream, clip.is_timed), -1
+        decoded, last = _decoded(container, stream), -1
         for number in chosen:
             if number <= last:
                 continue
             key = bisect_right(clip.key_stamps, clip.stamps[number]) - 1
             if key >= 0 and bisect_left(clip.stamps, clip.key_stamps[key]) - last > JUMP_FROM:
-                container.seek(clip.key_stamps[key], stream=stream)
-                decoded = _decoded(container, stream, clip.is_timed)
+                container.seek(clip.stamps[number], stream=stream)
+                decoded = _decoded(container, stream)
             stamp, frame = next((pair for pair in decoded if pair[0] >= clip.stamps[number]), (None, None))
             if stamp is None or frame is None:
                 return
@@ -151,7 +143,7 @@ def _kinds(container: InputContainer) -> str:
 class _Packet(NamedTuple):
     """A frame that is not decoded yet: when it is shown, whether it stands alone, and for how long it is shown."""
 
-    stamp: int | None
+    stamp: int
     is_key: bool
     duration: int
 
@@ -161,26 +153,21 @@ def _scan(container: InputContainer, stream: VideoStream) -> tuple[list[_Packet]
     packets = []
     try:
         for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
+            if packet.size and packet.pts is not None and not packet.is_discard:
                 packets.append(_Packet(packet.pts, packet.is_keyframe, packet.duration or 0))
     except av.FFmpegError:
         return packets, True
     return packets, False
 
 
-def _decoded(container: InputContainer, stream: VideoStream, is_timed: bool) -> Iterator[tuple[int, VideoFrame]]:
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
     """Yield the sound frames from here on with their stamps; who wants a damaged one takes the next."""
-    number = -1
     for packet in chain(_until_damage(container.demux(stream)), [None]):
         try:
             frames = stream.decode(packet)
         except av.FFmpegError:
             continue
-        for frame in frames:
-            number += 1
-            stamp = frame.pts if is_timed else number
-            if stamp is not None and not frame.is_corrupt:
-                yield stamp, frame
+        yield from ((frame.pts, frame) for frame in frames if frame.pts is not None and not frame.is_corrupt)
 
 
 def _until_damage(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
