@@ -64,6 +64,10 @@ class Clip:
         total = len(self.stamps)
         return [(2 * i + 1) * total // (2 * count) for i in range(count)] if total > count else list(range(total))
 
+    def seconds(self, number: int) -> float:
+        """Give when a frame is shown, in seconds since the first one."""
+        return float((self.stamps[number] - self.stamps[0]) * self.time_base)
+
 
 def open_clip(source: Path | bytes, name: str = "") -> Clip:
     """Read when the frames of a video file are shown; none is decoded.
@@ -113,7 +117,7 @@ def read_frames(clip: Clip, count: int) -> Iterator[Frame]:
                 return
             last = bisect_right(clip.stamps, stamp) - 1
             check_size((frame.width, frame.height), clip.name)
-            yield Frame(pixels=_upright(frame), seconds=float((stamp - clip.stamps[0]) * clip.time_base))
+            yield Frame(pixels=_upright(frame), seconds=clip.seconds(last))
 
 
 @contextmanager
@@ -161,13 +165,21 @@ def _scan(container: InputContainer, stream: VideoStream) -> tuple[list[_Packet]
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
-    """Yield the sound frames from here on with their stamps; who wants a damaged one takes the next."""
+    """Yield the sound frames from here on with their stamps; who wants a damaged one takes the next.
+
+    Damage spreads to what is decoded from it: no frame is sound until the next one that was coded alone.
+    """
+    is_sound = True
     for packet in chain(_until_damage(container.demux(stream)), [None]):
         try:
             frames = stream.decode(packet)
         except av.FFmpegError:
+            is_sound = False
             continue
-        yield from ((frame.pts, frame) for frame in frames if frame.pts is not None and not frame.is_corrupt)
+        for frame in frames:
+            is_sound = not frame.is_corrupt and (is_sound or frame.key_frame)
+            if is_sound and frame.pts is not None:
+                yield frame.pts, frame
 
 
 def _until_damage(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:

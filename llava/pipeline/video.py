@@ -33,7 +33,7 @@ Video: TypeAlias = str | Path | NamedVideo
 NO_FRAME = "none of its frames can be decoded"
 NO_FACE = "no face found in any frame; --face off judges whole frames"
 TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (--video.least_frames)"
-LOST = "{} of {} frames are damaged and left out"
+DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 
 
 def detect_video(pipeline: Pipeline, video: Video, settings: VideoSettings) -> VideoVerdict:
@@ -137,9 +137,10 @@ def _faces_over_time(
             faces.append([face for face in faces_of(image, cut_out) if face.pixels is not None])
     except UnreadableImage as error:
         return [], [], str(error).removeprefix(f"{video.name}: ")
-    missing = len(clip.chosen(count)) - len(faces)
-    lost = LOST.format(missing, missing + len(faces)) if missing and faces else "" if faces else NO_FRAME
-    return seconds, faces, "; ".join(part for part in (lost, clip.note) if part)
+    wanted = {clip.seconds(number) for number in clip.chosen(count)}
+    missing = len(wanted.difference(seconds))
+    damage = "" if not missing else DAMAGED.format(missing, len(wanted)) if faces else NO_FRAME
+    return seconds, faces, "; ".join(part for part in (damage, clip.note) if part)
 
 
 def _tracks(frames: Sequence[Sequence[Face]], settings: VideoSettings) -> list[dict[int, Face]]:
