@@ -67,7 +67,7 @@ def test_the_most_telling_frame_lies_farthest_on_the_verdict_s_side(model: Pipel
     raw = [frame.raw_p_fake for frame in verdict.frames]
     assert (verdict.label, verdict.telling) == ("FAKE", int(np.argmax(raw)))
     assert verdict.telling_seconds == verdict.frames[verdict.telling].seconds
-    assert f"11 of 11 frames, standard deviation {verdict.spread:.3f}, most telling at" in str(verdict)
+    assert f"judged on 11 of 11 frames, standard deviation {verdict.spread:.3f}, most telling at" in str(verdict)
     monkeypatch.setattr(model.detector, "decision", replace(model.detector.decision, threshold=1.0))
     verdict = model.detect_video(clip)
     assert (verdict.label, verdict.telling) == ("REAL", int(np.argmin(raw)))

@@ -194,7 +194,7 @@ class VideoVerdict(Verdict):
             return self.reason
         spread = "" if self.spread is None else f", standard deviation {self.spread:.3f}"
         count = f"{self.frames_with_face} of {len(self.frames)} frames"
-        found = f"{count}{spread}, most telling at {self.telling_seconds:.1f} s"
+        found = f"judged on {count}{spread}, most telling at {self.telling_seconds:.1f} s"
         return "; ".join(part for part in (self.reason, found) if part)
 
 

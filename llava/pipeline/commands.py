@@ -42,7 +42,7 @@ class DetectSettings(AskSettings):
     """What is looked at, and how the answers are given."""
 
     paths: list[str] = setting(help="images, videos, folders, zips, quoted globs, http(s) addresses", positional=True)
-    json: bool = setting(False, "print one JSON object per face and line instead of a table")
+    json: bool = setting(False, "print one JSON object per face (or video) and line instead of a table")
     csv: str | None = setting(None, "write the answers to this file as well")
     timeline: str | None = setting(None, "draw the scores of each video over time into this folder")
     video: VideoSettings = setting(VideoSettings())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from math import inf
 from pathlib import Path
 from statistics import stdev
@@ -68,11 +67,15 @@ def in_order(
     ask_video: Callable[[NamedVideo], Answer],
 ) -> Iterator[Answer]:
     """Yield the answers about images and videos in the order of the inputs; neighbouring images are asked together."""
-    for _, run in groupby(inputs, key=type):
-        images, videos = [], []
-        for each in run:
-            videos.append(each) if isinstance(each, NamedVideo) else images.append(each)
-        yield from ask_images(images) if images else map(ask_video, videos)
+    images: list[NamedImage] = []
+    for each in inputs:
+        if isinstance(each, NamedImage):
+            images.append(each)
+            continue
+        yield from ask_images(images)
+        images = []
+        yield ask_video(each)
+    yield from ask_images(images)
 
 
 def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]:
