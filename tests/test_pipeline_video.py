@@ -21,7 +21,7 @@ from llava.core.calibration import Calibration, ScoreMap, write_calibration
 from llava.core.types import FrameScore, VerdictLabel, VideoVerdict
 from llava.data.images import read_image
 from llava.detectors.base import load
-from llava.evaluation.pictures import draw_timeline
+from llava.evaluation.pictures import timeline_png
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings, VideoSettings
@@ -127,7 +127,7 @@ def test_a_clip_without_a_face_is_inconclusive(finder: Pipeline, tmp_path: Path)
     assert (verdict.label, verdict.p_fake, verdict.reason) == ("INCONCLUSIVE", None, NO_FACE)
     assert (len(verdict.frames), verdict.frames_with_face, verdict.face_count) == (8, 0, 0)
     with pytest.raises(ValueError, match="no frame has a score"):
-        draw_timeline(tmp_path / "none.png", verdict)
+        timeline_png(verdict)
 
 
 def test_a_clip_that_cannot_be_read_is_inconclusive(finder: Pipeline, model: Pipeline, tmp_path: Path) -> None:

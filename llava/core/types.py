@@ -43,10 +43,14 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz."""
+    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz.
+
+    mask: (H, W) uint8, above 0 where pixels were forged, all 0 for a real image; None = unknown, or not asked for.
+    """
 
     record: Record
     image: np.ndarray
+    mask: np.ndarray | None = None
     frames: np.ndarray | None = None
     audio: np.ndarray | None = None
     turns: Sequence[Turn] = ()
@@ -166,13 +170,15 @@ class VideoVerdict(Verdict):
     """A detector's answer about the face that is seen longest in a video.
 
     raw_p_fake, probabilities and evidence are means over the frames with this face, without the share `trim` of the
-    lowest and of the highest values. frames: all that were looked at; none when the video could not be read.
+    lowest and of the highest values. frames: all that were looked at; none when the video could not be read; damaged:
+    how many that were wanted are damaged, so that the next sound one was taken, or none.
     spread: standard deviation (n - 1) of the frames' raw p_fake. telling: number in `frames` of the one whose score
     lies farthest on the verdict's side (for UNCERTAIN: nearest to the video's score); face_box is the box there.
     face_count: how many faces are seen in enough frames for a verdict.
     """
 
     frames: tuple[FrameScore, ...] = ()
+    damaged: int = 0
     trim: float = 0.0
     spread: float | None = None
     telling: int | None = None

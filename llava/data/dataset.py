@@ -13,16 +13,18 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from llava.core.runtime import item_rng
 from llava.core.types import InputSpec, Record
 from llava.data.sources import Source
-from llava.data.transforms import to_tensor, view_tensors
+from llava.data.transforms import mask_cells, to_tensor, view_tensors
 
-# `llava.ops.degrade.DegradeConfig` is one: settings that can be called.
-Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+# `llava.ops.degrade.DegradeConfig` is one: settings that can be called on an image and its mask.
+Degradation = Callable[[np.ndarray, np.ndarray | None, np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
+UNKNOWN_CELL = -1.0
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
     """What a detector's forward reads: its inputs by name, `labels` (0 real, 1 fake) and the record's `index`.
 
-    Each input is (3, S, S), or (V, 3, S, S) with `with_views`. An item is an index (epoch 0), or (epoch, index) as
+    Each input is (3, S, S), or (V, 3, S, S) with `with_views`. mask_grid: also give `masks` (grid, grid), the forged
+    part of each cell of the first input, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
     `EpochSampler` yields it; equal items are equal tensors on any worker. Raises ValueError when labels are unknown.
     """
 
@@ -34,15 +36,16 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         degrade: Degradation | None = None,
         seed: int = 0,
         with_views: bool = False,
+        mask_grid: int | None = None,
     ) -> None:
         unknown = [r.id for r in records if r.label is None]
         if unknown:
             raise ValueError(f"{len(unknown)} of {len(records)} records have no label (first: {unknown[0]}); add it.")
-        reserved = {"labels", "index"} & inputs.keys()
+        reserved = {"labels", "index", "masks"} & inputs.keys()
         if reserved:
             raise ValueError(f"inputs: the name {sorted(reserved)[0]!r} is taken by the data set; rename the input.")
         self.source, self.records, self.inputs = source, tuple(records), dict(inputs)
-        self.degrade, self.seed, self.with_views = degrade, seed, with_views
+        self.degrade, self.seed, self.with_views, self.mask_grid = degrade, seed, with_views, mask_grid
 
     def __len__(self) -> int:
         return len(self.records)
@@ -56,12 +59,20 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         record = self.records[index]
         rng = item_rng(self.seed, epoch, index)
-        image = self.source.load(record, rng).image
+        sample = self.source.load(record, rng)
+        image, mask = sample.image, sample.mask
         if self.degrade is not None:
-            image = self.degrade(image, rng)
+            image, mask = self.degrade(image, mask, rng)
         prepare = view_tensors if self.with_views else to_tensor
         tensors: dict[str, Any] = {name: prepare(image, spec) for name, spec in self.inputs.items()}
+        if self.mask_grid is not None:
+            tensors["masks"] = self._cells(mask, self.mask_grid)
         return {**tensors, "labels": torch.tensor(record.label), "index": torch.tensor(index)}
+
+    def _cells(self, mask: np.ndarray | None, grid: int) -> Tensor:
+        if mask is None:
+            return torch.full((grid, grid), UNKNOWN_CELL)
+        return mask_cells(mask, next(iter(self.inputs.values())), grid)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

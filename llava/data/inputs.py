@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -35,21 +37,30 @@ class FetchLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedImage:
-    """An image with the name it is reported under; `pixels` uint8 RGB (H, W, 3), or None and the `problem` in words."""
+class NamedInput:
+    """Something to look at, with the name it is reported under; where it cannot be read, the `problem` in words.
+
+    sha256: of the `byte_count` bytes of the file or download; empty where there were none to be read.
+    """
 
     name: str
-    pixels: np.ndarray | None
     problem: str = ""
+    sha256: str = ""
+    byte_count: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedVideo:
-    """A video, not opened yet, with its name; `source`: a file or its bytes, or None and the `problem` in words."""
+class NamedImage(NamedInput):
+    """An image that was read: pixels uint8 RGB (H, W, 3), None where there is a problem."""
 
-    name: str
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedVideo(NamedInput):
+    """A video, not decoded yet: its file, or its bytes; None where there is a problem."""
+
     source: Path | bytes | None
-    problem: str = ""
 
 
 def expand(words: Sequence[str]) -> list[str]:
@@ -70,16 +81,19 @@ def expand(words: Sequence[str]) -> list[str]:
 
 def open_input(name: str, limits: FetchLimits | None = None) -> NamedImage | NamedVideo:
     """Read one image of `expand`'s list, or find one video; what cannot be read comes back with its problem."""
+    known: dict[str, Any] = {}
     try:
         source = _source(name, limits or FetchLimits())
         if is_video(name):
-            return NamedVideo(name=name, source=source)
-        return NamedImage(name=name, pixels=read_image(source, name))
+            return NamedVideo(name=name, source=source, **_digest(source))
+        content = source.read_bytes() if isinstance(source, Path) else source
+        known = _digest(content)
+        return NamedImage(name=name, pixels=read_image(content, name), **known)
     except (UnreadableImage, OSError, KeyError, BadZipFile) as error:
         problem = _words(name, error)
-        if is_video(name):
-            return NamedVideo(name=name, source=None, problem=problem)
-        return NamedImage(name=name, pixels=None, problem=problem)
+    if is_video(name):
+        return NamedVideo(name=name, source=None, problem=problem)
+    return NamedImage(name=name, pixels=None, problem=problem, **known)
 
 
 def is_url(word: str) -> bool:
@@ -96,11 +110,19 @@ def _source(name: str, limits: FetchLimits) -> Path | bytes:
     """Give what is behind a name: a file or its bytes. Raises what `open_input` puts into words."""
     if is_url(name):
         return fetch(name, limits)
-    if not Path(name).exists() and MEMBER_MARK not in name:
-        raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
     if Path(name).is_dir():
         raise UnreadableImage(f"{name}: a folder without images.")
+    if not Path(name).is_file() and MEMBER_MARK not in name:
+        raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
     return stored_image(name)
+
+
+def _digest(source: Path | bytes) -> dict[str, Any]:
+    """Give SHA-256 and length of a file, which is read in pieces, or of its bytes."""
+    if isinstance(source, bytes):
+        return {"sha256": hashlib.sha256(source).hexdigest(), "byte_count": len(source)}
+    with source.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "byte_count": file.tell()}
 
 
 def fetch(url: str, limits: FetchLimits) -> bytes:

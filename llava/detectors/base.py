@@ -63,6 +63,11 @@ class Detector(nn.Module):
         """Say whether `forward` needs a host's vision features as `clip_features`."""
         return False
 
+    @property
+    def mask_grid(self) -> int | None:
+        """Say how fine `masks` (B, grid, grid) of forged pixels are that training's `forward` wants; None = none."""
+        return None
+
     def without_vision(self) -> Detector:
         """Give the same detector without its own vision tower, to live in a host that has the same one."""
         raise ValueError(f"Detector {self.name!r} has no vision tower that a host could share.")
@@ -103,15 +108,24 @@ class Detector(nn.Module):
     def told_evidence(self, output: DetectorOutput) -> Tensor:
         """Give the evidence (B, E) that words rest on: p_real and p_fake are those of the verdict, calibrated if it is.
 
-        Calibrated, they are the posterior at the validation data's share of fakes; all other evidence stays as it is.
+        Calibrated, they are the posterior at the calibration's own prior; all other evidence stays as it is.
         """
         assert output.logits is not None and output.evidence is not None
         if self.calibration is None:
             return output.evidence
         posterior = self.calibration.posterior(self.p_fake(output.logits).double().cpu().numpy())
-        p_fake = torch.from_numpy(posterior).to(output.evidence)
+        return self.with_p_fake(output.evidence, torch.from_numpy(posterior))
+
+    def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
+        """Put other values (B,) in [0, 1] at p_fake, and what is left of 1 at p_real, of the evidence (B, E).
+
+        Raises ValueError for a detector whose evidence has no p_fake.
+        """
+        if "p_fake" not in self.evidence_names:
+            raise ValueError(f"The evidence of {self.name!r} is {self.evidence_names}; there is no p_fake to put in.")
+        p_fake = p_fake.to(evidence)
         told = {"p_real": 1 - p_fake, "p_fake": p_fake}
-        columns = zip(self.evidence_names, output.evidence.unbind(dim=1), strict=True)
+        columns = zip(self.evidence_names, evidence.unbind(dim=1), strict=True)
         return torch.stack([told.get(name, column) for name, column in columns], dim=1)
 
     def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from llava.evaluation.predictions import Predictions, by_video
 from llava.evaluation.reliability import reliability
 
 REAL_COLOUR = "#1b7837"
+DPI = 150
 SCORE_COLOUR, TELLING_COLOUR = "#1f77b4", "#d62728"
 
 
@@ -86,8 +88,8 @@ def draw_reliability(path: str | Path, predictions: Predictions, curves: Mapping
     _save(figure, path)
 
 
-def draw_timeline(path: str | Path, verdict: VideoVerdict) -> None:
-    """Draw p_fake of a video's frames over time into a picture, with the video's score and the threshold or band.
+def timeline_png(verdict: VideoVerdict) -> bytes:
+    """Draw p_fake of a video's frames over time, with the video's score and the threshold or band: a PNG file.
 
     Raises ValueError for a video without scores.
     """
@@ -111,10 +113,24 @@ def draw_timeline(path: str | Path, verdict: VideoVerdict) -> None:
     axes.set(title=f"{Path(verdict.image).name}: {verdict.label}", xlabel="seconds", ylim=(-0.03, 1.03))
     axes.set_ylabel("probability of being forged" if verdict.is_calibrated else "p_fake (not calibrated)")
     figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+    FigureCanvasAgg(figure)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    return content.getvalue()
+
+
+def draw_losses(path: str | Path, histories: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draw (step, loss) of several trainings, one panel each, into a picture."""
+    figure = Figure(figsize=(3.2 * len(histories), 2.8), layout="constrained")
+    for axes, (name, losses) in zip(
+        figure.subplots(1, len(histories), squeeze=False)[0], histories.items(), strict=True
+    ):
+        axes.plot(*zip(*losses, strict=True))
+        axes.set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
     _save(figure, path)
 
 
 def _save(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     with atomic_path(path) as staged:
-        figure.savefig(staged, dpi=150)
+        figure.savefig(staged, dpi=DPI)

@@ -145,18 +145,21 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         detector_inputs: dict[str, Tensor] | None = None,
         image_features: Tensor | None = None,
         evidence: Tensor | None = None,
+        told_p_fake: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
         """Give logits (B, L, vocabulary) and, with labels, the loss averaged over the answer's tokens.
 
         Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
-        given beside pixel_values replaces the detector's own.
+        given beside pixel_values replaces the detector's own. told_p_fake (N,): p_fake that replaces the one in it.
         """
         if pixel_values is not None and inputs_embeds is None:
             encoded = self.encode(pixel_values, detector_inputs or {})
             image_features = encoded.image_features
             evidence = encoded.evidence if evidence is None else evidence
+            if told_p_fake is not None:
+                evidence = self.detector.with_p_fake(evidence, told_p_fake)
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_features, evidence)  # type: ignore[arg-type]
         items = kwargs.pop("num_items_in_batch", None)

@@ -20,7 +20,7 @@ CONTRADICTED = "the score alone would decide, but not with the share of forgerie
 def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prior: float | None = None) -> Verdict:
     """Give the verdict on a face from its p_fake, probabilities and evidence; without, INCONCLUSIVE.
 
-    prior: share of fakes expected, for a calibrated detector; None = that of its validation data.
+    prior: share of fakes expected, for a calibrated detector; None = the calibration's own.
     """
     box = face.box
     found = _found(detector, scores["p_fake"], prior) if scores else _nothing(face.reason)

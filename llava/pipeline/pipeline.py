@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,9 +26,10 @@ from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
+from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.judging import judge
 from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
-from llava.pipeline.video import Video, detect_video, explain_video
+from llava.pipeline.video import Video, explained_video_finding, video_finding
 
 Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 
@@ -101,8 +103,7 @@ class Pipeline:
 
     def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
         """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
-        faces = self._faces(_as_list(images))
-        return [verdict for batch in batched(faces, self.batch_size) for verdict in self.look(batch)[0]]
+        return [finding.verdict for finding in self.findings(_as_list(images))]
 
     def explain(self, image: Image, question: str | None = None) -> Explanation:
         """Give the verdict on an image's largest face with the words that explain it."""
@@ -112,16 +113,31 @@ class Pipeline:
         self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
     ) -> Iterator[Explanation]:
         """Yield one explanation per face, in the order of the images; without words where there is no verdict."""
+        for finding in self.explained_findings(images, question, settings):
+            assert finding.explanation is not None
+            yield finding.explanation
+
+    def findings(self, images: Sequence[Image]) -> Iterator[Finding]:
+        """Yield the verdicts as `detect` gives them, each beside the crop and the map that it rests on."""
+        for batch in batched(self._faces(images), self.batch_size):
+            yield from self.look(batch)[0]
+
+    def explained_findings(
+        self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
+    ) -> Iterator[Finding]:
+        """Yield the explanations as `explain_all` gives them, each beside the crop and the map."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
         for batch in batched(self._faces(images), self.batch_size):
-            verdicts, encoded = self.look(batch)
+            found, encoded = self.look(batch)
             conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
             texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
-            yield from (explanation(v, asked, "" if v.p_fake is None else next(texts)) for v in verdicts)
+            for finding in found:
+                text = "" if finding.pixels is None else next(texts)
+                yield replace(finding, explanation=explanation(finding.verdict, asked, text))
 
     def detect_video(self, video: Video, settings: VideoSettings | None = None) -> VideoVerdict:
         """Give the verdict on the face that a video shows longest; INCONCLUSIVE where it cannot be read or judged."""
-        return detect_video(self, video, settings or VideoSettings())
+        return self.video_finding(video, settings).verdict
 
     def explain_video(
         self,
@@ -131,13 +147,29 @@ class Pipeline:
         words: GenerationSettings | None = None,
     ) -> Explanation:
         """Give the verdict on a video with words about its most telling frame."""
-        return explain_video(self, video, settings or VideoSettings(), question, words)
+        finding = self.explained_video_finding(video, question, settings, words)
+        assert finding.explanation is not None
+        return finding.explanation
+
+    def video_finding(self, video: Video, settings: VideoSettings | None = None) -> VideoFinding:
+        """Give the verdict as `detect_video` does, beside the crop and the map of the most telling frame."""
+        return video_finding(self, video, settings or VideoSettings())
+
+    def explained_video_finding(
+        self,
+        video: Video,
+        question: str | None = None,
+        settings: VideoSettings | None = None,
+        words: GenerationSettings | None = None,
+    ) -> VideoFinding:
+        """Give the explanation as `explain_video` does, beside the crop and the map that it is about."""
+        return explained_video_finding(self, video, settings or VideoSettings(), question, words)
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
         explainer = self.needed_explainer()
-        (verdict,), encoded = self.look([next(self._faces([image]))])
-        return Chat(explainer, verdict, encoded, settings)
+        (finding,), encoded = self.look([next(self._faces([image]))])
+        return Chat(explainer, finding.verdict, encoded, settings)
 
     def needed_explainer(self) -> Explainer:
         """Give the explainer. Raises ValueError for a detector on its own, which has no words."""
@@ -149,15 +181,20 @@ class Pipeline:
         return self.explainer
 
     @torch.inference_mode()
-    def look(self, faces: Sequence[Face]) -> tuple[list[Verdict], Encoded | None]:
-        """Judge a batch of faces; beside the verdicts, what the explainer made of those that have pixels."""
+    def look(self, faces: Sequence[Face]) -> tuple[list[Finding], Encoded | None]:
+        """Judge a batch of faces; beside the findings, what the explainer made of those that have pixels."""
         pixels = [face.pixels for face in faces if face.pixels is not None]
         if not pixels:
-            return [judge(self.detector, face, None) for face in faces], None
+            return [Finding(verdict=judge(self.detector, face, None)) for face in faces], None
         encoded = self.explainer.encode(pixels) if self.explainer else None
-        scores = iter(self._rows(encoded.detection if encoded else self._detection(pixels)))
-        rows = (None if face.pixels is None else next(scores) for face in faces)
-        return [judge(self.detector, face, row, self.prior) for face, row in zip(faces, rows, strict=True)], encoded
+        detection = encoded.detection if encoded else self._detection(pixels)
+        rows = iter(zip(self._rows(detection), self._maps(detection, len(pixels)), strict=True))
+        found = []
+        for face in faces:
+            scores, evidence_map = (None, None) if face.pixels is None else next(rows)
+            verdict = judge(self.detector, face, scores, self.prior)
+            found.append(Finding(verdict=verdict, pixels=face.pixels, evidence_map=evidence_map))
+        return found, encoded
 
     def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
         for number, image in enumerate(images):
@@ -171,6 +208,14 @@ class Pipeline:
             for name, spec in self.detector.inputs.items()
         }
         return self.detector.over_views(inputs)
+
+    def _maps(self, detection: DetectorOutput, count: int) -> list[np.ndarray | None]:
+        """Give each image's evidence map as the image lies, also where the first view was mirrored."""
+        if detection.evidence_map is None:
+            return [None] * count
+        maps = detection.evidence_map.float().cpu()
+        first_view = next(iter(self.detector.inputs.values())).views[0]
+        return list((maps.flip(-1) if first_view == "flip" else maps).numpy())
 
     def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
         """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""

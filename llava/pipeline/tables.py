@@ -21,7 +21,7 @@ AGREEMENT = {True: "agrees", False: "DISAGREES", None: "-"}
 VERDICT_FIELDS = ("image", "face", "face_count", "label", "p_fake", "threshold", "calibration", "detector")
 MORE_FIELDS = ("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "face_box", "reason")
 TEXT_FIELDS = ("question", "about", "text", "text_verdict", "agrees")
-VIDEO_FIELDS = ("frames", "frames_with_face", "trim", "spread", "telling_seconds")
+VIDEO_FIELDS = ("frames", "frames_with_face", "damaged", "trim", "spread", "telling_seconds")
 
 
 def table_text(answers: Sequence[Verdict | Explanation]) -> str:

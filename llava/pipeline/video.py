@@ -7,20 +7,22 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import stdev
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from scipy.stats import trim_mean
 
-from llava.core.runtime import batched
+from llava.core.runtime import atomic_path, batched
 from llava.core.types import Explanation, FrameScore, Turn, Verdict, VerdictLabel, VideoVerdict
 from llava.data.images import UnreadableImage
 from llava.data.inputs import NamedImage, NamedVideo, open_input
 from llava.data.tracks import link_faces
 from llava.data.video import open_clip, read_frames
 from llava.explainer.generation import GenerationSettings
+from llava.explainer.modeling import Encoded
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline.agreement import explanation
 from llava.pipeline.faces import Face, faces_of
+from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.judging import judge
 from llava.pipeline.settings import FaceSettings, VideoSettings
 
@@ -35,7 +37,7 @@ TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (-
 DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 
 
-def detect_video(pipeline: Pipeline, video: Video, settings: VideoSettings) -> VideoVerdict:
+def video_finding(pipeline: Pipeline, video: Video, settings: VideoSettings) -> VideoFinding:
     """Give the verdict on the face that a video shows longest; INCONCLUSIVE with the reason where there is none.
 
     The score is the trimmed mean of the raw p_fake of the frames with this face; threshold and calibration of the
@@ -44,29 +46,30 @@ def detect_video(pipeline: Pipeline, video: Video, settings: VideoSettings) -> V
     return _watch(pipeline, video, settings)[0]
 
 
-def explain_video(
+def explained_video_finding(
     pipeline: Pipeline,
     video: Video,
     settings: VideoSettings,
     question: str | None = None,
     words: GenerationSettings | None = None,
-) -> Explanation:
+) -> VideoFinding:
     """Give the verdict on a video with words about its most telling frame; `about` says which second that is."""
     explainer, asked = pipeline.needed_explainer(), question or VERDICT_QUESTION
-    verdict, face = _watch(pipeline, video, settings)
-    _, encoded = pipeline.look([] if face is None else [face])
+    finding, encoded = _watch(pipeline, video, settings)
+    verdict = finding.verdict
     if encoded is None:
-        return explanation(verdict, asked, "")
+        return replace(finding, explanation=explanation(verdict, asked, ""))
     (text,) = explainer.answer(encoded, [[Turn(role="human", text=asked)]], words)
-    return replace(explanation(verdict, asked, text), about=f"the frame at {verdict.telling_seconds:.1f} s")
+    about = f"the frame at {verdict.telling_seconds:.1f} s"
+    return replace(finding, explanation=replace(explanation(verdict, asked, text), about=about))
 
 
 def in_order(
     inputs: Sequence[NamedImage | NamedVideo],
-    ask_images: Callable[[Sequence[NamedImage]], Iterable[Answer]],
-    ask_video: Callable[[NamedVideo], Answer],
-) -> Iterator[Answer]:
-    """Yield the answers about images and videos in the order of the inputs; neighbouring images are asked together."""
+    ask_images: Callable[[Sequence[NamedImage]], Iterable[Finding]],
+    ask_video: Callable[[NamedVideo], Finding],
+) -> Iterator[Finding]:
+    """Yield the findings on images and videos in the order of the inputs; neighbouring images are asked together."""
     images: list[NamedImage] = []
     for each in inputs:
         if isinstance(each, NamedImage):
@@ -80,7 +83,7 @@ def in_order(
 
 def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]:
     """Draw the timeline of every video with scores as <file name>.png; a name that is taken gets a number."""
-    from llava.evaluation.pictures import draw_timeline  # here, because most runs draw nothing
+    from llava.evaluation.pictures import timeline_png  # here, because most runs draw nothing
 
     drawn: list[Path] = []
     for answer in answers:
@@ -89,47 +92,61 @@ def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]
             name, number = Path(verdict.image).name, 2
             while (path := Path(folder) / f"{name}.png") in drawn:
                 name, number = f"{Path(verdict.image).name}-{number}", number + 1
-            draw_timeline(path, verdict)
+            with atomic_path(path) as staged:
+                staged.write_bytes(timeline_png(verdict))
             drawn.append(path)
     return drawn
 
 
-def _watch(pipeline: Pipeline, video: Video, settings: VideoSettings) -> tuple[VideoVerdict, Face | None]:
-    """Give the verdict, and the face of the most telling frame where there is one."""
+def _watch(pipeline: Pipeline, video: Video, settings: VideoSettings) -> tuple[VideoFinding, Encoded | None]:
+    """Give what was found, and what the explainer made of the most telling frame, where there is one of each."""
     named = video if isinstance(video, NamedVideo) else open_input(str(video))
     if not isinstance(named, NamedVideo):
         raise ValueError(f"{str(video)!r} is not named like a video; `detect` and `explain` take images.")
-    seconds, faces, limit = _faces_over_time(named, pipeline.faces, settings.frames)
-    tracks = _tracks(faces, settings)
-    needed = min(settings.least_frames, len(faces))
+    seen = _faces_over_time(named, pipeline.faces, settings.frames)
+    tracks = _tracks(seen.faces, settings)
+    total = len(seen.faces)
+    needed = min(settings.least_frames, total)
     count = sum(len(track) >= needed for track in tracks)
     followed = tracks[0] if tracks else {}
-    reason = "" if count else TOO_FEW.format(len(followed), len(faces), needed) if followed else NO_FACE
-    alone = _scored(pipeline, followed) if count else {}
-    clip = Face(image=named.name, pixels=None, count=count, reason=reason if faces else "")
+    reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else NO_FACE
+    found, encoded = _looked_at(pipeline, followed if count else {})
+    alone = {number: finding.verdict for number, finding in found.items()}
+    clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
     judged = judge(pipeline.detector, clip, _trimmed(list(alone.values()), settings.trim), pipeline.prior)
     telling = _most_telling(judged, alone)
-    frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seconds))
-    scores = [frame.raw_p_fake for frame in frames if frame.raw_p_fake is not None]
+    frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seen.seconds))
+    scores = [_raw(verdict) for verdict in alone.values()]
     known = vars(judged) | {
-        "reason": "; ".join(part for part in (judged.reason, limit) if part),
+        "reason": "; ".join(part for part in (judged.reason, seen.limit) if part),
         "face_box": None if telling is None else frames[telling].face_box,
+        "spread": stdev(scores) if len(scores) > 1 else None,
     }
-    spread = stdev(scores) if len(scores) > 1 else None
-    verdict = VideoVerdict(**known, frames=frames, trim=settings.trim, spread=spread, telling=telling)
-    return verdict, None if telling is None else followed[telling]
+    verdict = VideoVerdict(**known, frames=frames, damaged=seen.damaged, trim=settings.trim, telling=telling)
+    if telling is None:
+        return VideoFinding(verdict=verdict), None
+    shown = found[telling]
+    finding = VideoFinding(verdict=verdict, pixels=shown.pixels, evidence_map=shown.evidence_map)
+    return finding, encoded.get(telling)
 
 
-def _faces_over_time(
-    video: NamedVideo, settings: FaceSettings, count: int
-) -> tuple[list[float], list[list[Face]], str]:
-    """Give times and faces of the frames, and what limits them; the reason alone when there is none.
+class _Seen(NamedTuple):
+    """Times and faces of the frames, how many that were wanted are damaged, and what limits them, in words."""
+
+    seconds: list[float]
+    faces: list[list[Face]]
+    damaged: int
+    limit: str
+
+
+def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int) -> _Seen:
+    """Look for faces in the frames; the reason alone when there is no frame.
 
     Of each frame only the faces are kept. A face is always cut out, however large it is (`whole_from` is for single
     images), so that all frames of a clip are cut alike.
     """
     if video.source is None:
-        return [], [], video.problem
+        return _Seen([], [], 0, video.problem)
     seconds, faces = [], []
     cut_out = replace(settings, whole_from=inf)
     try:
@@ -139,11 +156,11 @@ def _faces_over_time(
             seconds.append(frame.seconds)
             faces.append([face for face in faces_of(image, cut_out) if face.pixels is not None])
     except UnreadableImage as error:
-        return [], [], str(error).removeprefix(f"{video.name}: ")
+        return _Seen([], [], 0, str(error).removeprefix(f"{video.name}: "))
     wanted = {clip.seconds(number) for number in clip.chosen(count)}
     missing = len(wanted.difference(seconds))
     damage = "" if not missing else DAMAGED.format(missing, len(wanted)) if faces else NO_FRAME
-    return seconds, faces, "; ".join(part for part in (damage, clip.note) if part)
+    return _Seen(seconds, faces, missing, "; ".join(part for part in (damage, clip.note) if part))
 
 
 def _tracks(frames: Sequence[Sequence[Face]], settings: VideoSettings) -> list[dict[int, Face]]:
@@ -155,10 +172,16 @@ def _tracks(frames: Sequence[Sequence[Face]], settings: VideoSettings) -> list[d
     return [{n: frames[n][i] for n, i in sorted(track.items())} for track in links]
 
 
-def _scored(pipeline: Pipeline, faces: Mapping[int, Face]) -> dict[int, Verdict]:
-    """Give the verdict on each frame alone."""
-    batches = batched(faces.values(), pipeline.batch_size)
-    return dict(zip(faces, (verdict for batch in batches for verdict in pipeline.look(batch)[0]), strict=True))
+def _looked_at(pipeline: Pipeline, faces: Mapping[int, Face]) -> tuple[dict[int, Finding], dict[int, Encoded]]:
+    """Give the finding on each frame alone, and what the explainer made of it, so that words need no second look."""
+    found: dict[int, Finding] = {}
+    encoded: dict[int, Encoded] = {}
+    for numbers in batched(faces, pipeline.batch_size):
+        findings, together = pipeline.look([faces[number] for number in numbers])
+        found.update(zip(numbers, findings, strict=True))
+        if together is not None:
+            encoded.update({number: together.take([row]) for row, number in enumerate(numbers)})
+    return found, encoded
 
 
 def _trimmed(verdicts: Sequence[Verdict], trim: float) -> dict[str, Any] | None:
