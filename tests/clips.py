@@ -53,6 +53,19 @@ def write_clip(
     return target
 
 
+def write_damaged(path: Path) -> list[np.ndarray]:
+    """Write 30 frames of noise, every tenth a keyframe; frame 13 is damaged, and with it 14 to 19. Gives them sound."""
+    noise = np.random.default_rng(0)
+    frames = [noise.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(30)]
+    write_clip(path, frames, g="10", bf="0", sc_threshold="0")
+    with av.open(str(path)) as container:
+        start, size = next((p.pos, p.size) for n, p in enumerate(container.demux(video=0)) if n == 13)
+    content = bytearray(path.read_bytes())
+    content[start + 40 : start + size] = bytes(size - 40)
+    path.write_bytes(content)
+    return frames
+
+
 def write_silence(container: Any, stream: Any, seconds: float) -> None:
     """Write sound in which nothing is heard."""
     samples = np.zeros((1, round(16000 * seconds)), np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import grey, write_clip, write_sound
+from clips import grey, write_clip, write_damaged, write_sound
 
 from llava.data import video
 from llava.data.images import UnreadableImage
@@ -183,14 +183,8 @@ def test_videos_are_found_beside_images(tmp_path: Path, forty: Path) -> None:
 
 
 def test_damage_spreads_to_the_next_keyframe(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0)
-    frames = [noise.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(30)]
-    path = write_clip(tmp_path / "rot.mp4", frames, g="10", bf="0", sc_threshold="0")
-    with av.open(str(path)) as container:
-        start, size = next((p.pos, p.size) for n, p in enumerate(container.demux(video=0)) if n == 13)
-    content = bytearray(path.read_bytes())
-    content[start + 40 : start + size] = bytes(size - 40)
-    kept = seconds(bytes(content), 30)
-    assert kept == pytest.approx([i / 25 for i in range(30) if not 13 <= i < 20])
-    for frame in read_frames(open_clip(bytes(content)), 30):
+    path = tmp_path / "rot.mp4"
+    frames = write_damaged(path)
+    assert seconds(path, 30) == pytest.approx([i / 25 for i in range(30) if not 13 <= i < 20])
+    for frame in read_frames(open_clip(path), 30):
         assert np.array_equal(frame.pixels, frames[round(frame.seconds * 25)])

@@ -104,7 +104,7 @@ def timeline_png(verdict: VideoVerdict) -> bytes:
     else:
         axes.axhline(verdict.threshold, color="0.4", linestyle="--", label=f"threshold {verdict.threshold:.3f}")
     axes.plot([*scores], [*scores.values()], "o-", markersize=4, color=SCORE_COLOUR, label=f"{len(scores)} frames")
-    axes.axhline(verdict.p_fake, color="black", linewidth=1, label=f"trimmed mean {verdict.p_fake:.3f}")
+    axes.axhline(verdict.p_fake, color="black", linewidth=1, label=f"the video, {verdict.p_fake:.3f}")
     blind = [frame.seconds for frame in verdict.frames if frame.p_fake is None]
     if blind:
         axes.plot(blind, [0.0] * len(blind), "x", color="0.5", clip_on=False, label=f"{len(blind)} without the face")
