@@ -219,3 +219,21 @@ def test_masks_that_are_missing_or_do_not_fit_are_refused_by_name(masked: Detect
         masked[1]
     with pytest.raises(ValueError, match="masks: they belong to whole images"):
         DataConfig(path="x", masks=True, face_crop=True)
+
+
+def test_pairs_put_each_real_beside_a_fake_made_from_it() -> None:
+    labels = [0, 1, 1, 0, 1, 0, 1]
+    origins = ["a", "a", "a", "b", "b", "c", ""]  # c has no fake, the last fake no real
+    sampler = EpochSampler(labels, seed=0, balanced=False, origins=origins)
+    assert len(sampler) == 4
+    seen = Counter()
+    for epoch in range(20):
+        order = drawn(sampler, epoch)
+        assert drawn(sampler, epoch) == order
+        pairs = list(zip(order[::2], order[1::2], strict=True))
+        assert sorted(real for real, _ in pairs) == [0, 3]
+        assert all(labels[fake] == 1 and origins[fake] == origins[real] for real, fake in pairs)
+        seen.update(fake for _, fake in pairs)
+    assert seen.keys() == {1, 2, 4} and seen[4] == 20
+    with pytest.raises(ValueError, match="No fake was made from a real record here"):
+        EpochSampler([0, 1], seed=0, balanced=False, origins=["", ""])

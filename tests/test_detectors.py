@@ -11,13 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 
 from llava.core.config import build, to_dict
 from llava.core.types import REGIONS
 from llava.core.weights import load_strictly
 from llava.detectors import DETECTORS
-from llava.detectors.backbones import BACKBONES, SMALL_DENSENETS, make_backbone, stage_channels
+from llava.detectors.backbones import (
+    BACKBONES,
+    SMALL_DENSENETS,
+    high_pass,
+    let_see_residual,
+    make_backbone,
+    stage_channels,
+)
 from llava.detectors.base import create, load
 from llava.detectors.clip_prompt import ClipTextSizes, PromptEncoder, VisionEncoder, load_clip
 from llava.detectors.evidence_map import RegionPool, map_loss
@@ -373,7 +381,7 @@ def test_logits_equal_the_published_code(shared):
 
 
 def grounded(**changes):
-    return m2f2(local_features=True, region_evidence=True, map_weight=1.0, **changes)
+    return m2f2(residual=True, local_features=True, region_evidence=True, map_weight=1.0, **changes)
 
 
 def test_regions_are_named_evidence_of_the_verdict():
@@ -436,3 +444,24 @@ def test_masks_teach_the_map():
 def test_a_map_needs_cosines():
     with pytest.raises(ValueError, match="fusion: 'none' has no patch-prompt cosines"):
         m2f2(fusion="none", region_evidence=True)
+
+
+def test_the_residual_is_what_a_binomial_filter_takes_away():
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    smooth = np.stack([[ndimage.convolve(c, kernel, mode="mirror") for c in image] for image in images.numpy()])
+    torch.testing.assert_close(high_pass(images), 4 * (images - torch.from_numpy(smooth)), atol=1e-5, rtol=1e-5)
+    assert high_pass(torch.ones(1, 3, 8, 8)).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["densenet_micro", "efficientnet_b0", "densenet121"])
+def test_a_backbone_that_sees_the_residual_keeps_what_it_had_learned(name):
+    torch.manual_seed(0)
+    plain, _ = make_backbone(name)
+    seeing = copy.deepcopy(plain)
+    let_see_residual(seeing)
+    flat = torch.full((1, 3, 32, 32), 0.3)  # without detail there is no residual
+    with torch.no_grad():
+        torch.testing.assert_close(seeing.eval().forward_stages(flat)[0], plain.eval().forward_stages(flat)[0])
+        detailed = torch.randn(1, 3, 32, 32)
+        assert not torch.equal(seeing.forward_stages(detailed)[0], plain.forward_stages(detailed)[0])

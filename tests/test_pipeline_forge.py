@@ -83,7 +83,7 @@ def test_sources_read_what_is_written(photos: Path) -> None:
     groups = {s: {r.group for r in source.records if r.split == s} for s in ("train", "val", "test")}
     assert groups == {"train": {"ann", "di", "ed"}, "val": {"cy"}, "test": {"bob"}}
     for record in source.records:
-        assert set(record.tags) == {"region", "artefact", "mask", "original"}
+        assert set(record.tags) == {"region", "artefact", "mask", "original", "untouched"}
         assert (photos / record.tags["original"]).is_file()
         is_fake = record.label == FAKE
         assert record.class_name == (record.tags["artefact"] if is_fake else "real")

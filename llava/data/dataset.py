@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from llava.core.runtime import item_rng
-from llava.core.types import InputSpec, Record
+from llava.core.types import FAKE, REAL, InputSpec, Record
 from llava.data.sources import Source
 from llava.data.transforms import mask_cells, to_tensor, view_tensors
 
@@ -82,16 +82,28 @@ class EpochSampler(Sampler[tuple[int, int]]):
     goes to the lowest labels); a class is gone through completely before any of its records comes again, so the
     minority is repeated and of the majority a fresh part is drawn without replacement. A record repeated within one
     epoch has the same degradation each time. Without `shuffle` the draws are in the order of the records.
+
+    origins: what each record was made from. One epoch then goes once through the reals from which fakes were made, each
+    followed by one of these fakes, so that a batch differs in what was forged and in nothing else (Shiohara and
+    Yamasaki, CVPR 2022). Raises ValueError when there is no such pair.
     """
 
-    def __init__(self, labels: Sequence[int], seed: int, balanced: bool, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        labels: Sequence[int],
+        seed: int,
+        balanced: bool,
+        shuffle: bool = True,
+        origins: Sequence[str] | None = None,
+    ) -> None:
         if not labels:
             raise ValueError("labels: nothing to draw from; give at least one record.")
         self.labels = np.asarray(labels)
         self.seed, self.balanced, self.shuffle, self.epoch = seed, balanced, shuffle, 0
+        self.pairs = None if origins is None else _pairs(labels, origins)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels) if self.pairs is None else 2 * len(self.pairs)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration draws."""
@@ -101,8 +113,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         epoch = self.epoch
         # The index after the last record's, so that no record shares the sampler's generator.
         rng = item_rng(self.seed, epoch, len(self.labels))
-        drawn = self._balanced(rng) if self.balanced else np.arange(len(self.labels))
-        order = rng.permutation(drawn) if self.shuffle else np.sort(drawn)
+        if self.pairs is not None:
+            reals = rng.permutation(len(self.pairs)) if self.shuffle else range(len(self.pairs))
+            order = [i for n in reals for i in (self.pairs[n][0], rng.choice(self.pairs[n][1]))]
+        else:
+            drawn = self._balanced(rng) if self.balanced else np.arange(len(self.labels))
+            order = list(rng.permutation(drawn) if self.shuffle else np.sort(drawn))
         return iter([(epoch, int(i)) for i in order])
 
     def _balanced(self, rng: np.random.Generator) -> np.ndarray:
@@ -114,6 +130,22 @@ class EpochSampler(Sampler[tuple[int, int]]):
             passes, rest = divmod(base + (position < extra), len(members))
             drawn += [np.tile(members, passes), rng.permutation(members)[:rest]]
         return np.concatenate(drawn)
+
+
+def _pairs(labels: Sequence[int], origins: Sequence[str]) -> list[tuple[int, list[int]]]:
+    """Give (real, fakes made from it) for every real that has any."""
+    fakes: dict[str, list[int]] = {}
+    for i, (label, origin) in enumerate(zip(labels, origins, strict=True)):
+        if label == FAKE:
+            fakes.setdefault(origin, []).append(i)
+    reals = (i for i, label in enumerate(labels) if label == REAL)
+    pairs = [(i, fakes[origins[i]]) for i in reals if origins[i] and origins[i] in fakes]
+    if not pairs:
+        raise ValueError(
+            "No fake was made from a real record here: pairs need the same tag `untouched` on both, as `m2f2 data "
+            "forge` writes it; balance by weights or sampling instead."
+        )
+    return pairs
 
 
 def collate(batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

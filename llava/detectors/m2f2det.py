@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from llava.core.config import setting
 from llava.core.types import REGIONS, InputSpec
 from llava.core.weights import load_strictly
-from llava.detectors.backbones import make_backbone, stage_channels
+from llava.detectors.backbones import let_see_residual, make_backbone, stage_channels
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.bridge import Bridge, BridgeConfig, Projection
 from llava.detectors.clip_prompt import (
@@ -41,6 +41,7 @@ class M2F2DetConfig:
     )
     backbone: str = setting("densenet121", "CNN: densenet121/161/169/201, efficientnet_b0..b7, or a small densenet_*")
     backbone_pretrained: bool = setting(False, "start the CNN from torchvision's ImageNet weights when training")
+    residual: bool = setting(False, "show the CNN the image's high-pass residual beside the image")
     hidden_size: int = setting(1024, "width of the projected CLIP, prompt and CNN features")
     prompt_tokens: int = setting(7, "learned prompt tokens")
     clip_name: str | None = setting(None, "CLIP checkpoint to start training from (folder or hub id)")
@@ -114,6 +115,8 @@ class M2F2Det(Detector):
         hidden, patches = config.hidden_size, config.vision.grid**2
         self.vision_encoder = VisionEncoder(config.vision, config.freeze_vision) if config.own_vision else None
         self.backbone, channels = make_backbone(config.backbone)
+        if config.residual:
+            let_see_residual(self.backbone)
         self.vision_proj = Projection(config.vision.hidden_size, hidden)
         self.backbone_proj = Projection(channels, hidden)
         self.vision_alpha = nn.Parameter(torch.tensor(config.vision_alpha))
@@ -262,4 +265,6 @@ class M2F2Det(Detector):
             load_clip(self.config.clip_name, text, self.vision_encoder)
         if self.config.backbone_pretrained:
             source, _ = make_backbone(self.config.backbone, pretrained=True)
+            if self.config.residual:
+                let_see_residual(source)
             load_strictly(self.backbone, source.state_dict(), f"ImageNet weights of {self.config.backbone}")

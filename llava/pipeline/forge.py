@@ -170,11 +170,12 @@ def _write_photo(output: Path, photo: Photo, crop: FaceCrop, config: ForgeDataCo
         number = version * (config.per_image + 1) + variant
         rng = item_rng(config.seed, number, photo.number)
         if variant == 0:
+            first = number
             shown = _version(crop, config.augment, rng) if version else crop
         forgery = visible_forgery(shown, config.forge, rng) if variant else None
         if variant and forgery is None:
             continue
-        item = _item(photo, number, forgery, shown, SUFFIXES[config.format])
+        item = _item(photo, number, first, forgery, shown, SUFFIXES[config.format])
         write_image(output / item.record.id, forgery.image if forgery else shown.image, config.jpeg_quality)
         if forgery:
             write_mask(output / item.record.tags["mask"], forgery.mask)
@@ -197,9 +198,11 @@ def visible_forgery(crop: FaceCrop, config: ForgeConfig, rng: np.random.Generato
     return None
 
 
-def _item(photo: Photo, variant: int, forgery: Forgery | None, crop: FaceCrop, suffix: str) -> Item:
-    stem = f"{photo.split}/{photo.number:05d}_{variant}"
+def _item(photo: Photo, number: int, first: int, forgery: Forgery | None, crop: FaceCrop, suffix: str) -> Item:
+    """Describe one image; first: number of the untouched version that it was made from."""
+    stem, untouched = (f"{photo.split}/{photo.number:05d}_{n}" for n in (number, first))
     file, tags = f"{IMAGES}/{stem}{suffix}", {"region": "", "artefact": "", "mask": "", "original": photo.name}
+    tags["untouched"] = f"{IMAGES}/{untouched}{suffix}"
     truth = None
     if forgery is not None:
         tags |= {"region": forgery.region, "artefact": forgery.artefact, "mask": f"{MASKS}/{stem}.png"}

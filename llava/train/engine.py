@@ -46,8 +46,10 @@ class WholeBatches(EpochSampler):
     Trainer's own `dataloader_drop_last` would leave images out of validation, too.
     """
 
-    def __init__(self, labels: list[int], seed: int, balanced: bool, batch_size: int) -> None:
-        super().__init__(labels, seed, balanced)
+    def __init__(
+        self, labels: list[int], seed: int, balanced: bool, batch_size: int, origins: list[str] | None = None
+    ) -> None:
+        super().__init__(labels, seed, balanced, origins=origins)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -84,8 +86,9 @@ class DetectorTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
         dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, DetectionDataset)
-        is_balanced = self.phase.loss.class_balance == "sampling"
-        return WholeBatches(dataset.labels, self.phase.seed, is_balanced, self.phase.batch_size)
+        balance = self.phase.loss.class_balance
+        origins = [r.tags.get("untouched", "") for r in dataset.records] if balance == "pairs" else None
+        return WholeBatches(dataset.labels, self.phase.seed, balance == "sampling", self.phase.batch_size, origins)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Use the detector's parameter groups; the largest comes first, because its rate is the one shown."""
