@@ -130,8 +130,13 @@ class Verdict:
         """Say the verdict in one line: a percentage when calibrated, the bare score when not."""
         sure = "" if self.p_fake is None else f"{self.score_text} ({self.calibration})"
         which = f"face {self.face} of {self.face_count}" if self.face_count > 1 else ""
-        details = ", ".join(part for part in (sure, which, self.reason, self.range_text) if part)
+        details = ", ".join(part for part in (sure, which, self.remark) if part)
         return f"{self.label}{': ' if details else ''}{details}"
+
+    @property
+    def remark(self) -> str:
+        """Say what there is to know beside label and score: the reason, and how far delivery moves the score."""
+        return "; ".join(part for part in (self.reason, self.range_text) if part)
 
     @property
     def is_calibrated(self) -> bool:
@@ -162,11 +167,64 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameScore:
+    """One frame of a video: seconds since its first frame, and of the followed face, where it is seen, box and scores.
+
+    raw_p_fake and p_fake as in a verdict about this frame alone; None without the face, or without a verdict.
+    """
+
+    seconds: float
+    face_box: tuple[int, int, int, int] | None = None
+    raw_p_fake: float | None = None
+    p_fake: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoVerdict(Verdict):
+    """A detector's answer about the face that is seen longest in a video.
+
+    raw_p_fake, probabilities and evidence are means over the frames with this face, without the share `trim` of the
+    lowest and of the highest values. frames: all that were looked at; none when the video could not be read; damaged:
+    how many that were wanted are damaged, so that the next sound one was taken, or none.
+    spread: standard deviation (n - 1) of the frames' raw p_fake. telling: number in `frames` of the one whose score
+    lies farthest on the verdict's side (for UNCERTAIN: nearest to the video's score); face_box is the box there.
+    face_count: how many faces are seen in enough frames for a verdict.
+    """
+
+    frames: tuple[FrameScore, ...] = ()
+    damaged: int = 0
+    trim: float = 0.0
+    spread: float | None = None
+    telling: int | None = None
+
+    @property
+    def telling_seconds(self) -> float | None:
+        """Give the time of the most telling frame."""
+        return None if self.telling is None else self.frames[self.telling].seconds
+
+    @property
+    def frames_with_face(self) -> int:
+        """Count the frames that show the followed face, or were judged whole."""
+        return sum(frame.face_box is not None or frame.raw_p_fake is not None for frame in self.frames)
+
+    @property
+    def remark(self) -> str:
+        """Say in how many frames the face is, how far their scores lie apart, and which second tells most."""
+        if self.telling_seconds is None:
+            return self.reason
+        spread = "" if self.spread is None else f", standard deviation {self.spread:.3f}"
+        count = f"{self.frames_with_face} of {len(self.frames)} frames"
+        found = f"judged on {count}{spread}, most telling at {self.telling_seconds:.1f} s"
+        return "; ".join(part for part in (self.reason, found) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
     """A verdict with the words that explain it.
 
     text_verdict: what the text itself says (0 real, 1 fake, None undecided). `agrees` is False when the text
     contradicts the verdict, None when either of them is undecided; the verdict stands in every case.
+    about: which part of a video the text is about.
     """
 
     verdict: Verdict
@@ -174,6 +232,7 @@ class Explanation:
     text: str
     text_verdict: int | None
     agrees: bool | None
+    about: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON values."""
@@ -181,7 +240,12 @@ class Explanation:
 
     def __str__(self) -> str:
         """Say the verdict, then the text, then whether the two contradict each other."""
-        return "\n".join(part for part in (str(self.verdict), self.text, self.remark) if part)
+        return "\n".join(part for part in (str(self.verdict), self.told, self.remark) if part)
+
+    @property
+    def told(self) -> str:
+        """Give the text, after what it is about where that is not the whole image."""
+        return f"[{self.about}] {self.text}" if self.about else self.text
 
     @property
     def remark(self) -> str:

@@ -12,8 +12,10 @@ import numpy as np
 from llava import __version__
 from llava.core.config import to_dict
 from llava.core.runtime import software
+from llava.core.types import VideoVerdict
 from llava.core.weights import resolve
-from llava.data.inputs import NamedImage
+from llava.data.inputs import NamedImage, NamedInput
+from llava.evaluation.pictures import timeline_png
 from llava.pipeline.findings import Finding
 from llava.pipeline.overlays import framed, overlay, shrink
 from llava.pipeline.pages import Section, fill, png_bytes, png_uri, render_page, write_page
@@ -25,29 +27,32 @@ if TYPE_CHECKING:
 Facts: TypeAlias = dict[str, Any]
 
 
-def entry_of(finding: Finding, image: NamedImage) -> Facts:
-    """Give what a case file says of one face, as plain JSON values; pictures are PNG `data:` addresses.
+def entry_of(finding: Finding, source: NamedInput) -> Facts:
+    """Give what a case file says of one face or video, as plain JSON values; pictures are PNG `data:` addresses.
 
-    image: the input that the face is from. Pictures are shrunk to 512 px; their real sizes stand beside them.
+    source: the input that was asked about. Pictures of faces are shrunk to 512 px; their real sizes stand beside them.
     """
     verdict, explained = finding.verdict, finding.explanation
     words = {"meaning": meaning(verdict), "band": band_in_words(verdict)}
     if verdict.likelihood_ratio is not None and verdict.prior is not None:
         words |= {"likelihood_ratio": ratio_in_words(verdict.likelihood_ratio), "prior": prior_in_words(verdict.prior)}
-    size = None if image.pixels is None else _size(image.pixels)
+    image = source.pixels if isinstance(source, NamedImage) else None
+    size = None if image is None else _size(image)
     return {
-        "input": {"name": image.name, "sha256": image.sha256, "bytes": image.byte_count, "size": size},
+        "input": {"name": source.name, "sha256": source.sha256, "bytes": source.byte_count, "size": size},
         "verdict": {**verdict.to_dict(), "score": verdict.score_text},
         "in_words": words,
         "explanation": None
         if explained is None
         else {
             "question": explained.question,
+            "about": explained.about,
             "text": explained.text,
             "text_verdict": explained.text_verdict,
             "agrees": explained.agrees,
             "remark": explained.remark,
         },
+        "video": _video(verdict) if isinstance(verdict, VideoVerdict) else None,
         **_pictures(finding, image),
     }
 
@@ -93,13 +98,26 @@ def write_case_html(path: str | Path, case: Facts) -> None:
     write_page(path, render_case(case))
 
 
-def _pictures(finding: Finding, image: NamedImage) -> Facts:
+def _video(verdict: VideoVerdict) -> Facts:
+    """Give what there is to know of the frames beside what the verdict holds; scores are the detector's own."""
+    scores = [frame.raw_p_fake for frame in verdict.frames if frame.raw_p_fake is not None]
+    return {
+        "frames": len(verdict.frames),
+        "frames_with_face": verdict.frames_with_face,
+        "telling_seconds": verdict.telling_seconds,
+        "lowest": min(scores, default=None),
+        "highest": max(scores, default=None),
+        "timeline": {"png": png_uri(timeline_png(verdict))} if scores else None,
+    }
+
+
+def _pictures(finding: Finding, image: np.ndarray | None) -> Facts:
     """Give the crop, the map over it, and, where the crop was cut out, the whole image with the face in a frame."""
     if finding.pixels is None:
         return {"crop": None, "evidence_map": None, "whole": None}
     box, mapped = finding.verdict.face_box, finding.evidence_map
-    is_cut = image.pixels is not None and image.pixels.shape != finding.pixels.shape
-    whole = framed(image.pixels, box) if image.pixels is not None and is_cut and box else None
+    is_cut = image is not None and image.shape != finding.pixels.shape
+    whole = framed(image, box) if image is not None and is_cut and box else None
     return {
         "crop": _picture(finding.pixels),
         "whole": None if whole is None else _picture(whole),

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from llava.core.types import REGIONS
 from llava.data.ddvqa_text import label_free_question
 from llava.data.images import read_image
-from llava.data.inputs import FetchLimits, open_input
+from llava.data.inputs import FetchLimits, NamedImage, open_input
 from llava.evaluation.compare import scores_of
 from llava.evaluation.pictures import draw_losses, draw_reliability
 from llava.evaluation.predictions import read_csv
@@ -138,7 +138,7 @@ def _cases(out: Path, rows: list[dict[str, str]]) -> Iterator[Section]:
 
 def _case(pipeline: Pipeline, out: Path, row: Mapping[str, str], title: str, truth: str, anchor: str) -> Section:
     image = open_input(str(out / "data" / row["file"]), FetchLimits())
-    if image.pixels is None:
+    if not isinstance(image, NamedImage) or image.pixels is None:
         raise ValueError(f"{image.name}: {image.problem}")
     (finding,) = pipeline.explained_findings([image], label_free_question(None))
     section = entry_section(entry_of(finding, image), anchor)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava.core.types import Explanation, Verdict
+from llava.core.types import Explanation, Verdict, VideoVerdict
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,3 +27,10 @@ class Finding:
     def answer(self) -> Verdict | Explanation:
         """Give the explanation where there is one, else the verdict."""
         return self.explanation or self.verdict
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoFinding(Finding):
+    """What was found about a video; words, pixels and map are those of its most telling frame."""
+
+    verdict: VideoVerdict

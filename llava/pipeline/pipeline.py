@@ -12,7 +12,7 @@ import torch
 
 from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
-from llava.core.types import Explanation, Turn, Verdict
+from llava.core.types import Explanation, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config, resolve
 from llava.data.images import read_image
 from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
@@ -27,9 +27,10 @@ from llava.ops.delivery import VERSIONS, delivered
 from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
-from llava.pipeline.findings import Finding
+from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.judging import judge
-from llava.pipeline.settings import FaceSettings, Precision, Quantization
+from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
+from llava.pipeline.video import Video, explained_video_finding, video_finding
 
 Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 
@@ -139,6 +140,36 @@ class Pipeline:
             for finding in found:
                 text = "" if finding.pixels is None else next(texts)
                 yield replace(finding, explanation=explanation(finding.verdict, asked, text))
+
+    def detect_video(self, video: Video, settings: VideoSettings | None = None) -> VideoVerdict:
+        """Give the verdict on the face that a video shows longest; INCONCLUSIVE where it cannot be read or judged."""
+        return self.video_finding(video, settings).verdict
+
+    def explain_video(
+        self,
+        video: Video,
+        question: str | None = None,
+        settings: VideoSettings | None = None,
+        words: GenerationSettings | None = None,
+    ) -> Explanation:
+        """Give the verdict on a video with words about its most telling frame."""
+        finding = self.explained_video_finding(video, question, settings, words)
+        assert finding.explanation is not None
+        return finding.explanation
+
+    def video_finding(self, video: Video, settings: VideoSettings | None = None) -> VideoFinding:
+        """Give the verdict as `detect_video` does, beside the crop and the map of the most telling frame."""
+        return video_finding(self, video, settings or VideoSettings())
+
+    def explained_video_finding(
+        self,
+        video: Video,
+        question: str | None = None,
+        settings: VideoSettings | None = None,
+        words: GenerationSettings | None = None,
+    ) -> VideoFinding:
+        """Give the explanation as `explain_video` does, beside the crop and the map that it is about."""
+        return explained_video_finding(self, video, settings or VideoSettings(), question, words)
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""

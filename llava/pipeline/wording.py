@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from llava.core.types import Verdict, VerdictLabel
+from llava.core.types import Verdict, VerdictLabel, VideoVerdict
 
 # Verbal scale of the ENFSI guideline for evaluative reporting in forensic science (2015).
 SUPPORT_FROM = (2, 10, 100, 1_000, 10_000, 1_000_000)
 SUPPORT = ("weak", "moderate", "moderately strong", "strong", "very strong", "extremely strong")
+
+# The mean of many frames spreads less than the scores of single pictures, which a calibration is fitted on.
+ON_PICTURES = (
+    "The calibration was fitted on single pictures. The score of a video is a mean over frames, so the percentage does "
+    "not say how many of 100 such videos are forged."
+)
 
 LIMITS = (
     "This is no evidence by itself. It says what one program found in one picture; a person who knows the field has to "
@@ -79,6 +85,8 @@ def _reason(verdict: Verdict) -> str:
 
 
 def _share(verdict: Verdict) -> str:
+    if isinstance(verdict, VideoVerdict):
+        return ON_PICTURES
     assert verdict.p_fake is not None
     return f"Of 100 faces with such a score, {verdict.score_text.partition(' %')[0]} are expected to be forged."
 
