@@ -17,8 +17,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## all three stages, small, on your images: make demo DATA=FOLDER
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(DATA)
+demo: $(STAMP)  ## all three stages, small, on the embedded photos, or on yours: make demo DATA=FOLDER
+	$(BIN)/m2f2 demo $(if $(DATA),--data $(DATA))
 
 test: $(STAMP)  ## all tests: the fast ones, then the end-to-end ones
 	$(BIN)/python -m pytest

@@ -14,7 +14,7 @@ from llava.detectors.base import load_uncalibrated
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Predictions, read_csv, refuse_shared_groups
-from llava.evaluation.reliability import calibration_report
+from llava.evaluation.reliability import calibration_report, share_of_fakes
 from llava.evaluation.report import calibration_tables, console, run_script
 
 
@@ -26,7 +26,6 @@ class Settings(CalibrationConfig):
     detector: str | None = setting(None, "folder of the detector; calibration.json is written there; none = only show")
     data: str | None = setting(None, "name of the data, shown with every verdict; default: folder and name of the csv")
     test: str | None = setting(None, "csv of other groups, to measure on; without it nothing is measured")
-    prior: float | None = setting(None, "share of fakes expected in --test; none = that of the validation data")
     n_boot: int = setting(2000, "resamples of the group bootstrap")
     json: str | None = setting(None, "write the report on --test to this file as well")
     picture: str | None = setting(None, "draw how reliable the scores on --test are into this file")
@@ -65,15 +64,16 @@ def describe(calibration: Calibration) -> str:
 
 
 def measure(calibration: Calibration, test: Predictions, settings: Settings) -> None:
-    """Print the report on test predictions; write it and draw the picture when asked."""
-    report = calibration_report(test, calibration, settings.n_boot, settings.seed, prior=settings.prior)
+    """Print the report on test predictions, at the share of fakes they have; write it and draw it when asked."""
+    prior = share_of_fakes(test)
+    report = calibration_report(test, calibration, settings.n_boot, settings.seed, prior=prior)
     out = console()
     for table in calibration_tables(report):
         out.print(table)
     if settings.json:
         write_json(settings.json, report)
     if settings.picture:
-        after = calibration.posterior(test.p_fake, settings.prior)
+        after = calibration.posterior(test.p_fake, prior)
         draw_reliability(settings.picture, test, {"raw": test.p_fake, "calibrated": after})
 
 

@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
 
 from llava.core.config import parse, setting
-from llava.core.registry import nearest
-from llava.evaluation.report import console, interval_text, run_script
-
-# file of a run's folder -> rows (title, path inside the file)
-ROWS = {
-    "scores/report.json": (
-        ("detector AUC, test frames", ("frame", "auc")),
-        ("detector accuracy", ("frame", "accuracy")),
-    ),
-    "judgement.json": (
-        ("judgement accuracy", ("accuracy",)),
-        ("judgement precision", ("precision",)),
-        ("judgement recall", ("recall",)),
-        ("judgement F1", ("f1",)),
-        ("words agree with the detector", ("agreement", "agreement")),
-    ),
-    "explanation.json": tuple(
-        (f"explanation {title}", ("scores", "all", key))
-        for key, title in (("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider", "CIDEr"), ("meteor", "METEOR"))
-    ),
-}
+from llava.evaluation.compare import comparison
+from llava.evaluation.report import console, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,41 +22,7 @@ class Settings:
 def main() -> None:
     """Print one table; a dash stands for what a run does not have."""
     settings = parse(Settings, description=__doc__ or "")
-    reports = [read_run(Path(run)) for run in settings.runs]
-    table = Table(title="95 % intervals by group bootstrap (proportions: Wilson)", title_justify="left")
-    table.add_column("")
-    for run, report in zip(settings.runs, reports, strict=True):
-        sizes = " / ".join(
-            str(report[name]["n"].get("frames") or items(report[name]["n"])) for name in ROWS if name in report
-        )
-        table.add_column(f"{run}\nn = {sizes}")
-    for name, rows in ROWS.items():
-        for title, path in rows:
-            table.add_row(title, *(cell(report.get(name), path) for report in reports))
-    console().print(table)
-
-
-def items(counts: Mapping[str, Any]) -> Any:
-    """Give how many answers a report was made of."""
-    return counts.get("items") or counts["scored"]
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Read the reports of a run. Raises FileNotFoundError when the folder holds none."""
-    found = {
-        name: json.loads((folder / name).read_text(encoding="utf-8")) for name in ROWS if (folder / name).is_file()
-    }
-    if not found:
-        raise FileNotFoundError(f"{str(folder)!r} holds no report. {nearest(str(folder), list(ROWS))}")
-    return found
-
-
-def cell(report: Mapping[str, Any] | None, path: tuple[str, ...]) -> str:
-    """Write one value with its interval, or a dash."""
-    value: Any = report
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return "-" if value is None else interval_text(value)
+    console().print(comparison([Path(run) for run in settings.runs]))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ COMMANDS = {
     "detect": Command("llava.pipeline.commands:detect", "say of faces whether they are real or forged"),
     "explain": Command("llava.pipeline.commands:explain", "say it with the reasons in words"),
     "chat": Command("llava.pipeline.commands:chat", "talk about one face: the verdict, then your questions"),
+    "demo": Command("llava.pipeline.demo:run_demo", "run the whole path, small: data, three stages, answers, scores"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
+    "evaluate": Command("llava.train.infer:evaluate", "score a detector on a split: AUC, calibration, robustness"),
     "data verdicts": Command(
         "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
     ),

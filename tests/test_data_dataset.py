@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.core.types import InputSpec
+from llava.data.csv_table import CsvSource
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
 from llava.data.folder import FolderSource
 from llava.data.sources import DataConfig, split_of
@@ -176,3 +178,62 @@ def test_a_resumed_epoch_goes_on_where_it_stopped(processes: int) -> None:
     assert fresh.epoch == (1 if processes == 1 else 0)
     fresh.set_epoch(1)
     assert torch.equal(torch.cat(list(resumed)), unbroken[4:])
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> DetectionDataset:
+    """Give a table of one real image, a fake with a mask on its lower right quarter, and a fake without a mask."""
+    rng = np.random.default_rng(0)
+    for name in ("real", "fake", "other"):
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    mask = np.zeros((48, 64), np.uint8)
+    mask[24:, 32:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    rows = "real.png,real,\nfake.png,fake,mask.png\nother.png,fake,\n"
+    (tmp_path / "table.csv").write_text(f"file,label,mask\n{rows}")
+    source = CsvSource(DataConfig(source="csv", path=str(tmp_path / "table.csv"), masks=True))
+    return DetectionDataset(source, source.records, {"pixels": SMALL}, mask_grid=4)
+
+
+def test_masks_become_the_forged_part_of_each_cell(masked: DetectionDataset) -> None:
+    real, fake, other = (masked[i]["masks"] for i in range(3))
+    assert torch.equal(real, torch.zeros(4, 4))
+    assert torch.equal(other, torch.full((4, 4), -1.0)), "what is unknown is not called real"
+    # 48 x 64 is shrunk to 24 x 32 and loses 4 columns on each side, so the quarter stays a quarter.
+    assert fake[2:, 2:].min() > 0.9 and fake[:2].max() < 0.1 and fake[2:, :2].max() < 0.1
+
+
+def test_masks_are_flipped_with_the_image(masked: DetectionDataset) -> None:
+    flipping = DegradeConfig(blur_probability=0, jpeg_probability=0, flip_probability=1)
+    flipped = DetectionDataset(masked.source, masked.records, masked.inputs, flipping, mask_grid=4)
+    torch.testing.assert_close(flipped[1]["masks"], masked[1]["masks"].flip(-1))
+    torch.testing.assert_close(flipped[1]["pixels"], masked[1]["pixels"].flip(-1), atol=0.05, rtol=0)
+
+
+def test_masks_that_are_missing_or_do_not_fit_are_refused_by_name(masked: DetectionDataset, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"mask\.png: the mask is \(16, 16\), its image \(48, 64\)"):
+        masked[1]
+    (tmp_path / "mask.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"fake\.png: its mask 'mask\.png' does not exist"):
+        masked[1]
+    with pytest.raises(ValueError, match="masks: they belong to whole images"):
+        DataConfig(path="x", masks=True, face_crop=True)
+
+
+def test_pairs_put_each_real_beside_a_fake_made_from_it() -> None:
+    labels = [0, 1, 1, 0, 1, 0, 1]
+    origins = ["a", "a", "a", "b", "b", "c", ""]  # c has no fake, the last fake no real
+    sampler = EpochSampler(labels, seed=0, balanced=False, origins=origins)
+    assert len(sampler) == 4
+    seen = Counter()
+    for epoch in range(20):
+        order = drawn(sampler, epoch)
+        assert drawn(sampler, epoch) == order
+        pairs = list(zip(order[::2], order[1::2], strict=True))
+        assert sorted(real for real, _ in pairs) == [0, 3]
+        assert all(labels[fake] == 1 and origins[fake] == origins[real] for real, fake in pairs)
+        seen.update(fake for _, fake in pairs)
+    assert seen.keys() == {1, 2, 4} and seen[4] == 20
+    with pytest.raises(ValueError, match="No fake was made from a real record here"):
+        EpochSampler([0, 1], seed=0, balanced=False, origins=["", ""])

@@ -4,20 +4,31 @@ import copy
 import importlib.util
 import inspect
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 
 from llava.core.config import build, to_dict
+from llava.core.types import REGIONS
 from llava.core.weights import load_strictly
 from llava.detectors import DETECTORS
-from llava.detectors.backbones import BACKBONES, SMALL_DENSENETS, make_backbone, stage_channels
+from llava.detectors.backbones import (
+    BACKBONES,
+    SMALL_DENSENETS,
+    high_pass,
+    let_see_residual,
+    make_backbone,
+    stage_channels,
+)
 from llava.detectors.base import create, load
 from llava.detectors.clip_prompt import ClipTextSizes, PromptEncoder, VisionEncoder, load_clip
+from llava.detectors.evidence_map import RegionPool, map_loss
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.detectors.published_keys import our_key, rename_published
 
@@ -48,11 +59,15 @@ def m2f2(**changes):
 # ---- the contract -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[*NAMES, *(f"m2f2det/{fusion}" for fusion in FUSIONS[1:]), "m2f2det/trained_towers"])
+@pytest.fixture(
+    params=[*NAMES, *(f"m2f2det/{fusion}" for fusion in FUSIONS[1:]), "m2f2det/trained_towers", "m2f2det/grounded"]
+)
 def detector(request):
     name, _, variant = request.param.partition("/")
     if variant == "trained_towers":
         return m2f2(freeze_text=False, freeze_vision=False)
+    if variant == "grounded":
+        return m2f2(local_features=True, region_evidence=True)
     return m2f2(fusion=variant) if variant else tiny(name)
 
 
@@ -360,3 +375,93 @@ def test_logits_equal_the_published_code(shared):
         output = detector(*inputs)
     np.testing.assert_allclose(output.logits, expected["logits"], atol=2e-4)
     np.testing.assert_allclose(output.evidence, expected["probs"], atol=2e-4)
+
+
+# ---- the map: local features, regions, masks --------------------------------------------------------------------
+
+
+def grounded(**changes):
+    return m2f2(residual=True, local_features=True, region_evidence=True, map_weight=1.0, **changes)
+
+
+def test_regions_are_named_evidence_of_the_verdict():
+    detector = grounded().eval()
+    inputs, _ = batch_for(detector)
+    output = detector(**inputs)
+    assert detector.evidence_names == ("p_real", "p_fake", *REGIONS)
+    assert output.evidence.shape == (4, 7) and output.evidence.min() >= 0 and output.evidence.max() <= 1
+    assert M2F2Det.evidence_names == ("p_real", "p_fake"), "the class is left as it is"
+    guest = detector.without_vision().eval()
+    again = guest(**inputs, clip_features=detector.vision_encoder(inputs["pixel_values"]))
+    torch.testing.assert_close(again.evidence, output.evidence)
+
+
+def test_a_region_answers_to_its_own_cells():
+    pool = RegionPool(image_size=160, grid=10)
+    torch.testing.assert_close(pool.weights.sum(dim=1), torch.ones(5))
+    calm = torch.full((1, 100), -0.4)
+    for region in range(5):
+        cell = int(pool.weights[region].argmax())
+        alarmed = calm.clone()
+        alarmed[0, cell] = 0.6
+        rise = (pool(alarmed) - pool(calm))[0]
+        assert int((pool.weights[:, cell] * (rise >= 0)).argmax()) == int(rise.argmax())
+        assert rise[region] > 1, REGIONS[region]
+    uniform = torch.full((1, 100), 0.2)
+    torch.testing.assert_close(pool(uniform), torch.full((1, 5), 2.0), msg="equal cells give their own logit")
+
+
+def test_map_loss_is_the_weighted_cross_entropy_of_known_cells():
+    similarity = torch.tensor([[0.1, -0.2, 0.3, 0.9]], dtype=torch.float64)
+    masks = torch.tensor([[[1.0, 0.0], [0.5, -1.0]]], dtype=torch.float64)
+    logits, target, weight = [1.0, -2.0, 3.0], [1.0, 0.0, 0.5], [4.0, 1.0, 2.5]
+    p = [1 / (1 + math.exp(-x)) for x in logits]
+    terms = [-w * (t * math.log(q) + (1 - t) * math.log(1 - q)) for w, t, q in zip(weight, target, p, strict=True)]
+    assert map_loss(similarity, masks).item() == pytest.approx(sum(terms) / sum(weight))
+    assert map_loss(similarity, torch.full((1, 2, 2), -1.0)).item() == 0
+
+
+def test_masks_teach_the_map():
+    detector = grounded(freeze_vision=False, freeze_text=False).train()
+    assert detector.mask_grid == 4 and m2f2().mask_grid is None
+    inputs, labels = batch_for(detector)
+    masks = torch.zeros(4, 4, 4)
+    masks[labels == 1, 1, 2] = 1.0
+    optimizer = torch.optim.Adam(detector.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        output = detector(**inputs, labels=labels, masks=masks)
+        assert output.loss.item() == pytest.approx(sum(part.item() for part in output.losses.values()), rel=1e-5)
+        losses.append(output.losses["map"].item())
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    fakes = output.evidence_map[labels == 1].flatten(1).argmax(dim=1)
+    assert set(fakes.tolist()) == {1 * 4 + 2}
+
+
+def test_a_map_needs_cosines():
+    with pytest.raises(ValueError, match="fusion: 'none' has no patch-prompt cosines"):
+        m2f2(fusion="none", region_evidence=True)
+
+
+def test_the_residual_is_what_a_binomial_filter_takes_away():
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    smooth = np.stack([[ndimage.convolve(c, kernel, mode="mirror") for c in image] for image in images.numpy()])
+    torch.testing.assert_close(high_pass(images), 4 * (images - torch.from_numpy(smooth)), atol=1e-5, rtol=1e-5)
+    assert high_pass(torch.ones(1, 3, 8, 8)).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["densenet_micro", "efficientnet_b0", "densenet121"])
+def test_a_backbone_that_sees_the_residual_keeps_what_it_had_learned(name):
+    torch.manual_seed(0)
+    plain, _ = make_backbone(name)
+    seeing = copy.deepcopy(plain)
+    let_see_residual(seeing)
+    flat = torch.full((1, 3, 32, 32), 0.3)  # without detail there is no residual
+    with torch.no_grad():
+        torch.testing.assert_close(seeing.eval().forward_stages(flat)[0], plain.eval().forward_stages(flat)[0])
+        detailed = torch.randn(1, 3, 32, 32)
+        assert not torch.equal(seeing.forward_stages(detailed)[0], plain.forward_stages(detailed)[0])

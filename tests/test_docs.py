@@ -20,11 +20,16 @@ from llava.core.config import assign, build, convert, load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
-RECIPES = sorted((ROOT / "scripts" / "configs").rglob("*.yaml"))
+DEMO = ROOT / "scripts" / "configs" / "demo.yaml"
+RECIPES = sorted({*(ROOT / "scripts" / "configs").rglob("*.yaml")} - {DEMO})
 READERS = {
     "stage_1": "llava.train.config:Recipe",
     "stage_2": "llava.train.arguments:ExplainArguments",
     "stage_3": "llava.train.arguments:ExplainArguments",
+}
+DEMO_READERS = READERS | {
+    "data": "llava.pipeline.forge:ForgeDataConfig",
+    "base": "llava.train.tiny_base:TinyBaseConfig",
 }
 FOREIGN = {"cd", "conda", "cp", "curl", "export", "git", "ls", "mkdir", "mv", "pip", "source", "tensorboard", "unzip"}
 LAUNCHERS = {"python", "python3", "bash", "deepspeed", "torchrun", "accelerate"}
@@ -157,9 +162,14 @@ def test_the_map_names_every_package_and_only_files_that_are_there() -> None:
     assert packages <= named
 
 
-def wrong_settings(path: Path, reader: type[Any]) -> str | None:
+def loaded(target: str) -> type[Any]:
+    """Give the class that `module:name` stands for."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+def wrong_settings(values: dict[str, Any], reader: type[Any]) -> str | None:
     """Say what is wrong with a recipe, None when nothing is; what only the command line can know may be missing."""
-    values = load_yaml(path)
     check = convert if issubclass(reader, TrainingArguments) else build  # building those asks for the recipe's device
     for _ in range(20):
         try:
@@ -177,8 +187,15 @@ def wrong_settings(path: Path, reader: type[Any]) -> str | None:
 def test_every_recipe_is_read_by_its_class(recipe: Path) -> None:
     stage = recipe.relative_to(ROOT / "scripts" / "configs").parts[0]
     assert stage in READERS, f"no class is known to read {stage}/{recipe.name}; add it to READERS"
-    module, _, name = READERS[stage].partition(":")
-    assert wrong_settings(recipe, getattr(import_module(module), name)) is None
+    assert wrong_settings(load_yaml(recipe), loaded(READERS[stage])) is None
+
+
+def test_every_part_of_the_demo_s_recipe_is_read_by_its_class() -> None:
+    for part, values in load_yaml(DEMO).items():
+        dotted: dict[str, Any] = {}
+        for name, value in values.items():
+            assign(dotted, name, value)
+        assert wrong_settings(dotted, loaded(DEMO_READERS[part])) is None, part
 
 
 def test_deepspeed_files_are_json() -> None:
@@ -211,8 +228,8 @@ def test_a_wrong_recipe_is_found(tmp_path: Path) -> None:
 
     path = tmp_path / "a.yaml"
     path.write_text("seed: 3\n")
-    assert wrong_settings(path, DdvqaConfig) is None
+    assert wrong_settings(load_yaml(path), DdvqaConfig) is None
     path.write_text("sed: 3\n")
-    assert "Did you mean 'seed'?" in str(wrong_settings(path, DdvqaConfig))
+    assert "Did you mean 'seed'?" in str(wrong_settings(load_yaml(path), DdvqaConfig))
     path.write_text("seed: many\n")
-    assert "seed: 'many' is not usable" in str(wrong_settings(path, DdvqaConfig))
+    assert "seed: 'many' is not usable" in str(wrong_settings(load_yaml(path), DdvqaConfig))

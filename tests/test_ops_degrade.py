@@ -74,25 +74,25 @@ def test_flip_mirrors_columns(image: np.ndarray) -> None:
 
 def test_same_generator_same_image_other_epoch_other_image(image: np.ndarray) -> None:
     config = DegradeConfig(blur_probability=1, noise_probability=1, jpeg_probability=1, rescale_probability=1)
-    first, again = (degrade(image, config, item_rng(7, 2, 5)) for _ in range(2))
+    first, again = (degrade(image, None, config, item_rng(7, 2, 5))[0] for _ in range(2))
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, degrade(image, config, item_rng(7, 3, 5)))
+    assert not np.array_equal(first, degrade(image, None, config, item_rng(7, 3, 5))[0])
     assert first.dtype == np.uint8
     assert first.shape == image.shape
 
 
 def test_all_chances_zero_leave_the_image_and_input_is_never_written(image: np.ndarray) -> None:
     image.setflags(write=False)
-    assert np.array_equal(degrade(image, DegradeConfig(**NOTHING), np.random.default_rng(0)), image)
+    assert np.array_equal(degrade(image, None, DegradeConfig(**NOTHING), np.random.default_rng(0))[0], image)
     always = DegradeConfig(**dict.fromkeys(NOTHING, 1.0))
-    degrade(image, always, np.random.default_rng(0))
+    degrade(image, None, always, np.random.default_rng(0))
 
 
 def test_chances_are_those_of_the_recipe(image: np.ndarray) -> None:
     changed = {"blur": 0, "jpeg": 0, "flip": 0}
     for name in changed:
         config = DegradeConfig(**{**NOTHING, f"{name}_probability": getattr(DegradeConfig(), f"{name}_probability")})
-        outputs = (config(image, item_rng(0, 0, i)) for i in range(1000))
+        outputs = (config(image, None, item_rng(0, 0, i))[0] for i in range(1000))
         changed[name] = sum(not np.array_equal(out, image) for out in outputs)
     assert changed["blur"] == pytest.approx(100, abs=30)
     assert changed["jpeg"] == pytest.approx(100, abs=30)
@@ -102,8 +102,17 @@ def test_chances_are_those_of_the_recipe(image: np.ndarray) -> None:
 def test_jpeg_quality_is_a_range_with_both_ends(image: np.ndarray) -> None:
     config = DegradeConfig(**{**NOTHING, "jpeg_probability": 1.0, "jpeg_quality": (30, 32)})
     possible = {compress_jpeg(image, q).tobytes(): q for q in (30, 31, 32)}
-    seen = {possible[config(image, item_rng(0, 0, i)).tobytes()] for i in range(60)}
+    seen = {possible[config(image, None, item_rng(0, 0, i))[0].tobytes()] for i in range(60)}
     assert seen == {30, 31, 32}
+
+
+def test_a_mask_is_flipped_with_its_image_and_else_left_alone(image: np.ndarray) -> None:
+    mask = np.arange(image.shape[0] * image.shape[1]).reshape(image.shape[:2])
+    config = DegradeConfig(blur_probability=1, jpeg_probability=1, flip_probability=0.5)
+    seen = [degrade(image, mask, config, item_rng(0, 0, i))[1] for i in range(20)]
+    mirrored = [np.array_equal(out, mask[:, ::-1]) for out in seen]
+    assert all(np.array_equal(out, mask) != is_mirrored for out, is_mirrored in zip(seen, mirrored, strict=True))
+    assert 0 < sum(mirrored) < 20
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from llava.core.config import build
 from llava.core.runtime import item_rng
 from llava.core.types import REGIONS
 from llava.ops import artefacts
+from llava.ops.augment import AugmentConfig, augment
 from llava.ops.face_regions import FACE, disjoint, eyes_in_box, face_regions
 from llava.ops.forge import ARTEFACTS, PAIRS, SELF_BLENDED, ForgeConfig, Forgery, draw_kind, forge
 from llava.ops.self_blend import SelfBlendConfig, self_blend
@@ -282,3 +283,34 @@ def test_a_forgery_stays_close_to_the_original(region: str, artefact: str) -> No
         found = forge(smooth, face_regions(SIDE, SIDE)[region], region, artefact, item_rng(seed, 1, 0))
         close += [structural_similarity(smooth, found.image)] if found else []
     assert 0.9 < np.median(close) < 1
+
+
+def test_a_version_moves_image_and_regions_together() -> None:
+    image = textured()
+    regions = face_regions(SIDE, SIDE)
+    # Paint a region white on black, so that its version says where it went.
+    marked = (np.repeat(regions["nose"][..., None], 3, axis=2) * 255).astype(np.uint8)
+    unlit = AugmentConfig(gain=0, colour=0, gamma=0)
+    for seed in range(6):
+        moved, masks = augment(marked, regions, unlit, item_rng(seed, 0, 0))
+        assert np.abs(moved[..., 0] / 255 - masks["nose"]).mean() < 0.005
+        assert masks.keys() == regions.keys() and all(m.min() >= 0 and m.max() <= 1 for m in masks.values())
+    again = [augment(image, regions, AugmentConfig(), item_rng(1, 0, 0))[0] for _ in range(2)]
+    assert np.array_equal(*again) and again[0].dtype == np.uint8 and not np.array_equal(again[0], image)
+
+
+def test_a_version_without_limits_is_the_photo() -> None:
+    image = textured()
+    still = AugmentConfig(rotation=0, scale=0, shift=0, gain=0, colour=0, gamma=0, flip_probability=0)
+    same, masks = augment(image, {"nose": disc()}, still, item_rng(0, 0, 0))
+    assert np.array_equal(same, image) and np.array_equal(masks["nose"], disc())
+    mirrored, _ = augment(image, {}, replace(still, flip_probability=1), item_rng(0, 0, 0))
+    assert np.array_equal(mirrored, image[:, ::-1])
+    brighter, _ = augment(np.full((8, 8, 3), 100, np.uint8), {}, replace(still, gamma=0.2), item_rng(0, 0, 0))
+    assert brighter.std() == 0 and brighter[0, 0, 0] != 100
+
+
+@pytest.mark.parametrize("wrong", [{"rotation": 90}, {"scale": -0.1}, {"flip_probability": 2}])
+def test_impossible_versions_are_refused_by_name(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        AugmentConfig(**wrong)

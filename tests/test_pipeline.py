@@ -82,6 +82,7 @@ def test_the_explainer_gives_the_detector_s_verdict(model: Pipeline, detector: P
 
 
 def test_the_threshold_decides(detector: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "stability", False)
     p_fake = detector.detect(PICTURES[1])[0].p_fake
     for threshold, label in ((p_fake, "FAKE"), (np.nextafter(p_fake, 2), "REAL")):
         monkeypatch.setattr(detector.detector, "decision", Decision(threshold=threshold))
@@ -135,7 +136,8 @@ def test_three_lines_of_python(tiny_explainer: Path, tmp_path: Path) -> None:
     Image.fromarray(PICTURES[1]).save(tmp_path / "photo.png")
     answer = llava.load(str(tiny_explainer), faces=WHOLE).explain(tmp_path / "photo.png")
     assert isinstance(answer, Explanation)
-    assert str(answer).splitlines()[0] == f"FAKE: p_fake {answer.verdict.p_fake:.3f} (not calibrated)"
+    verdict = answer.verdict
+    assert str(answer).splitlines()[0] == f"FAKE: p_fake {verdict.p_fake:.3f} (not calibrated), {verdict.range_text}"
     assert json.loads(json.dumps(answer.to_dict()))["verdict"]["label"] == "FAKE"
 
 

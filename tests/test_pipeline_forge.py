@@ -83,7 +83,7 @@ def test_sources_read_what_is_written(photos: Path) -> None:
     groups = {s: {r.group for r in source.records if r.split == s} for s in ("train", "val", "test")}
     assert groups == {"train": {"ann", "di", "ed"}, "val": {"cy"}, "test": {"bob"}}
     for record in source.records:
-        assert set(record.tags) == {"region", "artefact", "mask", "original"}
+        assert set(record.tags) == {"region", "artefact", "mask", "original", "untouched"}
         assert (photos / record.tags["original"]).is_file()
         is_fake = record.label == FAKE
         assert record.class_name == (record.tags["artefact"] if is_fake else "real")
@@ -326,3 +326,18 @@ def test_no_eyes_where_there_are_none() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (120, 120, 3), dtype=np.uint8)
     assert find_eyes(noise, FaceBox(x=10, y=10, width=100, height=100, score=1.0)) is None
     assert find_eyes(np.full_like(noise, 128), FaceBox(x=0, y=0, width=120, height=120, score=1.0)) is None
+
+
+def test_versions_of_a_photo_each_have_their_untouched_face_and_forgeries(photos: Path) -> None:
+    out = photos.parent / "out"
+    counts = build_forgeries(config_of(photos, versions=3, per_image=2, test_groups=("bob",), val_groups=("cy",)))
+    assert (counts["train/real"], counts["train/fake"]) == (15, 30)
+    first = [row for row in table(out) if row["original"] == "ann/1.png"]
+    assert [row["label"] for row in first] == ["real", "fake", "fake"] * 3
+    real = [pixels(out / row["file"]) for row in first if row["label"] == "real"]
+    assert np.array_equal(real[0], pixels(photos / "ann" / "1.png"))
+    assert not np.array_equal(real[1], real[0]) and not np.array_equal(real[2], real[1])
+    for number, row in enumerate(first):
+        if row["label"] == "fake":
+            mask, forged = pixels(out / row["mask"]), pixels(out / row["file"])
+            assert np.array_equal(forged[mask == 0], real[number // 3][mask == 0]), "edited on its own version"

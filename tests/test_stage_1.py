@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 
+from llava import cli
 from llava.core.calibration import read_calibration
 from llava.core.config import build, load_yaml, merge, parse, to_dict
 from llava.core.types import Record
@@ -25,7 +26,7 @@ from llava.detectors.base import create, load
 from llava.detectors.m2f2det import M2F2DetConfig
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
-from llava.train import infer, stage_1
+from llava.train import stage_1
 from llava.train.calibrate import calibrate, data_name, measured
 from llava.train.callbacks import CollapseError, check_collapse
 from llava.train.config import CollapseConfig, LossConfig, PhaseConfig, Recipe
@@ -399,7 +400,7 @@ def test_the_threshold_comes_from_validation_and_inference_uses_it(trained, tmp_
     rates = [(val.p_fake[val.labels == 1] >= t).mean() - (val.p_fake[val.labels == 0] >= t).mean() for t in val.p_fake]
     answers = val.p_fake >= decision.threshold
     assert answers[val.labels == 1].mean() - answers[val.labels == 0].mean() == pytest.approx(max(rates))
-    assert infer.main(["--model", str(output), "--output_dir", str(tmp_path), "--resamples", "50"]) == 0
+    assert cli.main(["evaluate", "--model", str(output), "--output_dir", str(tmp_path), "--resamples", "50"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["decision"] == results["decision"]
     assert report["frame"]["auc"]["value"] == pytest.approx(results["test"]["frame"]["auc"]["value"], abs=1e-6)

@@ -1,7 +1,10 @@
-"""A second detector, to show that one file and one table line are enough: the average high-pass energy, learned."""
+"""A second detector, to show that one file and one table line are enough: the average high-pass energy, learned.
+
+And one that is made by hand, whose every score can be foreseen.
+"""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +46,33 @@ class ToyDetector(Detector):
         loss = None if labels is None else F.cross_entropy(logits, labels, weight=self.class_weights)
         evidence = torch.stack([energy.mean(dim=1).tanh(), self.p_fake(logits)], dim=1)
         return DetectorOutput(loss=loss, logits=logits, evidence=evidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandMadeConfig:
+    measure: Literal["brightness", "detail"] = "brightness"
+    turning_point: float = 0.5
+    size: int = 32
+
+
+class HandMadeDetector(Detector):
+    """Call fake what is brighter, or has more fine detail, than the turning point; p_fake is 0.5 there."""
+
+    name = "hand_made"
+    Config = HandMadeConfig
+
+    def __init__(self, config: HandMadeConfig) -> None:
+        super().__init__(config)
+        self.steepness = nn.Parameter(torch.tensor(20.0))
+
+    @property
+    def inputs(self) -> dict[str, InputSpec]:
+        return {"raw": InputSpec(size=self.config.size, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")}
+
+    def forward(self, raw: Tensor, labels: Tensor | None = None) -> DetectorOutput:
+        seen = raw
+        if self.config.measure == "detail":
+            seen = (raw - F.avg_pool2d(raw, 3, stride=1, padding=1, count_include_pad=False)).abs()
+        score = self.steepness * (seen.mean(dim=(1, 2, 3)) - self.config.turning_point)
+        logits = torch.stack([torch.zeros_like(score), score], dim=1)
+        return DetectorOutput(logits=logits, evidence=logits.softmax(-1))

@@ -61,9 +61,9 @@ class Calibration:
     """What was learned on validation predictions about a detector's scores; saved beside its weights.
 
     real_below, fake_above: ends of the abstain band, in raw p_fake; see `labels`. coverage: what the band promises for
-    each class. prior: share of fakes in the validation data. images, groups: how many it was fitted on; class_groups:
-    how many of the groups have real images, and fake ones. data: their name. weights_sha256: `Detector.fingerprint()`
-    of the detector whose scores they are.
+    each class. prior: share of fakes expected where nobody says another. images, groups: how many it was fitted on;
+    class_groups: how many of the groups have real images, and fake ones. data: their name. weights_sha256:
+    `Detector.fingerprint()` of the detector whose scores they are.
     """
 
     score_map: ScoreMap
@@ -84,7 +84,7 @@ class Calibration:
     def posterior(self, p_fake: Scores, prior: float | None = None) -> np.ndarray:
         """Give the calibrated p_fake (N,): posterior odds = likelihood ratio * prior odds (Bayes).
 
-        prior: share of fakes expected where the images come from; None = that of the validation data.
+        prior: share of fakes expected where the images come from; None = the calibration's own.
         """
         share = self.prior if prior is None else prior
         require_share("prior", share)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+PACKAGES = (
+    *("torch", "torchvision", "transformers", "peft", "accelerate", "deepspeed"),
+    *("numpy", "pillow", "opencv-python-headless"),
+)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -73,19 +77,25 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def write_run(folder: str | Path, config: dict[str, Any], seed: int | None) -> None:
     """Write `run.json` (command, config, git commit, versions, seed) before the first step of a run."""
-    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "deepspeed", "numpy")
     write_json(
         Path(folder) / "run.json",
         {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "git_commit": git_commit(),
             "seed": seed,
-            "python": platform.python_version(),
-            "versions": {name: version for name in packages if (version := _version(name))},
+            **software(),
             "config": config,
         },
     )
+
+
+def software() -> dict[str, Any]:
+    """Give what a result was computed with: git_commit (None outside a checkout), python, versions by package."""
+    return {
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
 
 
 def git_commit() -> str | None:

@@ -43,10 +43,14 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz."""
+    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz.
+
+    mask: (H, W) uint8, above 0 where pixels were forged, all 0 for a real image; None = unknown, or not asked for.
+    """
 
     record: Record
     image: np.ndarray
+    mask: np.ndarray | None = None
     frames: np.ndarray | None = None
     audio: np.ndarray | None = None
     turns: Sequence[Turn] = ()
@@ -93,6 +97,7 @@ class Verdict:
     `calibration` names what p_fake was calibrated on, or is "not calibrated". Only when calibrated: `band`, the p_fake
     between which the verdict is UNCERTAIN, for a `coverage` of each class; likelihood_ratio, posterior odds over prior
     odds: how many times likelier such a score is from a fake than from a real; prior, the share of fakes expected.
+    `stability`: p_fake of each delivered version of the face (`llava.ops.delivery`) by name, empty when not judged.
     `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
     has `face_count` faces, of which this is number `face`, largest first. face_box: (x, y, width, height) in pixels.
     """
@@ -110,6 +115,7 @@ class Verdict:
     likelihood_ratio: float | None = None
     prior: float | None = None
     risk_band: str | None = None
+    stability: Mapping[str, float] = field(default_factory=dict)
     face_box: tuple[int, int, int, int] | None = None
     reason: str = ""
     image: str = ""
@@ -124,8 +130,13 @@ class Verdict:
         """Say the verdict in one line: a percentage when calibrated, the bare score when not."""
         sure = "" if self.p_fake is None else f"{self.score_text} ({self.calibration})"
         which = f"face {self.face} of {self.face_count}" if self.face_count > 1 else ""
-        details = ", ".join(part for part in (sure, which, self.reason) if part)
+        details = ", ".join(part for part in (sure, which, self.remark) if part)
         return f"{self.label}{': ' if details else ''}{details}"
+
+    @property
+    def remark(self) -> str:
+        """Say what there is to know beside label and score: the reason, and how far delivery moves the score."""
+        return "; ".join(part for part in (self.reason, self.range_text) if part)
 
     @property
     def is_calibrated(self) -> bool:
@@ -139,8 +150,72 @@ class Verdict:
             return "-"
         if not self.is_calibrated:
             return f"p_fake {self.p_fake:.3f}"
-        bound = "under " if self.p_fake < 0.01 else "over " if self.p_fake > 0.99 else ""
-        return f"{bound}{100 * min(max(self.p_fake, 0.01), 0.99):.0f} % forged"
+        return f"{_percent(self.p_fake)} forged"
+
+    @property
+    def p_fake_range(self) -> tuple[float, float] | None:
+        """Lowest and highest p_fake of the delivered versions; None when none was judged."""
+        return (min(self.stability.values()), max(self.stability.values())) if self.stability else None
+
+    @property
+    def range_text(self) -> str:
+        """Write "81 % to 92 % in 8 delivered versions", uncalibrated their scores; empty when none was judged."""
+        if self.p_fake_range is None:
+            return ""
+        low, high = (_percent(p) if self.is_calibrated else f"{p:.3f}" for p in self.p_fake_range)
+        return f"{low} to {high} in {len(self.stability)} delivered versions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameScore:
+    """One frame of a video: seconds since its first frame, and of the followed face, where it is seen, box and scores.
+
+    raw_p_fake and p_fake as in a verdict about this frame alone; None without the face, or without a verdict.
+    """
+
+    seconds: float
+    face_box: tuple[int, int, int, int] | None = None
+    raw_p_fake: float | None = None
+    p_fake: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoVerdict(Verdict):
+    """A detector's answer about the face that is seen longest in a video.
+
+    raw_p_fake, probabilities and evidence are means over the frames with this face, without the share `trim` of the
+    lowest and of the highest values. frames: all that were looked at; none when the video could not be read; damaged:
+    how many that were wanted are damaged, so that the next sound one was taken, or none.
+    spread: standard deviation (n - 1) of the frames' raw p_fake. telling: number in `frames` of the one whose score
+    lies farthest on the verdict's side (for UNCERTAIN: nearest to the video's score); face_box is the box there.
+    face_count: how many faces are seen in enough frames for a verdict.
+    """
+
+    frames: tuple[FrameScore, ...] = ()
+    damaged: int = 0
+    trim: float = 0.0
+    spread: float | None = None
+    telling: int | None = None
+
+    @property
+    def telling_seconds(self) -> float | None:
+        """Give the time of the most telling frame."""
+        return None if self.telling is None else self.frames[self.telling].seconds
+
+    @property
+    def frames_with_face(self) -> int:
+        """Count the frames that show the followed face, or were judged whole."""
+        return sum(frame.face_box is not None or frame.raw_p_fake is not None for frame in self.frames)
+
+    @property
+    def remark(self) -> str:
+        """Say in how many frames the face is, how far their scores lie apart, and which second tells most."""
+        if self.telling_seconds is None:
+            return self.reason
+        spread = "" if self.spread is None else f", standard deviation {self.spread:.3f}"
+        count = f"{self.frames_with_face} of {len(self.frames)} frames"
+        found = f"judged on {count}{spread}, most telling at {self.telling_seconds:.1f} s"
+        return "; ".join(part for part in (self.reason, found) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +224,7 @@ class Explanation:
 
     text_verdict: what the text itself says (0 real, 1 fake, None undecided). `agrees` is False when the text
     contradicts the verdict, None when either of them is undecided; the verdict stands in every case.
+    about: which part of a video the text is about.
     """
 
     verdict: Verdict
@@ -156,6 +232,7 @@ class Explanation:
     text: str
     text_verdict: int | None
     agrees: bool | None
+    about: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON values."""
@@ -163,7 +240,12 @@ class Explanation:
 
     def __str__(self) -> str:
         """Say the verdict, then the text, then whether the two contradict each other."""
-        return "\n".join(part for part in (str(self.verdict), self.text, self.remark) if part)
+        return "\n".join(part for part in (str(self.verdict), self.told, self.remark) if part)
+
+    @property
+    def told(self) -> str:
+        """Give the text, after what it is about where that is not the whole image."""
+        return f"[{self.about}] {self.text}" if self.about else self.text
 
     @property
     def remark(self) -> str:
@@ -173,3 +255,9 @@ class Explanation:
         if self.text_verdict is not None and self.verdict.label == VerdictLabel.UNCERTAIN:
             return f"[The text says {LABEL_NAMES[self.text_verdict]}; the verdict is UNCERTAIN.]"
         return "[The text takes no side.]" if self.text and self.text_verdict is None else ""
+
+
+def _percent(p: float) -> str:
+    """Write a probability as a percentage, never 0 or 100 %."""
+    bound = "under " if p < 0.01 else "over " if p > 0.99 else ""
+    return f"{bound}{100 * min(max(p, 0.01), 0.99):.0f} %"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -39,19 +40,20 @@ class ConversationSource(ImageSource):
         path = Path(config.path)
         items = _read_splits(path) if path.is_dir() else read_conversations(path)
         turns = [read_turns(item, f"{path}, record {i}") for i, item in enumerate(items)]
-        places = require_files([item["image"] for item in items], open_store(config.root or path.parent), str(path))
+        store = open_store(config.root or path.parent)
+        places = require_files([item["image"] for item in items], store, str(path))
         names = _unique([str(item.get("id", item["image"])) for item in items])
         records = [
             _record(item, name, place, f"{path}, record {i}")
             for i, (item, name, place) in enumerate(zip(items, names, places, strict=True))
         ]
-        super().__init__(config, records)
+        super().__init__(config, records, store)
         self._turns = dict(zip(names, turns, strict=True))
 
     def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
         """Read the record's image and give its turns."""
         sample = super().load(record, rng)
-        return Sample(record=sample.record, image=sample.image, turns=self._turns[record.id])
+        return replace(sample, turns=self._turns[record.id])
 
     def turns(self, record: Record) -> Sequence[Turn]:
         """Give a record's conversation without reading its image."""

@@ -49,7 +49,7 @@ class CsvSource(ImageSource):
         training = [r for r in records if r.split == config.train]
         if training:
             require_both_classes(training, f"Training split {config.train!r} of {str(table)!r}")
-        super().__init__(config, records)
+        super().__init__(config, records, store)
 
 
 def _read(table: Path) -> list[dict[str, str]]:

@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from llava.core.runtime import item_rng
-from llava.core.types import InputSpec, Record
+from llava.core.types import FAKE, REAL, InputSpec, Record
 from llava.data.sources import Source
-from llava.data.transforms import to_tensor, view_tensors
+from llava.data.transforms import mask_cells, to_tensor, view_tensors
 
-# `llava.ops.degrade.DegradeConfig` is one: settings that can be called.
-Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+# `llava.ops.degrade.DegradeConfig` is one: settings that can be called on an image and its mask.
+Degradation = Callable[[np.ndarray, np.ndarray | None, np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
+UNKNOWN_CELL = -1.0
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
     """What a detector's forward reads: its inputs by name, `labels` (0 real, 1 fake) and the record's `index`.
 
-    Each input is (3, S, S), or (V, 3, S, S) with `with_views`. An item is an index (epoch 0), or (epoch, index) as
+    Each input is (3, S, S), or (V, 3, S, S) with `with_views`. mask_grid: also give `masks` (grid, grid), the forged
+    part of each cell of the first input, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
     `EpochSampler` yields it; equal items are equal tensors on any worker. Raises ValueError when labels are unknown.
     """
 
@@ -34,15 +36,16 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         degrade: Degradation | None = None,
         seed: int = 0,
         with_views: bool = False,
+        mask_grid: int | None = None,
     ) -> None:
         unknown = [r.id for r in records if r.label is None]
         if unknown:
             raise ValueError(f"{len(unknown)} of {len(records)} records have no label (first: {unknown[0]}); add it.")
-        reserved = {"labels", "index"} & inputs.keys()
+        reserved = {"labels", "index", "masks"} & inputs.keys()
         if reserved:
             raise ValueError(f"inputs: the name {sorted(reserved)[0]!r} is taken by the data set; rename the input.")
         self.source, self.records, self.inputs = source, tuple(records), dict(inputs)
-        self.degrade, self.seed, self.with_views = degrade, seed, with_views
+        self.degrade, self.seed, self.with_views, self.mask_grid = degrade, seed, with_views, mask_grid
 
     def __len__(self) -> int:
         return len(self.records)
@@ -56,12 +59,20 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         record = self.records[index]
         rng = item_rng(self.seed, epoch, index)
-        image = self.source.load(record, rng).image
+        sample = self.source.load(record, rng)
+        image, mask = sample.image, sample.mask
         if self.degrade is not None:
-            image = self.degrade(image, rng)
+            image, mask = self.degrade(image, mask, rng)
         prepare = view_tensors if self.with_views else to_tensor
         tensors: dict[str, Any] = {name: prepare(image, spec) for name, spec in self.inputs.items()}
+        if self.mask_grid is not None:
+            tensors["masks"] = self._cells(mask, self.mask_grid)
         return {**tensors, "labels": torch.tensor(record.label), "index": torch.tensor(index)}
+
+    def _cells(self, mask: np.ndarray | None, grid: int) -> Tensor:
+        if mask is None:
+            return torch.full((grid, grid), UNKNOWN_CELL)
+        return mask_cells(mask, next(iter(self.inputs.values())), grid)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -71,16 +82,28 @@ class EpochSampler(Sampler[tuple[int, int]]):
     goes to the lowest labels); a class is gone through completely before any of its records comes again, so the
     minority is repeated and of the majority a fresh part is drawn without replacement. A record repeated within one
     epoch has the same degradation each time. Without `shuffle` the draws are in the order of the records.
+
+    origins: what each record was made from. One epoch then goes once through the reals from which fakes were made, each
+    followed by one of these fakes, so that a batch differs in what was forged and in nothing else (Shiohara and
+    Yamasaki, CVPR 2022). Raises ValueError when there is no such pair.
     """
 
-    def __init__(self, labels: Sequence[int], seed: int, balanced: bool, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        labels: Sequence[int],
+        seed: int,
+        balanced: bool,
+        shuffle: bool = True,
+        origins: Sequence[str] | None = None,
+    ) -> None:
         if not labels:
             raise ValueError("labels: nothing to draw from; give at least one record.")
         self.labels = np.asarray(labels)
         self.seed, self.balanced, self.shuffle, self.epoch = seed, balanced, shuffle, 0
+        self.pairs = None if origins is None else _pairs(labels, origins)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels) if self.pairs is None else 2 * len(self.pairs)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration draws."""
@@ -90,8 +113,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         epoch = self.epoch
         # The index after the last record's, so that no record shares the sampler's generator.
         rng = item_rng(self.seed, epoch, len(self.labels))
-        drawn = self._balanced(rng) if self.balanced else np.arange(len(self.labels))
-        order = rng.permutation(drawn) if self.shuffle else np.sort(drawn)
+        if self.pairs is not None:
+            reals = rng.permutation(len(self.pairs)) if self.shuffle else range(len(self.pairs))
+            order = [i for n in reals for i in (self.pairs[n][0], rng.choice(self.pairs[n][1]))]
+        else:
+            drawn = self._balanced(rng) if self.balanced else np.arange(len(self.labels))
+            order = list(rng.permutation(drawn) if self.shuffle else np.sort(drawn))
         return iter([(epoch, int(i)) for i in order])
 
     def _balanced(self, rng: np.random.Generator) -> np.ndarray:
@@ -103,6 +130,22 @@ class EpochSampler(Sampler[tuple[int, int]]):
             passes, rest = divmod(base + (position < extra), len(members))
             drawn += [np.tile(members, passes), rng.permutation(members)[:rest]]
         return np.concatenate(drawn)
+
+
+def _pairs(labels: Sequence[int], origins: Sequence[str]) -> list[tuple[int, list[int]]]:
+    """Give (real, fakes made from it) for every real that has any."""
+    fakes: dict[str, list[int]] = {}
+    for i, (label, origin) in enumerate(zip(labels, origins, strict=True)):
+        if label == FAKE:
+            fakes.setdefault(origin, []).append(i)
+    reals = (i for i, label in enumerate(labels) if label == REAL)
+    pairs = [(i, fakes[origins[i]]) for i in reals if origins[i] and origins[i] in fakes]
+    if not pairs:
+        raise ValueError(
+            "No fake was made from a real record here: pairs need the same tag `untouched` on both, as `m2f2 data "
+            "forge` writes it; balance by weights or sampling instead."
+        )
+    return pairs
 
 
 def collate(batch: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

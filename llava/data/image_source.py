@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from llava.core.types import Record, Sample
+from llava.core.types import REAL, Record, Sample
 from llava.data.faces import crop_face, find_faces
 from llava.data.images import read_image
 from llava.data.sources import DataConfig
-from llava.data.storage import stored_image
+from llava.data.storage import ImageStore, stored_image
 
 
 class ImageSource:
@@ -22,9 +22,10 @@ class ImageSource:
     cut out, or there was `none` and the image is whole; `face_counts` adds these up within this process.
     """
 
-    def __init__(self, config: DataConfig, records: Sequence[Record]) -> None:
+    def __init__(self, config: DataConfig, records: Sequence[Record], store: ImageStore | None = None) -> None:
         self.config = config
         self._records = tuple(records)
+        self._store = store
         self._cache: dict[str, tuple[np.ndarray, str]] = {}
         self.face_counts: Counter[str] = Counter()
 
@@ -38,7 +39,23 @@ class ImageSource:
         image, face = self._image(record)
         if face:
             record = replace(record, tags={**record.tags, "face": face})
-        return Sample(record=record, image=image)
+        mask = self._mask(record, image) if self.config.masks else None
+        return Sample(record=record, image=image, mask=mask)
+
+    def _mask(self, record: Record, image: np.ndarray) -> np.ndarray | None:
+        """Read the mask of forged pixels that the record's tag names; nothing is forged in a real image."""
+        if record.label == REAL:
+            return np.zeros(image.shape[:2], np.uint8)
+        name = record.tags.get("mask")
+        if not name:
+            return None
+        place = self._store.locate(name) if self._store else None
+        if place is None:
+            raise FileNotFoundError(f"{record.id}: its mask {name!r} does not exist; correct it, or leave `masks` off.")
+        mask = read_image(stored_image(place), name=place)[..., 0]
+        if mask.shape != image.shape[:2]:
+            raise ValueError(f"{place}: the mask is {mask.shape}, its image {image.shape[:2]}; they must be alike.")
+        return mask
 
     def _image(self, record: Record) -> tuple[np.ndarray, str]:
         if record.where in self._cache:

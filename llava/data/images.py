@@ -36,7 +36,7 @@ def read_image(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXEL
     name = name or (str(source) if isinstance(source, Path) else "uploaded bytes")
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            _check_size(image.size, name, max_pixels)
+            check_size(image.size, name, max_pixels)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage:
@@ -49,13 +49,22 @@ def read_image(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXEL
         raise UnreadableImage(f"{name}: damaged or truncated ({error}); save or download it again.") from error
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """List image files anywhere below `folder` by their suffix, sorted; hidden files are left out."""
+def list_images(folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
+    """List image files (or others) anywhere below `folder` by suffix, sorted; hidden files are left out."""
     return sorted(
         p
         for p in Path(folder).rglob("*")
-        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
+        if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()
     )
+
+
+def check_size(size: tuple[int, int], name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise UnreadableImage when width or height is under 16 pixels, or their product above `max_pixels`."""
+    width, height = size
+    if min(width, height) < MIN_SIDE:
+        raise UnreadableImage(f"{name}: {width}x{height} pixels is too small; each side needs at least {MIN_SIDE}.")
+    if width * height > max_pixels:
+        raise UnreadableImage(f"{name}: {width}x{height} pixels is too large; the limit is {max_pixels:,} in all.")
 
 
 @cache
@@ -63,14 +72,6 @@ def _register_heif() -> None:
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
-
-
-def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
-    width, height = size
-    if min(width, height) < MIN_SIDE:
-        raise UnreadableImage(f"{name}: {width}x{height} pixels is too small; each side needs at least {MIN_SIDE}.")
-    if width * height > max_pixels:
-        raise UnreadableImage(f"{name}: {width}x{height} pixels is too large; the limit is {max_pixels:,} in all.")
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""What a person names on the command line (file, folder, glob, zip, URL) as a list of named images."""
+"""What a person names on the command line (file, folder, glob, zip, URL) as a list of named images and videos."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -20,28 +23,48 @@ from llava.data.images import IMAGE_SUFFIXES, UnreadableImage, list_images, read
 from llava.data.storage import MEMBER_MARK, stored_image
 
 SCHEMES = ("http", "https")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
+SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchLimits:
-    """What an image from the web may cost."""
+    """What an image or video from the web may cost."""
 
     max_bytes: int = setting(20_000_000, "largest download, in bytes")
     seconds: float = setting(20.0, "longest download, in seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedImage:
-    """An image with the name it is reported under; `pixels` uint8 RGB (H, W, 3), or None and the `problem` in words."""
+class NamedInput:
+    """Something to look at, with the name it is reported under; where it cannot be read, the `problem` in words.
+
+    sha256: of the `byte_count` bytes of the file or download; empty where there were none to be read.
+    """
 
     name: str
-    pixels: np.ndarray | None
     problem: str = ""
+    sha256: str = ""
+    byte_count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedImage(NamedInput):
+    """An image that was read: pixels uint8 RGB (H, W, 3), None where there is a problem."""
+
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedVideo(NamedInput):
+    """A video, not decoded yet: its file, or its bytes; None where there is a problem."""
+
+    source: Path | bytes | None
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """List the images behind files, folders, globs, zips and http(s) URLs, each once; none of them is opened.
+    """List the images and videos behind files, folders, globs, zips and http(s) URLs, each once; none is opened.
 
     A word that matches nothing stays in the list, so that `open_input` can say what is wrong with it. Raises
     FileNotFoundError when no word matches anything.
@@ -50,29 +73,56 @@ def expand(words: Sequence[str]) -> list[str]:
     if not any(found.values()):
         asked = ", ".join(map(repr, words)) or "nothing"
         raise FileNotFoundError(
-            f"No image to look at: {asked} matches nothing. Give image files, folders, zips, quoted globs or URLs; "
-            f"in folders and zips files count that end in {' '.join(IMAGE_SUFFIXES)}."
+            f"No image to look at: {asked} matches nothing. Give image or video files, folders, zips, quoted globs or "
+            f"URLs; in folders and zips files count that end in {' '.join(SUFFIXES)}."
         )
     return list(dict.fromkeys(name for word, names in found.items() for name in names or [word]))
 
 
-def open_input(name: str, limits: FetchLimits | None = None) -> NamedImage:
-    """Read one image of `expand`'s list; what cannot be read comes back with its problem."""
+def open_input(name: str, limits: FetchLimits | None = None) -> NamedImage | NamedVideo:
+    """Read one image of `expand`'s list, or find one video; what cannot be read comes back with its problem."""
+    known: dict[str, Any] = {}
     try:
-        if is_url(name):
-            return NamedImage(name=name, pixels=read_image(fetch(name, limits or FetchLimits()), name))
-        if not Path(name).exists() and MEMBER_MARK not in name:
-            raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
-        if Path(name).is_dir():
-            raise UnreadableImage(f"{name}: a folder without images.")
-        return NamedImage(name=name, pixels=read_image(stored_image(name), name))
+        source = _source(name, limits or FetchLimits())
+        if is_video(name):
+            return NamedVideo(name=name, source=source, **_digest(source))
+        content = source.read_bytes() if isinstance(source, Path) else source
+        known = _digest(content)
+        return NamedImage(name=name, pixels=read_image(content, name), **known)
     except (UnreadableImage, OSError, KeyError, BadZipFile) as error:
-        return NamedImage(name=name, pixels=None, problem=_words(name, error))
+        problem = _words(name, error)
+    if is_video(name):
+        return NamedVideo(name=name, source=None, problem=problem)
+    return NamedImage(name=name, pixels=None, problem=problem, **known)
 
 
 def is_url(word: str) -> bool:
     """Say whether a word has the form of an address (`scheme://…`)."""
     return "://" in word
+
+
+def is_video(name: str) -> bool:
+    """Say whether a file, member of a zip or address is named like a video."""
+    return Path(re.split("[?#]", name)[0] if is_url(name) else name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def _source(name: str, limits: FetchLimits) -> Path | bytes:
+    """Give what is behind a name: a file or its bytes. Raises what `open_input` puts into words."""
+    if is_url(name):
+        return fetch(name, limits)
+    if Path(name).is_dir():
+        raise UnreadableImage(f"{name}: a folder without images.")
+    if not Path(name).is_file() and MEMBER_MARK not in name:
+        raise FileNotFoundError(f"{name}: no such file or folder, and no glob that matches.")
+    return stored_image(name)
+
+
+def _digest(source: Path | bytes) -> dict[str, Any]:
+    """Give SHA-256 and length of a file, which is read in pieces, or of its bytes."""
+    if isinstance(source, bytes):
+        return {"sha256": hashlib.sha256(source).hexdigest(), "byte_count": len(source)}
+    with source.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "byte_count": file.tell()}
 
 
 def fetch(url: str, limits: FetchLimits) -> bytes:
@@ -83,7 +133,7 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     _check_scheme(url)
     deadline = time.monotonic() + limits.seconds
     try:
-        asked = request.Request(url, headers={"User-Agent": "m2f2-det", "Accept": "image/*"})
+        asked = request.Request(url, headers={"User-Agent": "m2f2-det", "Accept": "image/*, video/*"})
         with _opener().open(asked, timeout=limits.seconds) as answer:
             return _read_within(answer, url, limits, deadline)
     except HTTPError as error:
@@ -103,7 +153,7 @@ def _matches(word: str) -> Iterator[str]:
     if is_url(word):
         yield word
     elif path.is_dir():
-        yield from map(str, list_images(path))
+        yield from map(str, list_images(path, SUFFIXES))
     elif path.is_file():
         yield from _zip_members(path) if is_zipfile(path) else [word]
     elif glob.has_magic(word):
@@ -112,13 +162,13 @@ def _matches(word: str) -> Iterator[str]:
 
 
 def _zip_members(path: Path) -> list[str]:
-    """List the images of an archive; none when it is damaged, so that opening it tells why."""
+    """List the images and videos of an archive; none when it is damaged, so that opening it tells why."""
     try:
         with ZipFile(path) as archive:
             names = [m.filename for m in archive.infolist() if not m.is_dir()]
     except BadZipFile:
         return []
-    return [f"{path}{MEMBER_MARK}{n}" for n in sorted(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES]
+    return [f"{path}{MEMBER_MARK}{n}" for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES]
 
 
 def _check_scheme(url: str) -> None:

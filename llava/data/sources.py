@@ -44,7 +44,14 @@ class DataConfig:
     group_ids: bool = setting(False, "the group column holds ids joined by _; records that share an id form one group")
     real_names: tuple[str, ...] = setting(REAL_NAMES, "class names that mean real; any other class name means fake")
     face_crop: bool = setting(False, "crop each image to its largest face (an image without a face stays whole)")
+    masks: bool = setting(
+        False, "read masks of forged pixels: column or tag `mask`, files like the images; not for crops"
+    )
     cache: bool = setting(False, "keep decoded images in memory (per worker process)")
+
+    def __post_init__(self) -> None:
+        if self.masks and self.face_crop:
+            raise ValueError("masks: they belong to whole images, face_crop cuts them; leave one of the two off.")
 
 
 def open_source(config: DataConfig) -> Source:

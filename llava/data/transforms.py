@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +30,13 @@ def view_tensors(image: np.ndarray, spec: InputSpec) -> Tensor:
     """Give every test-time view of one image, (V, 3, S, S) in the order of `spec.views`."""
     plain = to_tensor(image, spec)
     return torch.stack([plain.flip(-1) if view == "flip" else plain for view in spec.views])
+
+
+def mask_cells(mask: np.ndarray, spec: InputSpec, grid: int) -> Tensor:
+    """Give the forged part of each cell (grid, grid) in [0, 1]; the mask (H, W) uint8 goes the image's way."""
+    picture = np.repeat((mask > 0).astype(np.uint8)[..., None] * 255, 3, axis=2)
+    seen = torch.from_numpy(_resize_and_crop(picture, replace(spec, interpolation="bilinear"))[..., 0])
+    return torch.nn.functional.adaptive_avg_pool2d(seen[None].float() / 255.0, grid)[0]
 
 
 def _resize_and_crop(image: np.ndarray, spec: InputSpec) -> np.ndarray:

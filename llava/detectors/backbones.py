@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import models
 
 from llava.core.registry import nearest
@@ -23,16 +25,20 @@ _EFFICIENTNET_STAGES = ("4", "5", "6")
 
 
 class Backbone(nn.Sequential):
-    """The `features` of a classifier, which also gives the maps of named inner stages."""
+    """The `features` of a classifier, which also gives the maps of named inner stages.
+
+    sees_residual: its first layer also reads the images' high-pass residual, three more channels.
+    """
 
     def __init__(self, features: nn.Module, stages: tuple[str, ...]) -> None:
         super().__init__(OrderedDict(features.named_children()))
         self.stages = stages
+        self.sees_residual = False
 
     def forward_stages(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Give the last map and the maps of `stages` for images (B, 3, H, W); each (B, C, h, w)."""
         maps = []
-        x = images
+        x = torch.cat([images, high_pass(images)], dim=1) if self.sees_residual else images
         for name, layer in self.named_children():
             x = layer(x)
             if name in self.stages:
@@ -56,6 +62,27 @@ def make_backbone(name: str, pretrained: bool = False) -> tuple[Backbone, int]:
     if name in DENSENETS:
         return Backbone(model.features, _DENSENET_STAGES), model.classifier.in_features
     return Backbone(model.features, _EFFICIENTNET_STAGES), model.classifier[1].in_features
+
+
+def high_pass(images: Tensor) -> Tensor:
+    """Give what a 3x3 binomial filter takes away from images (B, C, H, W), times 4 to be as large as they are.
+
+    Traces of forgery are weak beside the picture; steganalysis looks at such residuals first (Fridrich and Kodovsky
+    2012, Rich Models for Steganalysis of Digital Images).
+    """
+    line = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
+    kernel = torch.outer(line, line).expand(images.shape[1], 1, 3, 3)
+    smooth = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel, groups=images.shape[1])
+    return 4 * (images - smooth)
+
+
+def let_see_residual(backbone: Backbone) -> None:
+    """Give the first convolution as many more input channels, with fresh weights, for the residual."""
+    first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    fresh = nn.init.kaiming_uniform_(torch.empty_like(first.weight), a=5**0.5)  # as PyTorch draws a convolution
+    first.weight = nn.Parameter(torch.cat([first.weight.detach(), fresh], dim=1))
+    first.in_channels *= 2
+    backbone.sees_residual = True
 
 
 def stage_channels(backbone: Backbone) -> list[int]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput
 from llava.core.calibration import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.config import build, to_dict
 from llava.core.registry import nearest
-from llava.core.types import Decision, InputSpec
+from llava.core.types import Decision, InputSpec, VerdictLabel
 from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors
 
 VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
@@ -63,6 +64,11 @@ class Detector(nn.Module):
         """Say whether `forward` needs a host's vision features as `clip_features`."""
         return False
 
+    @property
+    def mask_grid(self) -> int | None:
+        """Say how fine `masks` (B, grid, grid) of forged pixels are that training's `forward` wants; None = none."""
+        return None
+
     def without_vision(self) -> Detector:
         """Give the same detector without its own vision tower, to live in a host that has the same one."""
         raise ValueError(f"Detector {self.name!r} has no vision tower that a host could share.")
@@ -100,18 +106,36 @@ class Detector(nn.Module):
         """Map logits (B, classes) to the probability of not being real, (B,) in [0, 1]."""
         return 1.0 - logits.float().softmax(dim=-1)[:, self.classes.index("real")]
 
+    def labels(self, p_fake: np.ndarray, prior: float | None = None) -> list[VerdictLabel]:
+        """Give the verdict on each raw p_fake (N,): by the calibration, without one by the threshold.
+
+        prior: share of fakes expected, for a calibrated detector; None = the calibration's own.
+        """
+        if self.calibration is not None:
+            return self.calibration.labels(p_fake, prior)
+        return [VerdictLabel.FAKE if p >= self.decision.threshold else VerdictLabel.REAL for p in p_fake]
+
     def told_evidence(self, output: DetectorOutput) -> Tensor:
         """Give the evidence (B, E) that words rest on: p_real and p_fake are those of the verdict, calibrated if it is.
 
-        Calibrated, they are the posterior at the validation data's share of fakes; all other evidence stays as it is.
+        Calibrated, they are the posterior at the calibration's own prior; all other evidence stays as it is.
         """
         assert output.logits is not None and output.evidence is not None
         if self.calibration is None:
             return output.evidence
         posterior = self.calibration.posterior(self.p_fake(output.logits).double().cpu().numpy())
-        p_fake = torch.from_numpy(posterior).to(output.evidence)
+        return self.with_p_fake(output.evidence, torch.from_numpy(posterior))
+
+    def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
+        """Put other values (B,) in [0, 1] at p_fake, and what is left of 1 at p_real, of the evidence (B, E).
+
+        Raises ValueError for a detector whose evidence has no p_fake.
+        """
+        if "p_fake" not in self.evidence_names:
+            raise ValueError(f"The evidence of {self.name!r} is {self.evidence_names}; there is no p_fake to put in.")
+        p_fake = p_fake.to(evidence)
         told = {"p_real": 1 - p_fake, "p_fake": p_fake}
-        columns = zip(self.evidence_names, output.evidence.unbind(dim=1), strict=True)
+        columns = zip(self.evidence_names, evidence.unbind(dim=1), strict=True)
         return torch.stack([told.get(name, column) for name, column in columns], dim=1)
 
     def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:

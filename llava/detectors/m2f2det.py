@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava.core.config import setting
-from llava.core.types import InputSpec
+from llava.core.types import REGIONS, InputSpec
 from llava.core.weights import load_strictly
-from llava.detectors.backbones import make_backbone, stage_channels
+from llava.detectors.backbones import let_see_residual, make_backbone, stage_channels
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.bridge import Bridge, BridgeConfig, Projection
 from llava.detectors.clip_prompt import (
@@ -29,6 +29,7 @@ from llava.detectors.clip_prompt import (
     VisionEncoder,
     load_clip,
 )
+from llava.detectors.evidence_map import RegionPool, map_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class M2F2DetConfig:
     )
     backbone: str = setting("densenet121", "CNN: densenet121/161/169/201, efficientnet_b0..b7, or a small densenet_*")
     backbone_pretrained: bool = setting(False, "start the CNN from torchvision's ImageNet weights when training")
+    residual: bool = setting(False, "show the CNN the image's high-pass residual beside the image")
     hidden_size: int = setting(1024, "width of the projected CLIP, prompt and CNN features")
     prompt_tokens: int = setting(7, "learned prompt tokens")
     clip_name: str | None = setting(None, "CLIP checkpoint to start training from (folder or hub id)")
@@ -51,9 +53,23 @@ class M2F2DetConfig:
     freeze_text: bool = setting(True, "keep the CLIP text transformer as it is; prompt tokens are always learned")
     vision_alpha: float = setting(0.5, "initial weight of the CLS features")
     text_alpha: float = setting(4.0, "initial weight of the patch-prompt cosines")
+    local_features: bool = setting(False, "add the CNN's inner maps to the patches that meet the prompt")
+    region_evidence: bool = setting(
+        False, "give the cosines pooled over face regions as evidence, and to the classifier"
+    )
+    map_weight: float = setting(
+        0.0, "weight of the loss between cosines and masks of forged pixels (--data.masks true)"
+    )
     vision_alpha_lr: float = setting(1e-3, "learning rate of vision_alpha, as published")
     text_alpha_lr: float = setting(3e-3, "learning rate of text_alpha, as published")
     views: tuple[Literal["plain", "flip"], ...] = setting(("plain",), "views averaged at test time")
+
+    def __post_init__(self) -> None:
+        if self.fusion == "none" and (self.local_features or self.region_evidence or self.map_weight):
+            raise ValueError(
+                "fusion: 'none' has no patch-prompt cosines; local_features, region_evidence and map_weight need them: "
+                "use 'similarity' or 'bridge'."
+            )
 
     @classmethod
     def tiny(cls) -> Self:
@@ -85,8 +101,9 @@ class M2F2DetConfig:
 class M2F2Det(Detector):
     """Classify a face from CLIP features, patch-prompt similarities and CNN features.
 
-    evidence = (p_real, p_fake), the softmax of the logits; evidence_map = patch-prompt similarity (B, h, w), cosine
-    moved from [-1, 1] to [0, 1], None for `fusion="none"`.
+    evidence = (p_real, p_fake), the softmax of the logits, and with `region_evidence` what the map says of each face
+    region, the sigmoid of its pooled cosines; evidence_map = patch-prompt similarity (B, h, w), cosine moved from
+    [-1, 1] to [0, 1], None for `fusion="none"`.
     """
 
     name = "m2f2det"
@@ -98,6 +115,8 @@ class M2F2Det(Detector):
         hidden, patches = config.hidden_size, config.vision.grid**2
         self.vision_encoder = VisionEncoder(config.vision, config.freeze_vision) if config.own_vision else None
         self.backbone, channels = make_backbone(config.backbone)
+        if config.residual:
+            let_see_residual(self.backbone)
         self.vision_proj = Projection(config.vision.hidden_size, hidden)
         self.backbone_proj = Projection(channels, hidden)
         self.vision_alpha = nn.Parameter(torch.tensor(config.vision_alpha))
@@ -110,6 +129,12 @@ class M2F2Det(Detector):
         if config.fusion == "bridge":
             self.bridge = Bridge(config.bridge, stage_channels(self.backbone), config.vision.hidden_size, hidden)
             fused = config.bridge.output_size
+        if config.local_features:
+            self.local_projs = nn.ModuleList(nn.Linear(size, hidden) for size in stage_channels(self.backbone))
+        if config.region_evidence:
+            self.region_pool = RegionPool(config.vision.image_size, config.vision.grid)
+            self.evidence_names = (*self.evidence_names, *REGIONS)
+            fused += len(REGIONS)
         self.classifier = nn.Linear(fused + 2 * hidden, len(self.classes))
         self._init_weights()
 
@@ -126,13 +151,23 @@ class M2F2Det(Detector):
         size = self.config.vision.image_size
         return {"pixel_values": InputSpec(size=size, mean=CLIP_MEAN, std=CLIP_STD, views=self.config.views)}
 
+    @property
+    def mask_grid(self) -> int | None:
+        """Ask for masks on the grid of the patches when the map is trained."""
+        return self.config.vision.grid if self.config.map_weight else None
+
     def forward(
-        self, pixel_values: Tensor, clip_features: Tensor | None = None, labels: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        clip_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> DetectorOutput:
         """Classify pixel_values (B, 3, S, S); labels (B,) with 0 = real, 1 = fake.
 
         clip_features: (B, 1 + patches, D) selected hidden state of a CLIP tower, CLS first; the own tower is then not
-        run. Raises ValueError when they are missing without an own tower, or have another shape.
+        run. masks: (B, grid, grid) forged part of each patch, -1 = unknown. Raises ValueError when clip_features are
+        missing without an own tower, or have another shape.
         """
         clip = self._clip_features(pixel_values, clip_features)
         cls, patches = clip[:, 0], clip[:, 1:]
@@ -141,20 +176,35 @@ class M2F2Det(Detector):
             self.vision_alpha * self.vision_proj(cls),
             self.backbone_proj(features.mean(dim=(2, 3))),
         ]
-        evidence_map = None
+        evidence_map, similarity, of_regions = None, None, None
         if self.config.fusion != "none":
             prompt = self.text_proj(self.text_encoder())  # (1, hidden)
-            similarity = F.cosine_similarity(self.vision_proj(patches), prompt[:, None], dim=-1)  # (B, patches)
+            similarity = F.cosine_similarity(self._local(patches, stages), prompt[:, None], dim=-1)  # (B, patches)
             evidence_map = (similarity + 1).div(2).unflatten(1, (self.config.vision.grid, -1))
             fused = similarity if self.config.fusion == "similarity" else self.bridge(stages, patches, prompt)
             parts.insert(0, self.text_alpha * fused)
+            if self.config.region_evidence:
+                of_regions = self.region_pool(similarity)  # (B, regions)
+                parts.append(of_regions)
         logits = self.classifier(torch.cat(parts, dim=-1))
+        evidence = [logits.float().softmax(dim=-1), *([] if of_regions is None else [of_regions.float().sigmoid()])]
+        losses = self._losses(logits, labels, similarity, masks)
         return DetectorOutput(
-            loss=self._loss(logits, labels),
+            loss=torch.stack(list(losses.values())).sum() if losses else None,
             logits=logits,
-            evidence=logits.float().softmax(dim=-1),
+            evidence=torch.cat(evidence, dim=1),
             evidence_map=evidence_map,
+            losses=losses or None,
         )
+
+    def _local(self, patches: Tensor, stages: list[Tensor]) -> Tensor:
+        """Give what meets the prompt (B, patches, hidden): projected patches, with the CNN's maps there if asked."""
+        projected = self.vision_proj(patches)
+        if self.config.local_features:
+            grid = self.config.vision.grid
+            for proj, stage in zip(self.local_projs, stages, strict=True):
+                projected = projected + proj(F.adaptive_avg_pool2d(stage, grid).flatten(2).transpose(1, 2))
+        return projected
 
     def _clip_features(self, pixel_values: Tensor, clip_features: Tensor | None) -> Tensor:
         if clip_features is None:
@@ -167,11 +217,17 @@ class M2F2Det(Detector):
             raise ValueError(f"clip_features: expected {expected}, got {tuple(clip_features.shape)}.")
         return clip_features.to(self.classifier.weight.dtype)
 
-    def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    def _losses(
+        self, logits: Tensor, labels: Tensor | None, similarity: Tensor | None, masks: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Give the losses by name, weighted as they are added up; none without labels."""
         if labels is None:
-            return None
+            return {}
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        return F.cross_entropy(logits, labels, weight=self.class_weights.to(logits.dtype))
+        losses = {"class": F.cross_entropy(logits, labels, weight=self.class_weights.to(logits.dtype))}
+        if masks is not None and similarity is not None:
+            losses["map"] = self.config.map_weight * map_loss(similarity.to(logits.dtype), masks)
+        return losses
 
     @property
     def shares_vision(self) -> bool:
@@ -209,4 +265,6 @@ class M2F2Det(Detector):
             load_clip(self.config.clip_name, text, self.vision_encoder)
         if self.config.backbone_pretrained:
             source, _ = make_backbone(self.config.backbone, pretrained=True)
+            if self.config.residual:
+                let_see_residual(source)
             load_strictly(self.backbone, source.state_dict(), f"ImageNet weights of {self.config.backbone}")

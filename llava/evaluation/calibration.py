@@ -1,7 +1,7 @@
 """Fit what a score means on validation: temperature, Platt or isotonic, chosen by cross-validation.
 
 All of them map the raw p_fake to a log-likelihood ratio and weigh both classes alike, so that the share of fakes in the
-validation data enters only as the prior, and another prior can take its place (Bruemmer and du Preez 2006).
+validation data, which is an accident of how they were put together, enters nowhere (Bruemmer and du Preez 2006).
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ class CalibrationConfig:
         "auto", "auto = the simplest whose cross-validated log loss is within one standard error of the best"
     )
     coverage: float = setting(0.9, "part of each class that is not called the other one; sets the abstain band")
+    prior: float = setting(0.5, "share of forgeries expected where nobody says another (--prior)")
     folds: int = setting(5, "parts of the cross-validation; a group is never divided")
     seed: int = setting(0, "seed of the division into folds")
 
     def __post_init__(self) -> None:
         require_share("coverage", self.coverage)
+        require_share("prior", self.prior)
         if self.folds < 2:
             raise ValueError(f"folds: {self.folds} is not usable; allowed: 2 or more.")
 
@@ -56,7 +58,7 @@ def fit_calibration(predictions: Predictions, config: CalibrationConfig, data: s
         real_below=real_below,
         fake_above=fake_above,
         coverage=config.coverage,
-        prior=float((predictions.labels == FAKE).mean()),
+        prior=config.prior,
         data=data,
         images=len(predictions),
         groups=len(set(predictions.groups)),

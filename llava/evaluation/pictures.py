@@ -1,20 +1,31 @@
-"""Pictures of predictions: the ROC curve, the histogram of scores, and how reliable they are."""
+"""Pictures of predictions: ROC curve, scores, how reliable they are, what degradations do, a video's timeline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llava.core.runtime import atomic_path
+from llava.core.types import VideoVerdict
 from llava.evaluation.metrics import RankedScores, auc_interval
 from llava.evaluation.predictions import Predictions, by_video
 from llava.evaluation.reliability import reliability
 
 REAL_COLOUR = "#1b7837"
+FLIP_CURVES = {
+    "flips_before": "REAL and FAKE change places, of clear verdicts",
+    "flips_after": "the same, of those that the stability rule keeps",
+    "differs": "any other verdict, UNCERTAIN included, of all images",
+}
+DPI = 150
+SCORE_COLOUR, TELLING_COLOUR = "#1f77b4", "#d62728"
 
 
 def draw_roc(
@@ -84,7 +95,83 @@ def draw_reliability(path: str | Path, predictions: Predictions, curves: Mapping
     _save(figure, path)
 
 
+def timeline_png(verdict: VideoVerdict) -> bytes:
+    """Draw p_fake of a video's frames over time, with the video's score and the threshold or band: a PNG file.
+
+    Raises ValueError for a video without scores.
+    """
+    scores = {frame.seconds: frame.p_fake for frame in verdict.frames if frame.p_fake is not None}
+    if verdict.telling_seconds is None or verdict.p_fake is None:
+        raise ValueError(f"{verdict.image}: no frame has a score ({verdict.reason}); there is nothing to draw.")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = verdict.band or (verdict.threshold, verdict.threshold)
+    if low < high:
+        axes.axhspan(low, high, color="0.9", label="band: UNCERTAIN")
+    else:
+        axes.axhline(verdict.threshold, color="0.4", linestyle="--", label=f"threshold {verdict.threshold:.3f}")
+    axes.plot([*scores], [*scores.values()], "o-", markersize=4, color=SCORE_COLOUR, label=f"{len(scores)} frames")
+    axes.axhline(verdict.p_fake, color="black", linewidth=1, label=f"the video, {verdict.p_fake:.3f}")
+    blind = [frame.seconds for frame in verdict.frames if frame.p_fake is None]
+    if blind:
+        axes.plot(blind, [0.0] * len(blind), "x", color="0.5", clip_on=False, label=f"{len(blind)} without the face")
+    time, text = verdict.telling_seconds, f"most telling, {verdict.telling_seconds:.1f} s"
+    axes.plot([time], [scores[time]], "o", markersize=11, fillstyle="none", color=TELLING_COLOUR, label=text)
+    axes.set(title=f"{Path(verdict.image).name}: {verdict.label}", xlabel="seconds", ylim=(-0.03, 1.03))
+    axes.set_ylabel("probability of being forged" if verdict.is_calibrated else "p_fake (not calibrated)")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+    FigureCanvasAgg(figure)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    return content.getvalue()
+
+
+def draw_losses(path: str | Path, histories: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draw (step, loss) of several trainings, one panel each, into a picture."""
+    figure = Figure(figsize=(3.2 * len(histories), 2.8), layout="constrained")
+    for axes, (name, losses) in zip(
+        figure.subplots(1, len(histories), squeeze=False)[0], histories.items(), strict=True
+    ):
+        axes.plot(*zip(*losses, strict=True))
+        axes.set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
+    _save(figure, path)
+
+
+def draw_robustness(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Draw AUC (above) and flip rates (below), with 95 % intervals, over strength per degradation into a picture.
+
+    report: of `llava.evaluation.robustness.robustness_report`.
+    """
+    kinds = report["degradations"]
+    figure = Figure(figsize=(3 * len(kinds), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(kinds), sharey="row", sharex="col", squeeze=False)
+    whole = report["undegraded"]["auc"]
+    for (above, below), (kind, numbers) in zip(axes.T, kinds.items(), strict=True):
+        above.axhline(whole["value"], color="0.6", linewidth=1, label=f"undegraded, AUC {whole['value']:.3f}")
+        above.set(title=kind)
+        _draw_points(above, numbers["points"], "auc", "AUC")
+        for shift, (name, label) in enumerate(FLIP_CURVES.items(), -1):
+            _draw_points(below, numbers["points"], name, label, 0.15 * shift)
+        below.set(xlabel=numbers["unit"])
+        strengths = [point["strength"] for point in numbers["points"]]
+        below.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
+    axes[0, 0].set(ylabel="AUC")
+    axes[0, 0].legend(fontsize="x-small")
+    axes[1, 0].set(ylabel="share of verdicts")
+    axes[1, 0].set_ylim(bottom=-0.01)
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    _save(figure, path)
+
+
+def _draw_points(axes: Axes, points: Sequence[Mapping[str, Any]], name: str, label: str, shift: float = 0.0) -> None:
+    """Draw one number of each point with its interval; a point that is undefined is left out."""
+    shown = [(i + shift, point[name]) for i, point in enumerate(points) if point[name]["low"] is not None]
+    places, values = [i for i, _ in shown], [v["value"] for _, v in shown]
+    reach = [[v["value"] - v["low"] for _, v in shown], [v["high"] - v["value"] for _, v in shown]]
+    axes.errorbar(places, values, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
+
+
 def _save(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     with atomic_path(path) as staged:
-        figure.savefig(staged, dpi=150)
+        figure.savefig(staged, dpi=DPI)

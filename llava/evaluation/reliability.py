@@ -128,6 +128,11 @@ def reliability(predictions: Predictions, p_fake: np.ndarray, bins: int = BINS) 
     return filled
 
 
+def share_of_fakes(predictions: Predictions) -> float:
+    """Give the part of fakes, the prior under which posteriors are compared with these labels."""
+    return float((predictions.labels == FAKE).mean())
+
+
 def calibration_report(
     predictions: Predictions,
     calibration: Calibration,
@@ -138,7 +143,7 @@ def calibration_report(
 ) -> dict[str, Any]:
     """Compare raw and calibrated p_fake on test predictions, and count the verdicts, as plain values.
 
-    prior: share of fakes expected among these images; None = that of the validation data.
+    prior: share of fakes expected among these images; None = the calibration's own.
     """
     prior = calibration.prior if prior is None else prior
     settings = (prior, n_boot, seed, bins)

@@ -46,6 +46,15 @@ def console() -> Console:
     return Console(width=max(width, PIPE_WIDTH), highlight=False, soft_wrap=False)
 
 
+def text_of(*parts: Any) -> str:
+    """Give tables and lines as they would be printed."""
+    out = console()
+    with out.capture() as captured:
+        for part in parts:
+            out.print(part)
+    return captured.get()
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script; a mistake in what was asked ends it with one line instead of a traceback."""
     try:

@@ -22,6 +22,7 @@ from transformers import (
 
 from llava.core.config import setting
 from llava.core.types import Turn
+from llava.detectors.base import DetectorOutput
 from llava.explainer.modeling import Encoded, ForgeryLlava
 from llava.explainer.processing import ExplainerProcessor
 
@@ -86,14 +87,13 @@ class Explainer:
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> Encoded:
         """Run tower and detector once for each uint8 image (H, W, 3)."""
-        if not images:
-            raise ValueError("images: expected at least one uint8 (H, W, 3) array, got none.")
-        prepared = [self.processor.pixels(image) for image in images]
-        device = self.model.device
-        pixels = torch.stack([p["pixel_values"] for p in prepared]).to(device)
-        names = prepared[0]["detector_inputs"]
-        inputs = {n: torch.stack([p["detector_inputs"][n] for p in prepared]).to(device) for n in names}
-        return self.model.encode(pixels, inputs)
+        return self.model.encode(*self._pixels(images))
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[np.ndarray]) -> DetectorOutput:
+        """Run tower and detector for uint8 images (H, W, 3) that nobody is going to be asked about."""
+        pixels, inputs = self._pixels(images)
+        return self.model.detect(self.model.vision_features(pixels), inputs)
 
     @torch.no_grad()
     def answer(
@@ -145,6 +145,16 @@ class Explainer:
             thread.join()
         if failure:
             raise failure[0]
+
+    def _pixels(self, images: Sequence[np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the tower's pixels (N, 3, S, S) and the detector's inputs (N, V, 3, S, S) on the model's device."""
+        if not images:
+            raise ValueError("images: expected at least one uint8 (H, W, 3) array, got none.")
+        prepared = [self.processor.pixels(image) for image in images]
+        device = self.model.device
+        pixels = torch.stack([p["pixel_values"] for p in prepared]).to(device)
+        names = prepared[0]["detector_inputs"]
+        return pixels, {n: torch.stack([p["detector_inputs"][n] for p in prepared]).to(device) for n in names}
 
     def _inputs(
         self,

@@ -145,18 +145,18 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         detector_inputs: dict[str, Tensor] | None = None,
         image_features: Tensor | None = None,
         evidence: Tensor | None = None,
+        told_p_fake: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
         """Give logits (B, L, vocabulary) and, with labels, the loss averaged over the answer's tokens.
 
         Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
-        given beside pixel_values replaces the detector's own.
+        given beside pixel_values replaces the detector's own. told_p_fake (N,): p_fake that replaces the one in it.
         """
         if pixel_values is not None and inputs_embeds is None:
             encoded = self.encode(pixel_values, detector_inputs or {})
-            image_features = encoded.image_features
-            evidence = encoded.evidence if evidence is None else evidence
+            image_features, evidence = encoded.image_features, self._told(encoded, evidence, told_p_fake)
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_features, evidence)  # type: ignore[arg-type]
         items = kwargs.pop("num_items_in_batch", None)
@@ -173,6 +173,11 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         vocab_size = self.config.text_config.vocab_size
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size, num_items_in_batch=items)
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def _told(self, encoded: Encoded, evidence: Tensor | None, p_fake: Tensor | None) -> Tensor:
+        """Give the evidence (N, E) for the words: the detector's, or what replaces it or the p_fake (N,) in it."""
+        evidence = encoded.evidence if evidence is None else evidence
+        return evidence if p_fake is None else self.detector.with_p_fake(evidence, p_fake)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Hand images and evidence to the first step only; later steps read them from the cache."""

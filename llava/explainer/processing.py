@@ -56,15 +56,15 @@ class ExplainerProcessor:
         }
 
     def encode(
-        self, turns: Sequence[Turn], layout: str | None = None, evidence_word: str | None = None
+        self, turns: Sequence[Turn], layout: str | None = None, evidence_words: str | None = None
     ) -> tuple[list[int], list[int]]:
         """Give (ids, labels) of a conversation; labels are -100 outside the answers.
 
-        evidence_word stands at `<deepfake>` for a language model that has no adapter yet.
+        evidence_words stand at `<deepfake>` for a language model that has no adapter yet.
         """
         ids, labels = [self.tokenizer.bos_token_id], [IGNORE]
         for segment in lay_out(turns, layout or self.config.layout):
-            text = segment.text if evidence_word is None else segment.text.replace(EVIDENCE_TAG, evidence_word)
+            text = segment.text if evidence_words is None else segment.text.replace(EVIDENCE_TAG, evidence_words)
             piece = self._segment_ids(text)
             if segment.is_answer:
                 piece.append(self.tokenizer.eos_token_id)
@@ -80,6 +80,8 @@ class ExplainerProcessor:
         }
         if "labels" in items[0]:
             batch["labels"] = _padded([i["labels"] for i in items], IGNORE, side)
+        if "told_p_fake" in items[0]:
+            batch["told_p_fake"] = torch.tensor([i["told_p_fake"] for i in items])
         if "pixel_values" in items[0]:
             batch["pixel_values"] = torch.stack([i["pixel_values"] for i in items])
             names = items[0]["detector_inputs"]

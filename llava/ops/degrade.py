@@ -37,15 +37,20 @@ class DegradeConfig:
         require_within("noise_sigma", self.noise_sigma, 0, 255)
         require_within("jpeg_quality", self.jpeg_quality, 1, 100)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Degrade one image with these settings."""
-        return degrade(image, self, rng)
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Degrade one image with these settings; its mask (H, W) is flipped with it."""
+        return degrade(image, mask, self, rng)
 
 
-def degrade(image: np.ndarray, config: DegradeConfig, rng: np.random.Generator) -> np.ndarray:
+def degrade(
+    image: np.ndarray, mask: np.ndarray | None, config: DegradeConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Blur, rescale, add noise, compress and flip, each by its chance; uint8 (H, W, 3) to uint8 of the same shape.
 
-    All randomness comes from `rng`; the input is left as it is.
+    mask: (H, W), what belongs to the pixels; it is only flipped. All randomness comes from `rng`; the input is left as
+    it is.
     """
     if rng.random() < config.blur_probability:
         image = blur(image, rng.uniform(*config.blur_sigma))
@@ -57,8 +62,8 @@ def degrade(image: np.ndarray, config: DegradeConfig, rng: np.random.Generator) 
         low, high = config.jpeg_quality
         image = compress_jpeg(image, int(rng.integers(low, high + 1)))
     if rng.random() < config.flip_probability:
-        image = flip(image)
-    return image
+        image, mask = flip(image), None if mask is None else flip(mask)
+    return image, mask
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:

@@ -38,16 +38,16 @@ class ForgeConfig:
     """
 
     self_blend_share: float = setting(0.25, "part of the forgeries that are whole faces, self-blended; in [0, 1]")
-    boundary_step: tuple[float, float] = setting((24.0, 36.0), "height of the seam, in grey levels of 255")
-    boundary_width: tuple[float, float] = setting((1.2, 2.0), "width of the seam")
-    colour_distance: tuple[float, float] = setting((10.0, 17.0), "shift in the a*b* plane, in CIELAB units")
-    lightness_shift: tuple[float, float] = setting((2.0, 6.0), "shift of L* with it, either way, in CIELAB units")
-    blur_sigma: tuple[float, float] = setting((0.8, 1.4), "sigma of the Gaussian blur")
-    smooth_sigma: tuple[float, float] = setting((1.6, 2.4), "spatial sigma of the over-smoothing filter")
-    smooth_tolerance: tuple[float, float] = setting((12.0, 20.0), "texture it flattens, in grey levels of 255")
-    resample_cell: tuple[float, float] = setting((1.3, 1.9), "side of the squares that resampling leaves")
-    warp_shift: tuple[float, float] = setting((2.0, 3.5), "displacement in the middle of a warped part")
-    least_change: float = setting(3.0, "smallest mean change inside the mask, in grey levels; below it, none is given")
+    boundary_step: tuple[float, float] = setting((60.0, 90.0), "height of the seam, in grey levels of 255")
+    boundary_width: tuple[float, float] = setting((2.0, 3.2), "width of the seam")
+    colour_distance: tuple[float, float] = setting((22.0, 34.0), "shift in the a*b* plane, in CIELAB units")
+    lightness_shift: tuple[float, float] = setting((5.0, 12.0), "shift of L* with it, either way, in CIELAB units")
+    blur_sigma: tuple[float, float] = setting((1.6, 2.6), "sigma of the Gaussian blur")
+    smooth_sigma: tuple[float, float] = setting((2.5, 4.0), "spatial sigma of the over-smoothing filter")
+    smooth_tolerance: tuple[float, float] = setting((25.0, 40.0), "texture it flattens, in grey levels of 255")
+    resample_cell: tuple[float, float] = setting((2.2, 3.2), "side of the squares that resampling leaves")
+    warp_shift: tuple[float, float] = setting((5.0, 8.0), "displacement in the middle of a warped part")
+    least_change: float = setting(5.0, "smallest mean change inside the mask, in grey levels; below it, none is given")
     self_blend: SelfBlendConfig = setting(SelfBlendConfig())
 
     def __post_init__(self) -> None:

@@ -24,17 +24,17 @@ class SelfBlendConfig:
     Every strength is drawn evenly from its range, every sign by a fair coin.
     """
 
-    colour_shift: tuple[float, float] = setting((3.0, 10.0), "shift of each colour channel, in grey levels of 255")
-    hue_shift: tuple[float, float] = setting((2.0, 8.0), "shift of the hue, in degrees")
-    saturation_change: tuple[float, float] = setting((0.05, 0.2), "relative change of the saturation")
-    contrast_change: tuple[float, float] = setting((0.03, 0.12), "relative change of the contrast")
-    sharpen_amount: tuple[float, float] = setting((0.2, 0.6), "weight of an unsharp mask, in half of the copies")
-    shrink_factor: tuple[float, float] = setting((1.2, 1.7), "shrinking and growing back, in the other half")
+    colour_shift: tuple[float, float] = setting((8.0, 20.0), "shift of each colour channel, in grey levels of 255")
+    hue_shift: tuple[float, float] = setting((5.0, 16.0), "shift of the hue, in degrees")
+    saturation_change: tuple[float, float] = setting((0.15, 0.4), "relative change of the saturation")
+    contrast_change: tuple[float, float] = setting((0.08, 0.22), "relative change of the contrast")
+    sharpen_amount: tuple[float, float] = setting((0.8, 1.6), "weight of an unsharp mask, in half of the copies")
+    shrink_factor: tuple[float, float] = setting((1.8, 3.0), "shrinking and growing back, in the other half")
     resize: tuple[float, float] = setting((0.0, 0.015), "relative change of the copy's size")
-    translate: tuple[float, float] = setting((0.0, 0.8), "displacement of the copy, along each axis")
+    translate: tuple[float, float] = setting((0.4, 1.6), "displacement of the copy, along each axis")
     elastic: tuple[float, float] = setting((1.0, 4.0), "largest elastic displacement of the mask's outline")
     mask_blur: tuple[float, float] = setting((1.0, 3.0), "sigma of the mask's blur")
-    blend_ratio: tuple[float, float] = setting((0.5, 1.0), "weight of the copy inside the mask")
+    blend_ratio: tuple[float, float] = setting((0.75, 1.0), "weight of the copy inside the mask")
 
     def __post_init__(self) -> None:
         for name in ("saturation_change", "contrast_change", "resize", "blend_ratio"):

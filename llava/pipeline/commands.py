@@ -7,23 +7,25 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 
-from llava.core.config import setting
+from llava.core.config import setting, to_dict
 from llava.core.errors import Incomplete
-from llava.core.runtime import batched
-from llava.core.types import Explanation, Verdict, VerdictLabel
-from llava.data.inputs import FetchLimits, NamedImage, expand, open_input
-from llava.pipeline.settings import FaceSettings, ModelSettings, WordSettings
+from llava.core.runtime import batched, write_json
+from llava.core.types import VerdictLabel, VideoVerdict
+from llava.data.inputs import FetchLimits, NamedImage, NamedInput, NamedVideo, expand, open_input
+from llava.pipeline.findings import Finding
+from llava.pipeline.settings import FaceSettings, ModelSettings, VideoSettings, WordSettings
 from llava.pipeline.tables import table_text, write_csv
 
 if TYPE_CHECKING:
     from llava.pipeline.pipeline import Pipeline
 
 QUIT = "/quit"
+FILES = ("csv", "html", "json_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,9 @@ class AskSettings(FaceSettings, ModelSettings):
     prior: float | None = setting(
         None, "share of forgeries expected among such images, 0.1 = one in ten; none = as in the calibration data"
     )
+    stability: bool = setting(
+        True, "judge delivered versions of each face too (JPEG, resized, cropped); one that turns it makes it UNCERTAIN"
+    )
     fetch: FetchLimits = setting(FetchLimits())
 
 
@@ -41,9 +46,13 @@ class AskSettings(FaceSettings, ModelSettings):
 class DetectSettings(AskSettings):
     """What is looked at, and how the answers are given."""
 
-    paths: list[str] = setting(help="image files, folders, zips, quoted globs, http(s) addresses", positional=True)
-    json: bool = setting(False, "print one JSON object per face and line instead of a table")
+    paths: list[str] = setting(help="images, videos, folders, zips, quoted globs, http(s) addresses", positional=True)
+    json: bool = setting(False, "print one JSON object per face (or video) and line instead of a table")
     csv: str | None = setting(None, "write the answers to this file as well")
+    html: str | None = setting(None, "write a case file to read and print: pictures, verdicts, what they rest on")
+    json_file: str | None = setting(None, "write the case file as JSON, with the same facts and pictures")
+    timeline: str | None = setting(None, "draw the scores of each video over time into this folder")
+    video: VideoSettings = setting(VideoSettings())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +69,19 @@ class ChatSettings(AskSettings, WordSettings):
     image: str = setting(help="image file or http(s) address", positional=True)
 
 
-Answer = Verdict | Explanation
-Ask = Callable[[Sequence[NamedImage]], Iterable[Answer]]
+Ask = Callable[[Sequence[NamedImage]], Iterable[Finding]]
+AskVideo = Callable[[NamedVideo], Finding]
 
 
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
     names = _checked_inputs(settings)
     pipeline = load_pipeline(settings)
-    yield from _answers(names, settings, pipeline.detect)
+
+    def ask_video(video: NamedVideo) -> Finding:
+        return pipeline.video_finding(video, settings.video)
+
+    yield from _answers(names, settings, pipeline, pipeline.findings, ask_video)
 
 
 def explain(settings: ExplainSettings) -> Iterator[str]:
@@ -78,13 +91,22 @@ def explain(settings: ExplainSettings) -> Iterator[str]:
     from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
-    yield from _answers(names, settings, lambda images: pipeline.explain_all(images, settings.question, words))
+
+    def ask(images: Sequence[NamedImage]) -> Iterator[Finding]:
+        return pipeline.explained_findings(images, settings.question, words)
+
+    def ask_video(video: NamedVideo) -> Finding:
+        return pipeline.explained_video_finding(video, settings.question, settings.video, words)
+
+    yield from _answers(names, settings, pipeline, ask, ask_video)
 
 
 def chat(settings: ChatSettings) -> Iterator[str]:
     """Yield the verdict, then answers as they are written, until /quit or the end of the input."""
     (name,) = expand([settings.image])[:1]
     image = open_input(name, settings.fetch)
+    if isinstance(image, NamedVideo):
+        raise ValueError(f"{name}: a conversation is about one image; ask about a video with `m2f2 explain`.")
     if image.problem:
         raise ValueError(f"{name}: {image.problem}")
     pipeline = load_pipeline(settings)
@@ -117,32 +139,70 @@ def load_pipeline(settings: AskSettings) -> Pipeline:
         faces,
         settings.batch_size,
         settings.prior,
+        settings.stability,
     )
 
 
 def _checked_inputs(settings: DetectSettings) -> list[str]:
     """List the inputs; what is wrong with the command line is said here, before a model is loaded."""
-    if settings.csv and Path(settings.csv).is_dir():
-        raise ValueError(f"--csv {settings.csv!r} is a folder; give the name of a file.")
+    for name in FILES:
+        file = getattr(settings, name)
+        if file and Path(file).is_dir():
+            raise ValueError(f"--{name.replace('_', '-')} {file!r} is a folder; give the name of a file.")
+    if settings.timeline and Path(settings.timeline).is_file():
+        raise ValueError(f"--timeline {settings.timeline!r} is a file; give the name of a folder.")
     return expand(settings.paths)
 
 
-def _answers(names: Sequence[str], settings: DetectSettings, ask: Ask) -> Iterator[str]:
-    answers: list[Answer] = []
+def _answers(
+    names: Sequence[str], settings: DetectSettings, pipeline: Pipeline, ask: Ask, ask_video: AskVideo
+) -> Iterator[str]:
+    from llava.pipeline.video import in_order, write_timelines
+
+    is_case = bool(settings.html or settings.json_file)
+    answers, entries = [], []
     unread = 0
     for batch in _with_progress(names, settings.batch_size):
-        images = [open_input(name, settings.fetch) for name in batch]
-        unread += sum(image.pixels is None for image in images)
-        for answer in ask(images):
-            answers.append(answer)
+        inputs = {name: open_input(name, settings.fetch) for name in batch}
+        unread += sum(isinstance(each, NamedImage) and each.pixels is None for each in inputs.values())
+        for finding in in_order(list(inputs.values()), ask, ask_video):
+            verdict = finding.verdict
+            unread += isinstance(verdict, VideoVerdict) and not verdict.frames
+            answers.append(finding.answer)
+            if is_case:
+                entries.append(_entry(finding, inputs[verdict.image]))
             if settings.json:
-                yield json.dumps(answer.to_dict(), ensure_ascii=False) + "\n"
+                yield json.dumps(finding.answer.to_dict(), ensure_ascii=False) + "\n"
     if not settings.json:
         yield table_text(answers)
     if settings.csv:
         write_csv(settings.csv, answers)
+    if settings.timeline:
+        write_timelines(settings.timeline, answers)
+    if is_case:
+        _write_case(pipeline, entries, settings)
     if unread:
         raise Incomplete(f"{unread} of {len(names)} inputs could not be read; their rows say why.")
+
+
+def _entry(finding: Finding, source: NamedInput) -> dict[str, Any]:
+    from llava.pipeline.cases import entry_of  # here, because only a case file needs matplotlib and Jinja
+
+    return entry_of(finding, source)
+
+
+def _write_case(pipeline: Pipeline, entries: Sequence[dict[str, Any]], settings: DetectSettings) -> None:
+    from llava.pipeline.cases import case_of, write_case_html
+
+    left_out = {"paths", "json", "fetch", "timeline", "video", *FILES}
+    asked = {name: value for name, value in to_dict(settings).items() if name not in left_out}
+    if any(entry["video"] for entry in entries):
+        asked |= {f"video.{name}": value for name, value in to_dict(settings.video).items()}
+    case = case_of(pipeline, entries, asked)
+    if settings.html:
+        write_case_html(settings.html, case)
+    if settings.json_file:
+        write_json(settings.json_file, case)
 
 
 def _with_progress(names: Sequence[str], size: int) -> Iterable[list[str]]:

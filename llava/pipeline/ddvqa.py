@@ -108,7 +108,7 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
     faces = [
         Face(image=items[0].name, pixels=read_image(stored_image(items[0].where), items[0].where)) for items in batch
     ]
-    verdicts, encoded = pipeline.look(faces)
+    found, encoded = pipeline.look(faces)
     assert encoded is not None
     asked = [(number, item) for number, items in enumerate(batch) for item in items]
     told = settings.evidence_p_fake
@@ -117,10 +117,11 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
         evidence = None if told is None else torch.tensor([[1 - told, told]] * len(part))
         texts = explainer.answer(encoded.take([number for number, _ in part]), conversations, words, evidence)
         for (number, item), turns, text in zip(part, conversations, texts, strict=True):
+            verdict = found[number].verdict
             metadata = {
-                "p_fake": verdicts[number].p_fake,
-                "raw_p_fake": verdicts[number].raw_p_fake,
-                "label": str(verdicts[number].label),
+                "p_fake": verdict.p_fake,
+                "raw_p_fake": verdict.raw_p_fake,
+                "label": str(verdict.label),
                 "detector": pipeline.detector.name,
                 "model": settings.model_path,
                 **({} if told is None else {"evidence_p_fake": told}),

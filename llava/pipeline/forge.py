@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,8 @@ from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Record
 from llava.data.forgery_text import Truth
 from llava.data.images import IMAGE_SUFFIXES, list_images
 from llava.data.splits import choose_groups
+from llava.ops.augment import AugmentConfig, augment
+from llava.ops.face_regions import disjoint
 from llava.ops.forge import ForgeConfig, Forgery, draw_kind, forge
 from llava.pipeline.forge_faces import FaceCrop, RegionFinder, read_face, regions_by_eyes
 from llava.pipeline.forge_files import (
@@ -44,7 +47,8 @@ class ForgeDataConfig:
 
     folder: str = setting(help="folder of real faces; each folder below it is one person", positional=True)
     output: str = setting(help="folder to write: images/, masks/, manifest.csv and conversations by split")
-    per_image: int = setting(1, "forgeries of each photo; the untouched face stands beside them once")
+    versions: int = setting(1, "versions of each photo, each a little turned and lit differently; 1 = the photo alone")
+    per_image: int = setting(1, "forgeries of each version; the untouched face stands beside them once")
     seed: int = setting(0, "seed of what is forged, of the splits and of the questions' order in dialogues")
     face: Literal["auto", "off"] = setting("auto", "auto = crop to the largest face, off = the image is a face crop")
     longest_side: int = setting(512, "larger faces are shrunk to this side, in pixels, before they are forged")
@@ -55,9 +59,15 @@ class ForgeDataConfig:
     test_fraction: float = setting(0.2, "part of the photos to test on when no test_groups are given; 0 = none")
     val_fraction: float = setting(0.2, "part of the others to validate on when no val_groups are given; 0 = none")
     forge: ForgeConfig = setting(ForgeConfig())
+    augment: AugmentConfig = setting(AugmentConfig())
 
     def __post_init__(self) -> None:
-        limits = {"per_image": (1, 10_000), "longest_side": (64, 4096), "jpeg_quality": (1, 100)}
+        limits = {
+            "versions": (1, 10_000),
+            "per_image": (1, 10_000),
+            "longest_side": (64, 4096),
+            "jpeg_quality": (1, 100),
+        }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: {getattr(self, name)} is not usable; allowed: {low} to {high}.")
@@ -76,9 +86,9 @@ class Photo:
 def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = regions_by_eyes) -> dict[str, int]:
     """Write untouched and forged faces, masks, manifest.csv and conversations; gives the counts.
 
-    A forgery is a function of (seed, number of the photo in the sorted list, number of the forgery), whatever else is
-    asked for. Photos without a usable face are left out and counted by reason. find_regions: a landmark detector in
-    place of the canonical proportions. Raises ValueError for an output folder that holds something else.
+    An image is a function of (seed, number of the photo in the sorted list, its own number among those made of it).
+    Photos without a usable face are left out and counted by reason. find_regions: a landmark detector in place of the
+    canonical proportions. Raises ValueError for an output folder that holds something else.
     """
     root, output = Path(config.folder), Path(config.output)
     photos = _list_photos(root, output)
@@ -98,7 +108,7 @@ def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = region
             continue
         photo = Photo(number, path.relative_to(root).as_posix(), groups[number], splits[groups[number]])
         written = _write_photo(output, photo, crop, config)
-        counts["forgeries_too_faint"] += 1 + config.per_image - len(written)
+        counts["forgeries_too_faint"] += config.versions * (1 + config.per_image) - len(written)
         items += written
     if not items:
         raise ValueError(
@@ -154,19 +164,28 @@ def _digest(root: Path, photos: Sequence[Path]) -> str:
 
 
 def _write_photo(output: Path, photo: Photo, crop: FaceCrop, config: ForgeDataConfig) -> list[Item]:
-    """Write the untouched face and its forgeries; those that stay too faint are missing."""
+    """Write every version of a face, untouched and forged; forgeries that stay too faint are missing."""
     items = []
-    for variant in range(config.per_image + 1):
-        rng = item_rng(config.seed, variant, photo.number)
-        forgery = visible_forgery(crop, config.forge, rng) if variant else None
+    for version, variant in product(range(config.versions), range(config.per_image + 1)):
+        number = version * (config.per_image + 1) + variant
+        rng = item_rng(config.seed, number, photo.number)
+        if variant == 0:
+            first = number
+            shown = _version(crop, config.augment, rng) if version else crop
+        forgery = visible_forgery(shown, config.forge, rng) if variant else None
         if variant and forgery is None:
             continue
-        item = _item(photo, variant, forgery, crop, SUFFIXES[config.format])
-        write_image(output / item.record.id, forgery.image if forgery else crop.image, config.jpeg_quality)
+        item = _item(photo, number, first, forgery, shown, SUFFIXES[config.format])
+        write_image(output / item.record.id, forgery.image if forgery else shown.image, config.jpeg_quality)
         if forgery:
             write_mask(output / item.record.tags["mask"], forgery.mask)
         items.append(item)
     return items
+
+
+def _version(crop: FaceCrop, config: AugmentConfig, rng: np.random.Generator) -> FaceCrop:
+    image, regions = augment(crop.image, crop.regions, config, rng)
+    return FaceCrop(image=image, regions=disjoint(regions, *image.shape[:2]))
 
 
 def visible_forgery(crop: FaceCrop, config: ForgeConfig, rng: np.random.Generator) -> Forgery | None:
@@ -179,9 +198,11 @@ def visible_forgery(crop: FaceCrop, config: ForgeConfig, rng: np.random.Generato
     return None
 
 
-def _item(photo: Photo, variant: int, forgery: Forgery | None, crop: FaceCrop, suffix: str) -> Item:
-    stem = f"{photo.split}/{photo.number:05d}_{variant}"
+def _item(photo: Photo, number: int, first: int, forgery: Forgery | None, crop: FaceCrop, suffix: str) -> Item:
+    """Describe one image; first: number of the untouched version that it was made from."""
+    stem, untouched = (f"{photo.split}/{photo.number:05d}_{n}" for n in (number, first))
     file, tags = f"{IMAGES}/{stem}{suffix}", {"region": "", "artefact": "", "mask": "", "original": photo.name}
+    tags["untouched"] = f"{IMAGES}/{untouched}{suffix}"
     truth = None
     if forgery is not None:
         tags |= {"region": forgery.region, "artefact": forgery.artefact, "mask": f"{MASKS}/{stem}.png"}

@@ -28,7 +28,7 @@ from llava.train.runs import other_settings
 
 SPLITS = ("train", "val", "test")
 IMAGES, MASKS, TABLE = "images", "masks", "manifest.csv"
-TAGS = ("region", "artefact", "mask", "original")
+TAGS = ("region", "artefact", "mask", "original", "untouched")
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from llava.core.calibration import Calibration
-from llava.core.types import FAKE, REAL, Verdict, VerdictLabel
+from llava.core.types import Verdict, VerdictLabel
 from llava.detectors.base import Detector
-from llava.pipeline.agreement import LABELS
 from llava.pipeline.faces import Face
+from llava.pipeline.stability import outlasting
 
 IN_THE_BAND = "real and forged faces both get such scores"
 CONTRADICTED = "the score alone would decide, but not with the share of forgeries expected"
@@ -20,10 +20,14 @@ CONTRADICTED = "the score alone would decide, but not with the share of forgerie
 def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prior: float | None = None) -> Verdict:
     """Give the verdict on a face from its p_fake, probabilities and evidence; without, INCONCLUSIVE.
 
-    prior: share of fakes expected, for a calibrated detector; None = that of its validation data.
+    scores may hold `versions`, raw p_fake of delivered versions by name: see `outlasting`.
+
+    prior: share of fakes expected, for a calibrated detector; None = the calibration's own.
     """
     box = face.box
     found = _found(detector, scores["p_fake"], prior) if scores else _nothing(face.reason)
+    if scores and scores.get("versions"):
+        found |= outlasting(detector, found["label"], scores["versions"], prior)
     return Verdict(
         **found,
         probabilities=scores["probabilities"] if scores else {},
@@ -42,15 +46,13 @@ def _nothing(reason: str) -> dict[str, Any]:
 
 def _found(detector: Detector, raw: float, prior: float | None) -> dict[str, Any]:
     """Give label, p_fake and what goes with them."""
+    (label,) = detector.labels(np.array([raw]), prior)
     if detector.calibration is not None:
-        return _calibrated(detector.calibration, raw, prior)
-    threshold = detector.decision.threshold
-    label = LABELS[FAKE if raw >= threshold else REAL]
-    return {"label": label, "p_fake": raw, "raw_p_fake": raw, "threshold": threshold}
+        return _calibrated(detector.calibration, label, raw, prior)
+    return {"label": label, "p_fake": raw, "raw_p_fake": raw, "threshold": detector.decision.threshold}
 
 
-def _calibrated(calibration: Calibration, raw: float, prior: float | None) -> dict[str, Any]:
-    (label,) = calibration.labels(np.array([raw]), prior)
+def _calibrated(calibration: Calibration, label: VerdictLabel, raw: float, prior: float | None) -> dict[str, Any]:
     is_in_band = calibration.real_below <= raw <= calibration.fake_above
     doubt = IN_THE_BAND if is_in_band else CONTRADICTED
     told = "" if prior is None else f", {100 * prior:g} % forgeries expected"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ import torch
 
 from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
-from llava.core.types import Explanation, Turn, Verdict
+from llava.core.types import Explanation, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config, resolve
 from llava.data.images import read_image
 from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
@@ -22,11 +23,14 @@ from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.ops.delivery import VERSIONS, delivered
 from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
+from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.judging import judge
-from llava.pipeline.settings import FaceSettings, Precision, Quantization
+from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
+from llava.pipeline.video import Video, explained_video_finding, video_finding
 
 Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 
@@ -34,7 +38,8 @@ Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 class Pipeline:
     """A detector, alone or inside an explainer, that is asked about images.
 
-    prior: share of fakes expected, None = that of the calibration data.
+    prior: share of fakes expected, None = that of the calibration data. stability: whether `detect`, `explain` and
+    `chat` judge delivered versions of each face as well, and say UNCERTAIN where one turns the verdict round.
 
     An image is a path, an http(s) address, the bytes of a file, a uint8 RGB array (H, W, 3) or a NamedImage. One that
     cannot be read raises, except as a NamedImage with a problem, which becomes an INCONCLUSIVE verdict.
@@ -48,6 +53,7 @@ class Pipeline:
         faces: FaceSettings | None = None,
         batch_size: int = 8,
         prior: float | None = None,
+        stability: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not usable; allowed: 1 or more.")
@@ -62,6 +68,7 @@ class Pipeline:
         self.name = name
         self.faces = faces or FaceSettings()
         self.batch_size = batch_size
+        self.stability = stability
 
     @classmethod
     def from_pretrained(
@@ -73,11 +80,12 @@ class Pipeline:
         faces: FaceSettings | None = None,
         batch_size: int = 8,
         prior: float | None = None,
+        stability: bool = True,
     ) -> Pipeline:
         """Load a detector folder or a merged explainer, by path, name in `checkpoints/` or hub id.
 
-        prior: share of fakes expected, above 0 and below 1, for a calibrated detector; None = that of its validation
-        data. precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
+        prior: share of fakes expected, above 0 and below 1, for a calibrated detector; None = the calibration's own.
+        precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
         Raises FileNotFoundError or ValueError when the folder holds neither.
         """
         if prior is not None:
@@ -87,7 +95,7 @@ class Pipeline:
             dtype = ("bf16" if where.type == "cuda" else "fp32") if precision == "auto" else precision
             model = load_model(folder, where, dtype, quantization)
             explainer = Explainer(model, load_processor(folder, model))
-            return cls(model.detector, explainer, str(name), faces, batch_size, prior)
+            return cls(model.detector, explainer, str(name), faces, batch_size, prior, stability)
         settings = read_config(folder)
         if "detector" not in settings:
             raise ValueError(
@@ -96,12 +104,12 @@ class Pipeline:
             )
         if quantization != "none":
             raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
-        return cls(load_detector(folder).to(where), None, str(name), faces, batch_size, prior)
+        detector = load_detector(folder).to(where)
+        return cls(detector, None, str(name), faces, batch_size, prior, stability)
 
     def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
         """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
-        faces = self._faces(_as_list(images))
-        return [verdict for batch in batched(faces, self.batch_size) for verdict in self.look(batch)[0]]
+        return [finding.verdict for finding in self.findings(_as_list(images))]
 
     def explain(self, image: Image, question: str | None = None) -> Explanation:
         """Give the verdict on an image's largest face with the words that explain it."""
@@ -111,18 +119,63 @@ class Pipeline:
         self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
     ) -> Iterator[Explanation]:
         """Yield one explanation per face, in the order of the images; without words where there is no verdict."""
+        for finding in self.explained_findings(images, question, settings):
+            assert finding.explanation is not None
+            yield finding.explanation
+
+    def findings(self, images: Sequence[Image]) -> Iterator[Finding]:
+        """Yield the verdicts as `detect` gives them, each beside the crop and the map that it rests on."""
+        for batch in batched(self._faces(images), self.batch_size):
+            yield from self.look(batch, self.stability)[0]
+
+    def explained_findings(
+        self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
+    ) -> Iterator[Finding]:
+        """Yield the explanations as `explain_all` gives them, each beside the crop and the map."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
         for batch in batched(self._faces(images), self.batch_size):
-            verdicts, encoded = self.look(batch)
+            found, encoded = self.look(batch, self.stability)
             conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
             texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
-            yield from (explanation(v, asked, "" if v.p_fake is None else next(texts)) for v in verdicts)
+            for finding in found:
+                text = "" if finding.pixels is None else next(texts)
+                yield replace(finding, explanation=explanation(finding.verdict, asked, text))
+
+    def detect_video(self, video: Video, settings: VideoSettings | None = None) -> VideoVerdict:
+        """Give the verdict on the face that a video shows longest; INCONCLUSIVE where it cannot be read or judged."""
+        return self.video_finding(video, settings).verdict
+
+    def explain_video(
+        self,
+        video: Video,
+        question: str | None = None,
+        settings: VideoSettings | None = None,
+        words: GenerationSettings | None = None,
+    ) -> Explanation:
+        """Give the verdict on a video with words about its most telling frame."""
+        finding = self.explained_video_finding(video, question, settings, words)
+        assert finding.explanation is not None
+        return finding.explanation
+
+    def video_finding(self, video: Video, settings: VideoSettings | None = None) -> VideoFinding:
+        """Give the verdict as `detect_video` does, beside the crop and the map of the most telling frame."""
+        return video_finding(self, video, settings or VideoSettings())
+
+    def explained_video_finding(
+        self,
+        video: Video,
+        question: str | None = None,
+        settings: VideoSettings | None = None,
+        words: GenerationSettings | None = None,
+    ) -> VideoFinding:
+        """Give the explanation as `explain_video` does, beside the crop and the map that it is about."""
+        return explained_video_finding(self, video, settings or VideoSettings(), question, words)
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
         explainer = self.needed_explainer()
-        (verdict,), encoded = self.look([next(self._faces([image]))])
-        return Chat(explainer, verdict, encoded, settings)
+        (finding,), encoded = self.look([next(self._faces([image]))], self.stability)
+        return Chat(explainer, finding.verdict, encoded, settings)
 
     def needed_explainer(self) -> Explainer:
         """Give the explainer. Raises ValueError for a detector on its own, which has no words."""
@@ -134,15 +187,26 @@ class Pipeline:
         return self.explainer
 
     @torch.inference_mode()
-    def look(self, faces: Sequence[Face]) -> tuple[list[Verdict], Encoded | None]:
-        """Judge a batch of faces; beside the verdicts, what the explainer made of those that have pixels."""
+    def look(self, faces: Sequence[Face], stability: bool = False) -> tuple[list[Finding], Encoded | None]:
+        """Judge a batch of faces; beside the findings, what the explainer made of those that have pixels.
+
+        stability: judge delivered versions of each face as well.
+        """
         pixels = [face.pixels for face in faces if face.pixels is not None]
         if not pixels:
-            return [judge(self.detector, face, None) for face in faces], None
+            return [Finding(verdict=judge(self.detector, face, None)) for face in faces], None
         encoded = self.explainer.encode(pixels) if self.explainer else None
-        scores = iter(self._rows(encoded.detection if encoded else self._detection(pixels)))
-        rows = (None if face.pixels is None else next(scores) for face in faces)
-        return [judge(self.detector, face, row, self.prior) for face, row in zip(faces, rows, strict=True)], encoded
+        detection = encoded.detection if encoded else self._detection(pixels)
+        scored = self._rows(detection)
+        if stability:
+            scored = [row | {"versions": p} for row, p in zip(scored, self._versions(pixels), strict=True)]
+        rows = iter(zip(scored, self._maps(detection, len(pixels)), strict=True))
+        found = []
+        for face in faces:
+            scores, evidence_map = (None, None) if face.pixels is None else next(rows)
+            verdict = judge(self.detector, face, scores, self.prior)
+            found.append(Finding(verdict=verdict, pixels=face.pixels, evidence_map=evidence_map))
+        return found, encoded
 
     def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
         for number, image in enumerate(images):
@@ -156,6 +220,29 @@ class Pipeline:
             for name, spec in self.detector.inputs.items()
         }
         return self.detector.over_views(inputs)
+
+    def _maps(self, detection: DetectorOutput, count: int) -> list[np.ndarray | None]:
+        """Give each image's evidence map as the image lies, also where the first view was mirrored."""
+        if detection.evidence_map is None:
+            return [None] * count
+        maps = detection.evidence_map.float().cpu()
+        first_view = next(iter(self.detector.inputs.values())).views[0]
+        return list((maps.flip(-1) if first_view == "flip" else maps).numpy())
+
+    def _versions(self, pixels: Sequence[np.ndarray]) -> Iterator[dict[str, float]]:
+        """Yield the raw p_fake of every delivered version of each image by its name.
+
+        The versions of a whole batch are scored together, `batch_size` at a time, so that memory stays what it was.
+        """
+        images = (version for image in pixels for version in delivered(image))
+        shares_vision = self.detector.shares_vision
+        detect = self.explainer.detect if self.explainer and shares_vision else self._detection
+        scores: list[float] = []
+        for batch in batched(images, self.batch_size):
+            logits = detect(batch).logits
+            assert logits is not None
+            scores += self.detector.p_fake(logits).tolist()
+        return (dict(zip(VERSIONS, part, strict=True)) for part in batched(scores, len(VERSIONS)))
 
     def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
         """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""

@@ -24,6 +24,25 @@ class FaceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """How a video is looked at."""
+
+    frames: int = setting(16, "frames that are looked at, evenly spread over the clip")
+    least_frames: int = setting(3, "frames with the face that a verdict needs; all, where a clip has fewer frames")
+    trim: float = setting(0.1, "share of the frame scores cut off at each end before the mean is taken")
+    overlap: float = setting(0.3, "boxes of two frames with this overlap (IoU) are the same face")
+    shift: float = setting(1.0, "and so are those whose centres lie at most this many face widths apart")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be done."""
+        for name in ("frames", "least_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"video.{name}: {getattr(self, name)} is not usable; allowed: 1 or more.")
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"video.trim: {self.trim} is not usable; allowed: 0 or more and below 0.5, such as 0.1.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How the model is loaded and run."""
 

@@ -13,14 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava.core.runtime import atomic_path
-from llava.core.types import LABEL_NAMES, Explanation, Verdict, VerdictLabel
+from llava.core.types import LABEL_NAMES, Explanation, Verdict, VerdictLabel, VideoVerdict
 
 PIPE_WIDTH = 200
 COLOURS = {VerdictLabel.REAL: "green", VerdictLabel.FAKE: "red"}
 AGREEMENT = {True: "agrees", False: "DISAGREES", None: "-"}
 VERDICT_FIELDS = ("image", "face", "face_count", "label", "p_fake", "threshold", "calibration", "detector")
-MORE_FIELDS = ("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "face_box", "reason")
-TEXT_FIELDS = ("question", "text", "text_verdict", "agrees")
+MORE_FIELDS = ("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "p_fake_range", "face_box", "reason")
+TEXT_FIELDS = ("question", "about", "text", "text_verdict", "agrees")
+VIDEO_FIELDS = ("frames", "frames_with_face", "damaged", "trim", "spread", "telling_seconds")
 
 
 def table_text(answers: Sequence[Verdict | Explanation]) -> str:
@@ -42,9 +43,10 @@ def table_text(answers: Sequence[Verdict | Explanation]) -> str:
 
 
 def write_csv(path: str | Path, answers: Sequence[Verdict | Explanation]) -> None:
-    """Write one row per face; columns of the text are there when there is a text."""
+    """Write one row per face or video; columns of texts and videos are there when there is one."""
     has_text = any(isinstance(answer, Explanation) for answer in answers)
-    fields = [*VERDICT_FIELDS, *MORE_FIELDS, *(TEXT_FIELDS if has_text else ())]
+    has_video = any(isinstance(verdict_of(answer), VideoVerdict) for answer in answers)
+    fields = [*VERDICT_FIELDS, *MORE_FIELDS, *(VIDEO_FIELDS if has_video else ()), *(TEXT_FIELDS if has_text else ())]
     with atomic_path(path) as staged, staged.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
@@ -61,8 +63,8 @@ def _cells(answer: Verdict | Explanation) -> list[str]:
     colour = COLOURS.get(verdict.label, "yellow")
     which = f" (face {verdict.face} of {verdict.face_count})" if verdict.face_count > 1 else ""
     p_fake = verdict.score_text if verdict.is_calibrated else "-" if verdict.p_fake is None else f"{verdict.p_fake:.3f}"
-    text = [AGREEMENT[answer.agrees], escape(answer.text)] if isinstance(answer, Explanation) else []
-    remark = " ".join([verdict.reason, answer.remark if isinstance(answer, Explanation) else ""]).strip()
+    text = [AGREEMENT[answer.agrees], escape(answer.told)] if isinstance(answer, Explanation) else []
+    remark = " ".join([verdict.remark, answer.remark if isinstance(answer, Explanation) else ""]).strip()
     return [f"[{colour}]{verdict.label}[/]", p_fake, escape(verdict.image + which), *text, escape(remark)]
 
 
@@ -79,10 +81,14 @@ def _caption(answers: Sequence[Verdict | Explanation]) -> str:
 
 
 def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
-    row = verdict_of(answer).to_dict()
-    for name in ("face_box", "band"):
+    verdict = verdict_of(answer)
+    row = verdict.to_dict() | {"p_fake_range": verdict.p_fake_range}
+    if isinstance(verdict, VideoVerdict):
+        row |= {name: getattr(verdict, name) for name in ("frames_with_face", "telling_seconds")}
+        row["frames"] = len(verdict.frames)
+    for name in ("face_box", "band", "p_fake_range"):
         row[name] = " ".join(map(str, row[name] or ()))
     if isinstance(answer, Explanation):
         said = "" if answer.text_verdict is None else LABEL_NAMES[answer.text_verdict]
-        row |= {"question": answer.question, "text": answer.text, "text_verdict": said, "agrees": answer.agrees}
+        row |= {name: getattr(answer, name) for name in TEXT_FIELDS} | {"text_verdict": said}
     return row

@@ -13,7 +13,7 @@ from llava.detectors.base import Detector
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.conformal import groups_of, needed_groups
 from llava.evaluation.predictions import Predictions
-from llava.evaluation.reliability import calibration_report
+from llava.evaluation.reliability import calibration_report, share_of_fakes
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def measured(calibration: Calibration | None, test: Predictions | None, n_boot: 
     """Give the report of a calibration on test scores; None when either is missing."""
     if calibration is None or test is None:
         return None
-    report = calibration_report(test, calibration, n_boot)
+    report = calibration_report(test, calibration, n_boot, prior=share_of_fakes(test))
     values = [report[side]["ece"] for side in ("before", "after")]
     shown = (f"{v['value']:.3f}" + ("" if v["low"] is None else f" [{v['low']:.3f}, {v['high']:.3f}]") for v in values)
     log.info("ECE on test: %s raw, %s after calibration by %s (%s)", *shown, report["method"], report["calibration"])

@@ -36,8 +36,10 @@ class OptimConfig:
 class LossConfig:
     """How the loss treats the classes."""
 
-    class_balance: Literal["weights", "sampling", "none"] = setting(
-        "weights", "weights in the cross-entropy, equally many samples of each class, or neither"
+    class_balance: Literal["weights", "sampling", "pairs", "none"] = setting(
+        "weights",
+        "weights in the cross-entropy, equally many samples of each class, each real beside a fake made from it "
+        "(tag untouched), or none of them",
     )
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from llava.core.runtime import write_json
 from llava.core.weights import load_module
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
 from llava.detectors.base import Detector
@@ -29,6 +30,7 @@ from llava.train.scoring import p_fake_of, probe_answers
 from llava.train.splits import PhaseData
 
 log = logging.getLogger(__name__)
+HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
 BEST = "best"  # sub-folder of a phase with its best detector; it exists when the phase is finished
 RESAMPLES_WHILE_TRAINING = 200
 # The best weights have the highest video AUC; this small share of the loss decides between equal ones. One pair of
@@ -44,8 +46,10 @@ class WholeBatches(EpochSampler):
     Trainer's own `dataloader_drop_last` would leave images out of validation, too.
     """
 
-    def __init__(self, labels: list[int], seed: int, balanced: bool, batch_size: int) -> None:
-        super().__init__(labels, seed, balanced)
+    def __init__(
+        self, labels: list[int], seed: int, balanced: bool, batch_size: int, origins: list[str] | None = None
+    ) -> None:
+        super().__init__(labels, seed, balanced, origins=origins)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -64,7 +68,9 @@ class DetectorTrainer(Trainer):
 
     def __init__(self, detector: Detector, phase: PhaseConfig, data: PhaseData, args: TrainingArguments) -> None:
         self.phase, self.val_records = phase, data.val
-        train_set = DetectionDataset(data.source, data.train, detector.inputs, phase.degrade, phase.seed)
+        train_set = DetectionDataset(
+            data.source, data.train, detector.inputs, phase.degrade, phase.seed, mask_grid=detector.mask_grid
+        )
         val_set = DetectionDataset(data.source, data.val, detector.inputs, with_views=True)
         config, detector.config = detector.config, None  # Trainer writes `use_cache` into any config that it finds
         super().__init__(
@@ -80,8 +86,9 @@ class DetectorTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
         dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, DetectionDataset)
-        is_balanced = self.phase.loss.class_balance == "sampling"
-        return WholeBatches(dataset.labels, self.phase.seed, is_balanced, self.phase.batch_size)
+        balance = self.phase.loss.class_balance
+        origins = [r.tags.get("untouched", "") for r in dataset.records] if balance == "pairs" else None
+        return WholeBatches(dataset.labels, self.phase.seed, balance == "sampling", self.phase.batch_size, origins)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Use the detector's parameter groups; the largest comes first, because its rate is the one shown."""
@@ -155,6 +162,7 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     check_collapse(trainer.evaluate(), phase.collapse, answers)
     if args.should_save:
+        write_json(folder / HISTORY, trainer.state.log_history)
         detector.save(folder / BEST)
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)

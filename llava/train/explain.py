@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from llava.core.runtime import write_run
+from llava.core.runtime import item_rng, write_run
 from llava.core.types import FAKE, REAL, Record
 from llava.core.weights import resolve, sha256_of
 from llava.data.conversations import ConversationSource, open_conversations
@@ -31,6 +31,7 @@ SETTINGS_OF_A_RUN = (
     *("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "mm_projector_lr", "lr_scheduler_type"),
     *("num_train_epochs", "max_steps", "seed", "balance_classes", "freeze_backbone", "tune_deepfake_mlp_adapter"),
     *("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "model_max_length", "warmup_steps", "weight_decay"),
+    "spread_evidence",
 )
 
 
@@ -38,13 +39,19 @@ class ExplainDataset(Dataset[dict[str, Any]]):
     """Conversations about images as ids, labels and pixels; every item is the same in every epoch.
 
     is_balanced: records of the rarer class come again until both classes weigh the same; otherwise the words learn
-    the data's share of fakes beside the evidence, and tip over at another p_fake than the detector.
+    the data's share of fakes beside the evidence, and tip over at another p_fake than the detector. spread_seed: each
+    item is told a p_fake drawn evenly from its label's side of 0.5, a function of (seed, item).
     """
 
     def __init__(
-        self, source: ConversationSource, processor: ExplainerProcessor, max_length: int, is_balanced: bool = False
+        self,
+        source: ConversationSource,
+        processor: ExplainerProcessor,
+        max_length: int,
+        is_balanced: bool = False,
+        spread_seed: int | None = None,
     ) -> None:
-        self.source = source
+        self.source, self.spread_seed = source, spread_seed
         self.processor = processor
         self.max_length = max_length
         self.rows = balanced_rows([r.label for r in source.records]) if is_balanced else range(len(source.records))
@@ -67,7 +74,13 @@ class ExplainDataset(Dataset[dict[str, Any]]):
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORE for label in labels):
             raise ValueError(self._no_answer(record))
-        return {"input_ids": ids, "labels": labels, **self.processor.pixels(sample.image)}
+        told = {} if self.spread_seed is None else {"told_p_fake": self._told(record, index, self.spread_seed)}
+        return {"input_ids": ids, "labels": labels, **told, **self.processor.pixels(sample.image)}
+
+    def _told(self, record: Record, index: int, seed: int) -> float:
+        if record.label is None:
+            raise ValueError(f"--spread_evidence needs labels, {record.id!r} has none; give `label`, or leave it off.")
+        return (record.label + float(item_rng(seed, 0, index).random())) / 2
 
     def _no_answer(self, record: Record) -> str:
         return (
@@ -201,7 +214,13 @@ def train(args: ExplainArguments) -> dict[str, float]:
         model=model,
         args=args,
         data_collator=processor.collate,
-        train_dataset=ExplainDataset(train_source, processor, args.model_max_length, is_balanced(args, train_source)),
+        train_dataset=ExplainDataset(
+            train_source,
+            processor,
+            args.model_max_length,
+            is_balanced(args, train_source),
+            args.seed if args.spread_evidence else None,
+        ),
         eval_dataset=ExplainDataset(eval_source, processor, args.model_max_length) if eval_source else None,
     )
     trainer.add_callback(DetectorInFloat32(model))

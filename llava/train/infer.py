@@ -1,17 +1,18 @@
-"""Score a split with a trained detector: csv, json and a ROC picture; the threshold comes from validation only."""
+"""Score a split with a trained detector: csv, json and a ROC picture; the threshold comes from validation only.
+
+`m2f2 evaluate`, which `stage_1_inference.sh` starts.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llava.core.config import build, parse, setting
-from llava.core.logs import setup_logging
+from llava.core.config import build, setting
 from llava.core.runtime import pick_device, write_json, write_run
 from llava.core.weights import resolve
 from llava.data.sources import DataConfig, open_source, split_of
@@ -21,10 +22,11 @@ from llava.evaluation.metrics import detection_report
 from llava.evaluation.pictures import draw_roc
 from llava.evaluation.predictions import write_csv
 from llava.train.calibrate import measured
+from llava.train.robustness import degraded_scores, rule_lines, write_robustness
 from llava.train.scoring import score
 from llava.train.stage_1 import describe_level
 
-log = logging.getLogger("llava.train.infer")  # run with -m, __name__ is another
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +43,21 @@ class ScoreConfig:
     workers: int = setting(0, "processes that prepare images; 0 = none beside the scoring")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where it runs")
     resamples: int = setting(2000, "bootstrap resamples behind each interval")
+    robustness: bool = setting(
+        False, "score JPEG, resized, cropped, blurred and noisy copies too, 30 times the work: robustness.json and .png"
+    )
+    seed: int = setting(0, "seed of the noise of --robustness and of the bootstrap")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Score by flags; gives 0, or 2 for a mistake in what was asked. `--debug` shows where an error came from."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    is_debug = "--debug" in words
-    setup_logging(is_debug)
-    words = [word for word in words if word != "--debug"]
-    config = parse(ScoreConfig, words, "Score a split with a trained detector.", prog="stage_1_inference.sh")
-    try:
-        score_split(config)
-    except (ValueError, FileNotFoundError) as error:
-        log.error("%s", error, exc_info=is_debug)
-        return 2
-    return 0
+def evaluate(config: ScoreConfig) -> str:
+    """Score a split and give what was found in a few lines."""
+    return "\n".join(_lines(score_split(config), Path(config.output_dir)))
 
 
 def score_split(config: ScoreConfig) -> dict[str, Any]:
     """Write predictions.csv, report.json and roc.png into `config.output_dir` and give the report.
 
-    Raises ValueError or FileNotFoundError.
+    With `robustness` also robustness.json and robustness.png. Raises ValueError or FileNotFoundError.
     """
     folder = resolve(config.model)
     data = config.data or _data_of_training(folder)
@@ -72,20 +68,24 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     require_both_classes(records, f"Split {config.split!r} of {data.path!r}")
     detector = load(folder)
     output = Path(config.output_dir)
-    write_run(output, asdict(config), seed=None)
-    predictions = score(detector, source, records, pick_device(config.device), config.batch_size, config.workers)
+    write_run(output, asdict(config), config.seed)
+    asked = (detector, source, records, pick_device(config.device), config.batch_size, config.workers)
+    predictions = score(*asked)
     report = {
         "model": config.model,
         "detector": detector.name,
         "decision": asdict(detector.decision),
         "split": config.split,
-        **detection_report(predictions, detector.decision.threshold, config.resamples),
+        **detection_report(predictions, detector.decision.threshold, config.resamples, config.seed),
         "calibration": measured(detector.calibration, predictions, config.resamples),
     }
     write_csv(output / "predictions.csv", predictions)
     write_json(output / "report.json", report)
-    draw_roc(output / "roc.png", predictions, config.resamples, threshold=detector.decision.threshold)
-    _log_report(report, output)
+    draw_roc(output / "roc.png", predictions, config.resamples, config.seed, threshold=detector.decision.threshold)
+    if config.robustness:
+        degraded = degraded_scores(*asked, config.seed)
+        settings = (config.resamples, config.seed)
+        report["robustness"] = write_robustness(output, detector, predictions, degraded, *settings)
     return report
 
 
@@ -101,19 +101,19 @@ def _data_of_training(folder: Path) -> DataConfig:
     return build(DataConfig, settings, where="data")
 
 
-def _log_report(report: dict[str, Any], output: Path) -> None:
+def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:
+    """Yield the main numbers of a report, and where the rest of it is."""
     for level in ("frame", "video"):
-        log.info("%s", describe_level(f"{report['split']} {level}", report[level]))
+        yield describe_level(f"{report['split']} {level}", report[level])
     for name, numbers in report["classes"].items():
-        log.info(
-            "%s: AUC %.3f, recall %.3f", name, numbers["frame"]["auc"]["value"], numbers["frame"]["recall"]["value"]
-        )
+        auc, recall = (numbers["frame"][metric]["value"] for metric in ("auc", "recall"))
+        yield f"{name}: AUC {auc:.3f}, recall {recall:.3f}"
     decision = report["decision"]
-    log.info("threshold %.3f, chosen on %s", decision["threshold"], decision["chosen_on"])
+    yield f"threshold {decision['threshold']:.3f}, chosen on {decision['chosen_on']}"
     if decision["chosen_on"] == "default":
         log.warning("no threshold was chosen on validation: 0.5 is only a convention")
-    log.info("predictions.csv, report.json and roc.png are in %s", output)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    files = ["predictions.csv", "report.json", "roc.png"]
+    if "robustness" in report:
+        yield from rule_lines(report["robustness"])
+        files += ["robustness.json", "robustness.png"]
+    yield f"{', '.join(files)} are in {output}"

@@ -1,4 +1,4 @@
-"""Start `train_deepfake.py`: through the deepspeed launcher with ZeRO-2 on GPUs or on request, else as one process."""
+"""Start `train_deepfake.py`: through the deepspeed launcher with ZeRO-2 on GPUs or on request, else in this process."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def command(argv: Sequence[str], zero: Path) -> list[str]:
-    """Build the command line that trains with these flags. Raises FileNotFoundError when deepspeed is missing."""
+    """Build the launcher's command line for these flags. Raises FileNotFoundError when deepspeed is missing."""
     launcher, training = split_flags(argv)
-    if not launcher and not torch.cuda.is_available():
-        return [sys.executable, str(ENTRY), *training]
     deepspeed = Path(sys.executable).with_name("deepspeed")
     found = str(deepspeed) if deepspeed.exists() else shutil.which("deepspeed")
     if found is None:
@@ -61,6 +59,11 @@ def run(stage: str, argv: Sequence[str], zero: Path = Path("scripts/zero2.json")
         raise ValueError(f"Stage {stage!r} is not trained here; allowed: 2, 3.")
     if not any(word.split("=")[0] == "--config" for word in argv):
         argv = ["--config", str(default_recipe(stage)), *argv]
+    launcher, training = split_flags(argv)
+    if not launcher and not torch.cuda.is_available():
+        from llava.train import train_deepfake  # here, because transformers takes seconds to load
+
+        return train_deepfake.main(training)
     words = command(argv, zero)
     log.info("starting %s", " ".join(words))
     return subprocess.run(words, check=False).returncode

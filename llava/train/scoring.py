@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llava.core.types import Record
-from llava.data.dataset import DetectionDataset, collate
+from llava.data.dataset import Degradation, DetectionDataset, collate
 from llava.data.sources import Source
 from llava.data.transforms import view_tensors
 from llava.detectors.base import Detector
@@ -34,9 +34,14 @@ def score(
     device: torch.device,
     batch_size: int = 32,
     workers: int = 0,
+    degrade: Degradation | None = None,
+    seed: int = 0,
 ) -> Predictions:
-    """Give p_fake of every record, averaged over the test-time views that the detector declares, in fp32."""
-    dataset = DetectionDataset(source, records, detector.inputs, with_views=True)
+    """Give p_fake of every record, averaged over the test-time views that the detector declares, in fp32.
+
+    degrade: changes each image first, random only through (seed, index).
+    """
+    dataset = DetectionDataset(source, records, detector.inputs, degrade, seed, with_views=True)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     scores = []
     with evaluating(detector, device):

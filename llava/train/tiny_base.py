@@ -1,8 +1,9 @@
 """Make a tiny LLaVA from training data alone, so that stages 2 and 3 can be run and learn on two CPU cores.
 
 Its vision tower is the tiny stage-1 detector's. Its tokeniser and its small Llama are trained on the training
-conversations, with the word `real` or `fake` standing where the evidence token will stand and another record's
-picture before it: like LLaVA-1.5, the base understands a verdict that it is told and cannot reach one itself.
+conversations, with the word `real` or `fake` standing where the evidence will stand, beside it the region that was
+edited where the data say one, and another record's picture before it: like LLaVA-1.5, the base understands what it is
+told and cannot find it out itself.
 """
 
 from __future__ import annotations
@@ -118,16 +119,18 @@ class _ToldConversations(Dataset[dict[str, Any]]):
         source, record = self.items[index]
         if record.where not in self.pixels:
             self.pixels[record.where] = self.processor.pixels(source.load(record).image)["pixel_values"]
-        ids, _ = self.processor.encode(source.turns(record), evidence_word=_word(record))
+        ids, _ = self.processor.encode(source.turns(record), evidence_words=_words(record))
         image = self.processor.config.image_token_id
         labels = [-100 if token == image else token for token in ids]
         return {"input_ids": ids, "labels": labels, "pixel_values": self.pixels[record.where], "detector_inputs": {}}
 
 
-def _word(record: Record) -> str:
+def _words(record: Record) -> str:
+    """Give what the evidence will say: the label, and the edited region (`none` if untouched) if the data have one."""
     if record.label is None:
         raise ValueError(f"Record {record.id!r} has no label; make the files with `m2f2 data ddvqa`, which keeps it.")
-    return LABEL_NAMES[record.label]
+    label = LABEL_NAMES[record.label]
+    return f"{label} {record.tags['region'] or 'none'}" if "region" in record.tags else label
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -12,19 +13,23 @@ from llava.core.logs import setup_logging
 from llava.train.arguments import ExplainArguments, translate
 from llava.train.explain import train
 
+log = logging.getLogger("llava.train.train_deepfake")  # run as a file, __name__ is another
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the flags, train, and leave the process group cleanly."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the flags, train, and leave the process group cleanly; gives 2 for a mistake in what was asked."""
     setup_logging()
     try:
         words = list(translate(sys.argv[1:] if argv is None else argv))
         train(parse(ExplainArguments, words, description=__doc__ or ""))
     except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"train_deepfake: error: {error}") from error
+        log.error("%s", error)
+        return 2
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

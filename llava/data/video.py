@@ -1,0 +1,195 @@
+"""A clip to a few evenly spread frames, uint8 RGB and upright, with their times; never the whole clip in memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from llava.data.images import UnreadableImage, check_size
+
+# Containers alone: a playlist (HLS, DASH, concat) makes FFmpeg open whatever other files it names.
+CONTAINERS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg"
+# After a jump a decoder starts afresh at a keyframe; to save fewer frames than this, decoding through is as quick.
+JUMP_FROM = 100
+# A clip that ends before this part of the length in its header is said to break off.
+WHOLE_FROM = 0.9
+
+
+class UnreadableVideo(UnreadableImage):
+    """A clip that is refused; the message names the file and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame of a clip: pixels uint8 RGB (H, W, 3), upright; seconds since the clip's first frame."""
+
+    pixels: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """When each frame of a video is shown; nothing has been decoded for it.
+
+    stamps: one per frame, in the order they are shown, in units of `time_base` seconds; key_stamps: of those that can
+    be decoded alone. note: how the file is damaged, else empty.
+    """
+
+    source: Path | bytes
+    name: str
+    stamps: tuple[int, ...]
+    key_stamps: tuple[int, ...]
+    time_base: Fraction
+    note: str = ""
+
+    def chosen(self, count: int) -> list[int]:
+        """Give the numbers of `count` evenly spread frames, the middle of each of `count` equal parts; all if fewer."""
+        if count < 1:
+            raise ValueError(f"frames: {count} is not usable; allowed: 1 or more, such as 16.")
+        total = len(self.stamps)
+        return [(2 * i + 1) * total // (2 * count) for i in range(count)] if total > count else list(range(total))
+
+    def seconds(self, number: int) -> float:
+        """Give when a frame is shown, in seconds since the first one."""
+        return float((self.stamps[number] - self.stamps[0]) * self.time_base)
+
+
+def open_clip(source: Path | bytes, name: str = "") -> Clip:
+    """Read when the frames of a video file are shown; none is decoded.
+
+    Pictures inside sound files are no video. The limits on pixels are those of images. Raises FileNotFoundError, or
+    UnreadableImage that says what is wrong.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        raise FileNotFoundError(f"Video {str(source)!r} does not exist.")
+    name = name or (str(source) if isinstance(source, Path) else "uploaded bytes")
+    with _opened(source, name) as (container, stream):
+        check_size((stream.width, stream.height), name)
+        packets, is_broken = _scan(container, stream)
+        if not packets or stream.time_base is None:
+            raise UnreadableVideo(f"{name}: a video without a frame that has a time.")
+        stamps = sorted(packet.stamp for packet in packets)
+        seen = max(packet.stamp + packet.duration for packet in packets) - stamps[0]
+        is_short = stream.duration is not None and seen < WHOLE_FROM * stream.duration
+        broken = f"the file is damaged or breaks off after {float(seen * stream.time_base):.1f} s"
+        return Clip(
+            source=source,
+            name=name,
+            stamps=tuple(stamps),
+            key_stamps=tuple(sorted(packet.stamp for packet in packets if packet.is_key)),
+            time_base=stream.time_base,
+            note=broken if is_broken or is_short else "",
+        )
+
+
+def read_frames(clip: Clip, count: int) -> Iterator[Frame]:
+    """Decode `count` evenly spread frames one by one, fewer where the clip has fewer or they are damaged.
+
+    A damaged frame is replaced by the next sound one. Rotation is undone; pixels are taken as square.
+    """
+    chosen = clip.chosen(count)
+    with _opened(clip.source, clip.name) as (container, stream):
+        decoded, last = _decoded(container, stream), -1
+        for number in chosen:
+            if number <= last:
+                continue
+            key = bisect_right(clip.key_stamps, clip.stamps[number]) - 1
+            if key >= 0 and bisect_left(clip.stamps, clip.key_stamps[key]) - last > JUMP_FROM:
+                container.seek(clip.stamps[number], stream=stream)
+                decoded = _decoded(container, stream)
+            stamp, frame = next((pair for pair in decoded if pair[0] >= clip.stamps[number]), (None, None))
+            if stamp is None or frame is None:
+                return
+            last = bisect_right(clip.stamps, stamp) - 1
+            check_size((frame.width, frame.height), clip.name)
+            yield Frame(pixels=_upright(frame), seconds=clip.seconds(last))
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a file and its first moving picture; FFmpeg's errors become UnreadableVideo."""
+    file = BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
+    try:
+        allowed = {"format_whitelist": CONTAINERS}
+        with av.open(file, mode="r", container_options=allowed, metadata_errors="ignore") as container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise UnreadableVideo(f"{name}: has no video stream, only {_kinds(container)}.")
+            if streams[0].codec_context is None:
+                raise UnreadableVideo(f"{name}: its video codec is not known here; convert it to H.264.")
+            streams[0].thread_type = "AUTO"
+            yield container, streams[0]
+    except av.FFmpegError as error:
+        raise UnreadableVideo(
+            f"{name}: damaged, or not a video in a format that is known here ({error.strerror}); send MP4 or WebM."
+        ) from error
+
+
+def _kinds(container: InputContainer) -> str:
+    return " and ".join(sorted({stream.type for stream in container.streams} - {"video"})) or "a still picture"
+
+
+class _Packet(NamedTuple):
+    """A frame that is not decoded yet: when it is shown, whether it stands alone, and for how long it is shown."""
+
+    stamp: int
+    is_key: bool
+    duration: int
+
+
+def _scan(container: InputContainer, stream: VideoStream) -> tuple[list[_Packet], bool]:
+    """List the packets up to the end, or up to damage; the second value says that it was damage."""
+    packets = []
+    try:
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                packets.append(_Packet(packet.pts, packet.is_keyframe, packet.duration or 0))
+    except av.FFmpegError:
+        return packets, True
+    return packets, False
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield the sound frames from here on with their stamps; who wants a damaged one takes the next.
+
+    Damage spreads to what is decoded from it: no frame is sound until the next one that was coded alone.
+    """
+    is_sound = True
+    for packet in chain(_until_damage(container.demux(stream)), [None]):
+        try:
+            frames = stream.decode(packet)
+        except av.FFmpegError:
+            is_sound = False
+            continue
+        for frame in frames:
+            is_sound = not frame.is_corrupt and (is_sound or frame.key_frame)
+            if is_sound and frame.pts is not None:
+                yield frame.pts, frame
+
+
+def _until_damage(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
+    """Yield what can be read; `_scan` has met the same damage and noted it."""
+    try:
+        yield from (packet for packet in packets if packet.size)
+    except av.FFmpegError:
+        return
+
+
+def _upright(frame: VideoFrame) -> np.ndarray:
+    """Give a frame's pixels, turned as the file says they are shown."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))

@@ -1,0 +1,51 @@
+"""What a map of patch-prompt cosines says of face regions, and the loss that draws it to what was forged."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava.core.types import REGIONS
+from llava.ops.face_regions import face_regions
+
+# A cosine times this is the logit of "this patch is forged": 0.3 gives 0.95, and a cosine can say 0.99995.
+COSINE_SCALE = 10.0
+# Share of forged cells in images of local edits is a few per cent; so much more does each of them weigh.
+FORGED_WEIGHT = 4.0
+
+
+class RegionPool(nn.Module):
+    """Pool a map over skin, eyebrows, eyes, nose and mouth, where they usually lie in a face crop.
+
+    A region's value is a smooth maximum of the cells' logits, log(sum(w * exp(logit))), whose weights w, the parts of
+    the region that lie in each cell, sum to 1: one forged cell is enough, and a larger region is not surer for it.
+    """
+
+    weights: Tensor
+
+    def __init__(self, image_size: int, grid: int) -> None:
+        super().__init__()
+        masks = face_regions(image_size, image_size)
+        stacked = torch.stack([torch.from_numpy(masks[name]) for name in REGIONS])  # (R, S, S)
+        cells = F.adaptive_avg_pool2d(stacked, grid).flatten(1)
+        self.register_buffer("weights", cells / cells.sum(dim=1, keepdim=True), persistent=False)
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Give the regions' logits (B, R) from cosines (B, cells)."""
+        logits = COSINE_SCALE * similarity[:, None]  # (B, 1, cells)
+        return torch.logsumexp(logits + self.weights.clamp(min=math.exp(-30)).log(), dim=-1)
+
+
+def map_loss(similarity: Tensor, masks: Tensor) -> Tensor:
+    """Give the binary cross-entropy of cosines (B, cells) against the forged part of each cell (B, grid, grid).
+
+    masks: in [0, 1]; below 0 = unknown, left out. Without any known cell the loss is 0.
+    """
+    target = masks.flatten(1).to(similarity.dtype)
+    is_known = target >= 0
+    weight = is_known * (1 + (FORGED_WEIGHT - 1) * target.clamp(min=0))
+    losses = F.binary_cross_entropy_with_logits(COSINE_SCALE * similarity, target.clamp(min=0), weight, reduction="sum")
+    return losses / weight.sum().clamp(min=1)

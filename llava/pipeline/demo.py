@@ -1,0 +1,130 @@
+"""`m2f2 demo`: the whole path, small, in one process: data, three stages, questions, scores."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.core.config import build, setting
+from llava.core.runtime import write_json
+from llava.evaluation.agreement import read_agreement
+from llava.evaluation.captions import read_caption_set, score_captions
+from llava.evaluation.compare import comparison
+from llava.evaluation.judgement import judgement_report, read_judgements
+from llava.evaluation.report import text_of
+from llava.pipeline import ddvqa
+from llava.pipeline.demo_data import CONFIGS, Plan, prepare
+from llava.pipeline.demo_report import write_report
+from llava.train import infer, stage_1, stages
+from llava.train.tiny_base import TinyBaseConfig, make_tiny_base
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the demonstration learns from, and where it writes."""
+
+    data: str | None = setting(
+        None,
+        "folder of your own: DD-VQA (annotations/DQ_FFpp, images/c40) or class folders {train,val,test}/{real,fake}; "
+        "none = forgeries of the four embedded photos",
+    )
+    output: str = setting("outputs/demo", "folder of everything that is made")
+    recipe: str = setting(
+        "scripts/configs/demo.yaml", "what is forged and how long is trained, without data of one's own"
+    )
+
+
+class Clock:
+    """Says which step begins when, and remembers how long each took, in seconds."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def run(self, title: str, work: Callable[[], Any]) -> Any:
+        """Do one step and give its result. Raises ValueError when that is an exit code other than 0."""
+        begun = time.monotonic()
+        log.info("== %s (%.0f s)", title, begun - self.started)
+        result = work()
+        if isinstance(result, int) and result:
+            raise ValueError(f"The step {title!r} ended with {result}; its message stands above.")
+        self.seconds[title] = round(time.monotonic() - begun, 1)
+        return result
+
+
+def run_demo(config: DemoConfig) -> Iterator[str]:
+    """Run the whole path; yields the scores and where everything is. Raises ValueError where a step fails."""
+    clock, out = Clock(), Path(config.output)
+    plan: Plan = clock.run("data", lambda: prepare(config.data, config.recipe, out))
+    train(plan, out, clock)
+    answer(plan, out, clock)
+    clock.run("scores", lambda: judge_answers(plan, out))
+    if config.data is None:
+        clock.run("report", lambda: write_report(out, clock.seconds))
+        yield f"The report is {out / 'report.html'}: open it in a browser. This model is a demonstration and no tool.\n"
+    write_json(out / "seconds.json", clock.seconds)
+    yield text_of(comparison([out]))
+    minutes = sum(clock.seconds.values()) / 60
+    yield f"All of it took {minutes:.1f} minutes. Ask it: m2f2 chat IMAGE --model {out / 'explainer'}\n"
+
+
+def train(plan: Plan, out: Path, clock: Clock) -> None:
+    """Train the detector, the tiny base, the adapter and LoRA, by what the stage scripts call."""
+    images = ["--image_folder", str(plan.images)]
+    clock.run("stage 1: the detector", lambda: stage_1.main(["--output_dir", str(out / "stage_1"), *plan.stage_1]))
+    scored = infer.ScoreConfig(model=str(out / "stage_1"), output_dir=str(out / "scores"))
+    clock.run("stage 1: scores on test", lambda: infer.score_split(scored))
+    base = {"image_folder": str(plan.images), "detector": str(out / "stage_1"), "out": str(out / "base"), **plan.base}
+    clock.run("the tiny LLaVA base", lambda: make_tiny_base(build(TinyBaseConfig, base)))
+    second = {
+        "config": CONFIGS / "stage_2" / "m2f2_tiny.yaml",
+        "merge.base": out / "base" / "model",
+        "merge.detector": out / "stage_1",
+        "merge.start": out / "stage_2-start",
+        "output_dir": out / "stage_2-delta",
+    }
+    clock.run("stage 2: the adapter", lambda: stages.main(["2", *flags(second), *images, *plan.stage_2]))
+    third = {
+        "config": CONFIGS / "stage_3" / "m2f2_tiny.yaml",
+        "merge.base_of_delta": out / "stage_2-start",
+        "merge.delta": out / "stage_2-delta",
+        "merge.start": out / "stage_2",
+        "merge.final": out / "explainer",
+        "output_dir": out / "stage_3-delta",
+    }
+    clock.run("stage 3: LoRA", lambda: stages.main(["3", *flags(third), *images, *plan.stage_3]))
+
+
+def answer(plan: Plan, out: Path, clock: Clock) -> None:
+    """Ask the explainer about the test images: the verdict, and the reasons where the data have them."""
+    asked = {"det": "verdict_only.json", "exp": "label_free.jsonl"}
+    for task, file in asked.items():
+        if task == "det" or plan.reasons:
+            settings = {
+                "model_path": out / "explainer",
+                "images": plan.images,
+                "questions": plan.conversations / "test" / file,
+                "output": out / f"{task}.jsonl",
+            }
+            clock.run(f"answers: {task}", partial(ddvqa.main, [task, *flags(settings)]))
+
+
+def judge_answers(plan: Plan, out: Path) -> None:
+    """Write judgement.json and, where there are reasons, explanation.json."""
+    answers = read_judgements(out / "det.jsonl", plan.conversations / "test" / "verdict_only.json")
+    write_json(out / "judgement.json", {**judgement_report(answers), "agreement": read_agreement(out / "det.jsonl")})
+    if plan.reasons:
+        captions = read_caption_set(out / "exp.jsonl", plan.conversations / "test" / "label_free.jsonl")
+        write_json(out / "explanation.json", score_captions(captions))
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Write settings as a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]

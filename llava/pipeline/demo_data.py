@@ -1,0 +1,101 @@
+"""What the demonstration learns from: the embedded photos and their forgeries, or a folder of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.core.config import build, load_yaml
+from llava.data.ddvqa import DdvqaConfig, build_ddvqa
+from llava.data.sources import DataConfig
+from llava.data.verdicts import VerdictConfig, build_verdicts
+from llava.pipeline.forge import ForgeDataConfig, build_forgeries
+
+CONFIGS = Path("scripts/configs")
+ANNOTATIONS = "annotations/DQ_FFpp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which files each step reads; flags are those of the commands.
+
+    images: folder that image names start from. conversations: folder with {train,test}. reasons: whether there are
+    questions about reasons. base: settings of the tiny base.
+    """
+
+    images: Path
+    conversations: Path
+    reasons: bool
+    stage_1: list[str]
+    base: dict[str, Any]
+    stage_2: list[str]
+    stage_3: list[str] = field(default_factory=list)
+
+
+def prepare(folder: str | None, recipe: str, out: Path) -> Plan:
+    """Make the conversations, from forged photos if no folder is given, and say what each step reads."""
+    if folder is None:
+        return _embedded(load_yaml(recipe), out)
+    data = Path(folder)
+    if not data.is_dir():
+        raise FileNotFoundError(f"Folder {folder!r} does not exist; give DD-VQA or class folders, or no folder at all.")
+    return _ddvqa(data, out) if (data / ANNOTATIONS).is_dir() else _class_folders(data, out)
+
+
+def _embedded(recipe: dict[str, Any], out: Path) -> Plan:
+    """Forge the embedded photos; everything about this demonstration stands in its recipe."""
+    data = out / "data"
+    build_forgeries(build(ForgeDataConfig, {**recipe["data"], "output": str(data)}, where="data"))
+    train = data / "train"
+    table = ["--data.source", "csv", "--data.path", str(data / "manifest.csv"), "--data.masks", "true"]
+    return Plan(
+        images=data / "images",
+        conversations=data,
+        reasons=True,
+        stage_1=[*_recipe("stage_1/m2f2_tiny_grounded.yaml"), *table, *_flags(recipe["stage_1"])],
+        base={"data": [str(train / "label_free.json"), str(train / "dialogue.json")], **recipe["base"]},
+        stage_2=["--data_path", str(train / "label_free.json"), *_flags(recipe["stage_2"])],
+        stage_3=["--data_path", str(train / "dialogue.json"), *_flags(recipe["stage_3"])],
+    )
+
+
+def _ddvqa(data: Path, out: Path) -> Plan:
+    images, conversations = data / "images" / "c40", out / "conversations"
+    held_out = data / "splits" / "heldval_300.txt"
+    settings = DdvqaConfig(
+        annotations=str(data / ANNOTATIONS),
+        images=str(images),
+        output=str(conversations),
+        val_list=str(held_out) if held_out.is_file() else None,
+    )
+    build_ddvqa(settings)
+    return _labelled(images, conversations, "dialogue")
+
+
+def _class_folders(data: Path, out: Path) -> Plan:
+    build_verdicts(VerdictConfig(data=DataConfig(path=str(data)), output=str(out / "conversations")))
+    return _labelled(data, out / "conversations", "verdict_only")
+
+
+def _labelled(images: Path, conversations: Path, style: str) -> Plan:
+    train = conversations / "train"
+    verdicts, talks = str(train / "verdict_only.json"), str(train / f"{style}.json")
+    source = ["--data.source", "conversations", "--data.path", str(conversations), "--data.root", str(images)]
+    return Plan(
+        images=images,
+        conversations=conversations,
+        reasons=style == "dialogue",
+        stage_1=[*_recipe("stage_1/m2f2_tiny.yaml"), *source],
+        base={"data": sorted({verdicts, talks})},
+        stage_2=["--data_path", verdicts],
+        stage_3=["--data_path", talks],
+    )
+
+
+def _recipe(name: str) -> list[str]:
+    return ["--config", str(CONFIGS / name)]
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
