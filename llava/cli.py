@@ -32,6 +32,10 @@ COMMANDS = {
     "demo": Command("llava.pipeline.demo:run_demo", "run the whole path, small: data, three stages, answers, scores"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
     "evaluate": Command("llava.train.infer:evaluate", "score a detector on a split: AUC, calibration, robustness"),
+    "maps": Command("llava.pipeline.integrity:write_maps", "write a detector's maps of forged images into a file"),
+    "counterfactual": Command(
+        "llava.pipeline.integrity:write_counterfactual", "blur what the words name, and see how far the score falls"
+    ),
     "data verdicts": Command(
         "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
     ),

@@ -94,9 +94,9 @@ def question_type(question: str) -> str:
 def read_caption_set(predict_path: str | Path, gt_path: str | Path) -> CaptionSet:
     """Pair the rows {key, text} of a prediction file with the rows {key: {question, answer: [...]}} of a truth file.
 
-    A truth may carry `label` (real, fake, 0, 1), `region`, `artefact` and `group`. Without a label it is the one in a DD-VQA file
-    name, else what the references say. Raises FileNotFoundError, or ValueError naming the line, for unreadable rows and
-    repeated keys, and when no key of the two files is the same.
+    A truth may carry `label` (real, fake, 0, 1), `region`, `artefact` and `group`. Without a label it is the one in a
+    DD-VQA file name, else what the references say. Raises FileNotFoundError, or ValueError naming the line, for
+    unreadable rows and repeated keys, and when no key of the two files is the same.
     """
     answers: dict[str, str] = {}
     for where, row in read_jsonl(predict_path):

@@ -1,4 +1,4 @@
-"""Do explanations rest on the image? Leaked labels, blind templates, swapped images, flipped labels, named regions."""
+"""Do explanations rest on the image? Leak, template, swap, flip, named regions, pointing, counterfactual."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llava.evaluation.captions import CaptionItem, CaptionSet, read_jsonl
+from llava.evaluation.counterfactual import CounterfactualCase, counterfactual_report
 from llava.evaluation.flip import flip_report
+from llava.evaluation.pointing import RIVALS, PointingCase, pointing_report
 from llava.evaluation.questions import TrainingPair, count_stated, leak_report
-from llava.evaluation.regions import region_report
+from llava.evaluation.regions import ARTEFACT, REGION, naming_report
 from llava.evaluation.swap import caption_swap
 from llava.evaluation.template import template_report
 
@@ -19,6 +21,8 @@ TEMPLATES = {
     "question": "the blind template by whole question",
     "own_verdict": "the template that only knows the model's own verdict",
 }
+NAMING_RIVALS = {"chance": "chance", "guess": "a blind guess", "template": "the blind template"}
+POINTING_RIVALS = dict(zip(RIVALS, ("chance", "the centre of all maps", "maps of other images"), strict=True))
 
 
 def integrity_report(
@@ -26,13 +30,16 @@ def integrity_report(
     training: Sequence[TrainingPair],
     prompts: Mapping[str, str] | None = None,
     flipped: Mapping[str, str] | None = None,
+    pointing: PointingCase | None = None,
+    counterfactual: CounterfactualCase | None = None,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Give every part of the integrity suite, with 95 % intervals, and `verdict`, sentences in plain words.
 
-    prompts: what the model was really asked, by key. flipped: answers to the flipped questions, by key. Parts that the
-    files do not allow are None. Tokens are split at white space, case kept, as published.
+    prompts: what the model was really asked, by key. flipped: answers to the flipped questions, by key. pointing: maps
+    beside masks. counterfactual: scores of blurred images. Parts that the files do not allow are None. Tokens are split
+    at white space, case kept, as published.
     """
     items = captions.items
     report: dict[str, Any] = {
@@ -51,7 +58,10 @@ def integrity_report(
             "same_label": caption_swap(items, n_boot, seed, same_label=True),
         },
         "flip": None if flipped is None else flip_report(items, training, flipped, n_boot, seed),
-        "regions": region_report(items, training, n_boot, seed),
+        "regions": naming_report(REGION, items, training, n_boot, seed),
+        "artefacts": naming_report(ARTEFACT, items, training, n_boot, seed),
+        "pointing": None if pointing is None else pointing_report(pointing, n_boot, seed),
+        "counterfactual": None if counterfactual is None else counterfactual_report(counterfactual, n_boot, seed),
     }
     return report | {"verdict": verdict(report)}
 
@@ -63,14 +73,18 @@ def read_prompts(predict_path: str | Path) -> dict[str, str]:
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
-    """Say in plain words what the numbers mean: leak, template, image, flip, regions; unclear is said to be unclear."""
+    """Say in plain words what the numbers mean, part by part; what is unclear is said to be unclear."""
     sentences = [_leak_sentence(report["leak"])]
     sentences += [_template_sentence(name, row) for name, row in report["template"]["difference"].items()]
     sentences += _swap_sentences(report["swap"])
-    if report["flip"] is not None:
-        sentences.append(_flip_sentence(report["flip"]))
-    if report["regions"] is not None:
-        sentences.append(_region_sentence(report["regions"]))
+    optional = {
+        "flip": _flip_sentence,
+        "regions": lambda part: _naming_sentence("edited region", part),
+        "artefacts": lambda part: _naming_sentence("artefact", part),
+        "pointing": _pointing_sentence,
+        "counterfactual": _counterfactual_sentence,
+    }
+    sentences += [say(report[name]) for name, say in optional.items() if report[name] is not None]
     n = report["n"]
     if lacks := report["template"]["unseen"]["kind"]:
         sentences.append(
@@ -135,16 +149,39 @@ def _flip_sentence(flip: Mapping[str, Any]) -> str:
     )
 
 
-def _region_sentence(regions: Mapping[str, Any]) -> str:
-    begin = f"The text names the edited region in {regions['accuracy']['value']:.1%} of {regions['n']} images"
-    gain = _sign(regions["gain"])
-    blind = {1: "more often than", -1: "less often than", 0: "not clearly more often than"}[gain]
-    swap = regions["swap"]
+def _naming_sentence(what: str, part: Mapping[str, Any]) -> str:
+    accuracy, swap = part["accuracy"]["value"], part["swap"]
+    begin = f"The text names the {what} in {accuracy:.1%} of {part['n']} images, {_beside(part['gain'], NAMING_RIVALS)}"
     if not swap["n"]:
-        return f"{begin}, {blind} a blind guess."
+        return f"{begin}."
     moved = "falls" if _sign(swap["gap"]["accuracy"]) > 0 else "does not clearly fall"
     swapped = swap["swapped"]["accuracy"]["value"]
-    return f"{begin}, {blind} a blind guess; it {moved} when images are swapped ({swapped:.1%})."
+    return f"{begin}; it {moved} when images are swapped ({swapped:.1%}, chance {part['chance']['value']:.1%})."
+
+
+def _pointing_sentence(part: Mapping[str, Any]) -> str:
+    if not part["n"]:
+        return "No image of the maps was edited locally, so nothing can be said of where the map points."
+    begin = f"The map's maximum lies in the mask in {part['hit']['value']:.1%} of {part['n']} locally edited images"
+    return f"{begin}, {_beside(part['gain'], POINTING_RIVALS)}."
+
+
+def _counterfactual_sentence(part: Mapping[str, Any]) -> str:
+    if not part["n"]:
+        return "No answer names one region, so no counterfactual was tested."
+    drop = part["drop"]
+    words = {1: "more than", -1: "less than", 0: "not clearly otherwise than"}[_sign(drop["difference"])]
+    return (
+        f"Blurring the region that the text names changes p_fake by {-drop['named']['value']:+.3f}, which lowers it "
+        f"{words} blurring random regions of that area ({-drop['random']['value']:+.3f}) in {part['n']} images."
+    )
+
+
+def _beside(gains: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """Say which rivals are beaten, which beat, and which are neither."""
+    said = {1: "more often than", -1: "less often than", 0: "not clearly more often than"}
+    found = {words: [names[key] for key, gain in gains.items() if _sign(gain) == sign] for sign, words in said.items()}
+    return ", ".join(f"{words} {' and '.join(rivals)}" for words, rivals in found.items() if rivals)
 
 
 def _sign(interval: Mapping[str, Any]) -> int:

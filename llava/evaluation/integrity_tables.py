@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from llava.core.types import LABEL_NAMES, REGIONS
-from llava.evaluation.regions import NONE, SEVERAL
-from llava.evaluation.report import CAPTION_ROWS, interval_text
+from llava.core.types import LABEL_NAMES
+from llava.evaluation.grounding_tables import grounding_tables
+from llava.evaluation.report import CAPTION_ROWS, interval_text, titled_table
 
 SYSTEMS = {
     "predictions": "predictions",
@@ -24,13 +24,11 @@ def integrity_tables(report: Mapping[str, Any]) -> list[Table]:
     tables = [_leak_table(report["leak"]), *_template_tables(report), *_swap_tables(report["swap"])]
     if report["flip"] is not None:
         tables.append(_flip_table(report["flip"]))
-    if report["regions"] is not None:
-        tables += _region_tables(report["regions"])
-    return tables
+    return tables + grounding_tables(report)
 
 
 def _leak_table(leak: Mapping[str, Any]) -> Table:
-    table = _table(
+    table = titled_table(
         f"Does the question give the label away? {leak['distinct_questions']} distinct questions, "
         f"{leak['unseen_questions']} asked with a text that training lacks",
         "",
@@ -54,13 +52,15 @@ def _leak_table(leak: Mapping[str, Any]) -> Table:
 def _template_tables(report: Mapping[str, Any]) -> list[Table]:
     template, n = report["template"], report["n"]
     kinds = f"; {lacks} questions of a kind that training lacks" if (lacks := template["unseen"]["kind"]) else ""
-    scores = _table(
+    scores = titled_table(
         f"{n['items']} questions, {n['groups']} groups, {n['training']} training answers; {len(n['missing'])} missing "
         f"(scored as empty), {len(n['extra'])} extra (left out)\ntemplate: {template['rule']}{kinds}",
         "",
         *(SYSTEMS[name] for name in template["scores"]),
     )
-    gaps = _table("Predictions minus template, same resamples", "", *(SYSTEMS[name] for name in template["difference"]))
+    gaps = titled_table(
+        "Predictions minus template, same resamples", "", *(SYSTEMS[name] for name in template["difference"])
+    )
     for table, part in ((scores, "scores"), (gaps, "difference")):
         for key, title in CAPTION_ROWS:
             if key in template["scores"]["predictions"]:
@@ -76,7 +76,7 @@ def _swap_tables(swap: Mapping[str, Any]) -> list[Table]:
         part = swap[key]
         if part is None or not part["n"]:
             continue
-        table = _table(
+        table = titled_table(
             f"Swap gap against {title}: {part['n']} answers, {part['alone']} without another image",
             "",
             "own image",
@@ -91,7 +91,7 @@ def _swap_tables(swap: Mapping[str, Any]) -> list[Table]:
 
 
 def _flip_table(flip: Mapping[str, Any]) -> Table:
-    table = _table(f"Label flip: {flip['n']} questions asked again with the other label stated", "", "value")
+    table = titled_table(f"Label flip: {flip['n']} questions asked again with the other label stated", "", "value")
     table.add_row("answer follows the flipped statement", interval_text(flip["follows"]))
     for name in LABEL_NAMES:
         table.add_row(f"  {name} images", interval_text(flip["by_label"][name]))
@@ -100,27 +100,4 @@ def _flip_table(flip: Mapping[str, Any]) -> Table:
     table.add_row("same text both times", interval_text(flip["unchanged"]))
     table.add_row("references whose label is read rightly", interval_text(flip["reader"]))
     table.add_row("questions left out", str(flip["left_out"]))
-    return table
-
-
-def _region_tables(regions: Mapping[str, Any]) -> list[Table]:
-    table = _table(f"Does the text name the edited region? {regions['n']} locally edited images", "", "value")
-    table.add_row("predictions", interval_text(regions["accuracy"]))
-    guess = regions["guess"]
-    table.add_row(f"blind guess ({', '.join(guess['regions'])})", interval_text(guess["accuracy"]))
-    table.add_row("difference", interval_text(regions["gain"]))
-    if regions["swap"]["n"]:
-        table.add_row("predictions, images swapped", interval_text(regions["swap"]["swapped"]["accuracy"]))
-        table.add_row("swap gap", interval_text(regions["swap"]["gap"]["accuracy"]))
-    columns = (*REGIONS, NONE, SEVERAL)
-    confusion = _table("Edited region (rows) and region named (columns)", "", *columns)
-    for region, said in regions["confusion"].items():
-        confusion.add_row(region, *(str(said.get(name, 0)) for name in columns))
-    return [table, confusion]
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column)
     return table

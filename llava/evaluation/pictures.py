@@ -1,4 +1,4 @@
-"""Pictures of predictions: ROC curve, scores, how reliable they are, what degradations do, a video's timeline."""
+"""Pictures of predictions: ROC curve, scores, how reliable they are, what degradations do, confusions, timelines."""
 
 from __future__ import annotations
 
@@ -160,6 +160,30 @@ def draw_robustness(path: str | Path, report: Mapping[str, Any]) -> None:
     axes[1, 0].set(ylabel="share of verdicts")
     axes[1, 0].set_ylim(bottom=-0.01)
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    _save(figure, path)
+
+
+def draw_confusion(path: str | Path, what: str, part: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Draw what was edited (rows) against what the text names (columns), shaded by the part of its row: a picture.
+
+    part: of `llava.evaluation.regions.naming_report`; what: `region` or `artefact`.
+    """
+    rows = part["confusion"]
+    counts = np.array([[said.get(column, 0) for column in columns] for said in rows.values()])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    figure = Figure(figsize=(1.8 + 0.95 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), count in np.ndenumerate(counts):
+        axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), [*rows])
+    accuracy = part["accuracy"]
+    interval = f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
+    title = f"{part['n']} images: right {interval}, chance {part['chance']['value']:.3f}"
+    axes.set(xlabel=f"{what} named in the text", ylabel=f"edited {what}")
+    axes.set_title(title, fontsize="medium")
+    figure.colorbar(shown, ax=axes, label="part of the row")
     _save(figure, path)
 
 

@@ -1,8 +1,8 @@
 """The pointing game: does the maximum of a detector's evidence map lie where the face was edited?
 
-Zhang et al. 2016, Top-down Neural Attention by Excitation Backprop. Different here: a map has few cells, so a hit is not
-all or nothing within 15 pixels but the part of the highest cell that the mask covers. A cell picked at random then hits
-by exactly the mean mask area.
+Zhang et al. 2016, Top-down Neural Attention by Excitation Backprop. Different here: a map has few cells, so a hit is
+not all or nothing within 15 pixels but the part of the highest cell that the mask covers. A cell picked at random then
+hits by exactly the mean mask area.
 """
 
 from __future__ import annotations

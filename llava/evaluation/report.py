@@ -73,7 +73,7 @@ def interval_text(interval: Mapping[str, Any]) -> str:
 def detection_tables(report: Mapping[str, Any]) -> list[Table]:
     """Give a table of frame and video numbers, and one of kinds of fakes."""
     n = report["n"]
-    levels = _table(
+    levels = titled_table(
         f"{n['frames']} frames ({n['real']} real, {n['fake']} fake), {n['videos']} videos, {n['groups']} groups; "
         f"fake from p_fake {report['threshold']:.4f} on; 95 % intervals by group bootstrap",
         "",
@@ -82,7 +82,7 @@ def detection_tables(report: Mapping[str, Any]) -> list[Table]:
     )
     for key, title in DETECTION_ROWS:
         levels.add_row(title, *(interval_text(report[level][key]) for level in ("frame", "video")))
-    classes = _table("Each kind of fake against all reals", "class", "frames", "videos", "frame AUC", "video AUC")
+    classes = titled_table("Each kind of fake against all reals", "class", "frames", "videos", "frame AUC", "video AUC")
     for name, row in report["classes"].items():
         counts = (str(row[level]["n"]) for level in ("frame", "video"))
         classes.add_row(name, *counts, *(interval_text(row[level]["auc"]) for level in ("frame", "video")))
@@ -92,7 +92,7 @@ def detection_tables(report: Mapping[str, Any]) -> list[Table]:
 def calibration_tables(report: Mapping[str, Any]) -> list[Table]:
     """Give a table of raw against calibrated scores, and one of verdicts."""
     n = report["n"]
-    scores = _table(
+    scores = titled_table(
         f"{n['images']} images, {n['groups']} groups; {report['method']}, {report['calibration']}, prior "
         f"{report['prior']:.3f}; 95 % intervals by group bootstrap",
         "",
@@ -104,7 +104,7 @@ def calibration_tables(report: Mapping[str, Any]) -> list[Table]:
     chance = (f"{report[side]['ece_if_calibrated']:.4f}" for side in ("before", "after"))
     scores.add_row("ECE of calibrated scores by chance", *chance)
     low, high = report["band"]
-    verdicts = _table(f"Verdicts: UNCERTAIN from {low:.3f} to {high:.3f}", "", "value", "expected")
+    verdicts = titled_table(f"Verdicts: UNCERTAIN from {low:.3f} to {high:.3f}", "", "value", "expected")
     for name, row in report["coverage"].items():
         bounds = row["expected"]
         shown = "-" if bounds is None else f"{report['promised_coverage']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
@@ -117,7 +117,7 @@ def calibration_tables(report: Mapping[str, Any]) -> list[Table]:
 def judgement_tables(report: Mapping[str, Any]) -> list[Table]:
     """Give a table of scores, one per manipulation, and one of undecided answers where there are any."""
     n = report["n"]
-    scores = _table(
+    scores = titled_table(
         f"{n['answers']} answers, {n['scored']} scored ({n['real']} real, {n['fake']} fake); parser: "
         f"{report['parser']}; {n['undecided']} undecided ({report['undecided_are']}), "
         f"{len(n['missing'])} missing, {len(n['extra'])} extra",
@@ -129,12 +129,12 @@ def judgement_tables(report: Mapping[str, Any]) -> list[Table]:
     for key, title in (*rows, ("recall_real", "recall of real")):
         kind = "group bootstrap" if key == "f1" else "Wilson"
         scores.add_row(title, interval_text(report[key]), kind)
-    classes = _table("Per manipulation", "class", "said real", "said fake", "undecided", "right")
+    classes = titled_table("Per manipulation", "class", "said real", "said fake", "undecided", "right")
     for name, row in report["classes"].items():
         classes.add_row(name, *(str(c) for c in row["said"].values()), interval_text(row["accuracy"]))
     tables = [scores, classes]
     if report["undecided"]:
-        undecided = _table("Undecided answers", "image", "text")
+        undecided = titled_table("Undecided answers", "image", "text")
         for answer in report["undecided"]:
             undecided.add_row(escape(answer["image"]), escape(answer["text"] or "(missing)"))
         tables.append(undecided)
@@ -144,7 +144,7 @@ def judgement_tables(report: Mapping[str, Any]) -> list[Table]:
 def agreement_table(report: Mapping[str, Any]) -> Table:
     """Say how often the words say what the detector found, in all and where its verdict is clear, or were told."""
     whom = "the side the detector's p_fake is on" if report["told"] is None else f"the p_fake told, {report['told']}"
-    table = _table(f"Words against {whom}", "", "n", "left out", "agreement", "text undecided")
+    table = titled_table(f"Words against {whom}", "", "n", "left out", "agreement", "text undecided")
     rows = {"all answers": report, **({"verdict REAL or FAKE": report["clear"]} if report.get("clear") else {})}
     for name, row in rows.items():
         n, left_out, undecided = (str(row[key]) for key in ("n", "left_out", "text_undecided"))
@@ -156,7 +156,7 @@ def caption_table(report: Mapping[str, Any]) -> Table:
     """Give a table of scores by question type, intervals below the values."""
     n, scores = report["n"], report["scores"]
     heads = (f"{name}\nn = {row['n']}" for name, row in scores.items())
-    table = _table(
+    table = titled_table(
         f"{n['items']} questions, {n['groups']} groups; {len(n['missing'])} missing (scored as empty), "
         f"{len(n['extra'])} extra (left out); {n['verbatim']} equal a reference; tokens: {report['tokenisation']}",
         "",
@@ -175,7 +175,8 @@ def _narrow(interval: Mapping[str, Any]) -> str:
     return f"{value:.4f}\n{bounds}"
 
 
-def _table(title: str, *columns: str) -> Table:
+def titled_table(title: str, *columns: str) -> Table:
+    """Give an empty table with a title and these columns."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(column)
