@@ -39,7 +39,7 @@ class Settings:
     )
     maps_path: str | None = setting(None, "maps that `m2f2 maps` wrote, for the pointing game; needs manifest_path")
     manifest_path: str | None = setting(None, "manifest.csv of the forged images; its masks lie beside it")
-    counterfactual_path: str | None = setting(None, "scores of blurred images that `m2f2 counterfactual` wrote")
+    counterfactual_path: str | None = setting(None, "scores of edited images that `m2f2 counterfactual` wrote")
     pictures: str | None = setting(None, "draw the confusion matrices into this folder")
     n_boot: int = setting(2000, "resamples of the group bootstrap")
     seed: int = setting(0, "seed of the bootstrap")

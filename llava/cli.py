@@ -34,7 +34,7 @@ COMMANDS = {
     "evaluate": Command("llava.train.infer:evaluate", "score a detector on a split: AUC, calibration, robustness"),
     "maps": Command("llava.pipeline.integrity:write_maps", "write a detector's maps of forged images into a file"),
     "counterfactual": Command(
-        "llava.pipeline.integrity:write_counterfactual", "blur what the words name, and see how far the score falls"
+        "llava.pipeline.integrity:write_counterfactual", "change what the words name and write how far the score falls"
     ),
     "data verdicts": Command(
         "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"

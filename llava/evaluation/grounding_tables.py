@@ -1,4 +1,4 @@
-"""Tables of what the integrity report says of edited regions: words, maps and blurred images."""
+"""Tables of what the integrity report says of edited regions: words, maps and counterfactual scores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from llava.evaluation.counterfactual import EDITS
 from llava.evaluation.regions import ARTEFACT, NONE, REGION, SEVERAL, Naming
 from llava.evaluation.report import interval_text, titled_table
 
@@ -52,8 +53,9 @@ def _naming_tables(naming: Naming, part: Mapping[str, Any]) -> list[Table]:
         values = (swap["swapped"]["accuracy"], swap["gap"]["accuracy"])
         table.add_row("predictions, images swapped", *map(interval_text, values))
     columns = confusion_columns(naming, part)
-    confusion = titled_table(f"Edited {naming.field} (rows) and {naming.field} named (columns)", "", *columns)
-    elsewhere = {f"({label}, {naming.field} not in truth)": said for label, said in part["elsewhere"].items()}
+    heads = [name.replace("_", "\n") for name in columns]
+    confusion = titled_table(f"Edited {naming.field} (rows) and {naming.field} named (columns)", "", *heads)
+    elsewhere = {f"(other {label} images)": said for label, said in part["elsewhere"].items()}
     for name, said in (part["confusion"] | elsewhere).items():
         confusion.add_row(name, *(str(said.get(column, 0)) for column in columns))
     return [table, confusion]
@@ -90,9 +92,10 @@ def _counterfactual_table(part: Mapping[str, Any]) -> Table:
     table = titled_table(f"Counterfactual: {part['n']} answers{regions}; left out: {left_out}", "", "value")
     if not part["n"]:
         return table
+    done = EDITS[part["edit"]]
     for key, title in (
-        ("named", "p_fake falls by, named region blurred"),
-        ("random", "p_fake falls by, random region blurred"),
+        ("named", f"p_fake falls by, named region {done}"),
+        ("random", f"p_fake falls by, random region {done}"),
         ("difference", "difference"),
     ):
         table.add_row(title, interval_text(part["drop"][key]))

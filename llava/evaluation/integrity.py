@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.evaluation.captions import CaptionItem, CaptionSet, read_jsonl
-from llava.evaluation.counterfactual import CounterfactualCase, counterfactual_report
+from llava.evaluation.counterfactual import EDITS, CounterfactualCase, counterfactual_report
 from llava.evaluation.flip import flip_report
 from llava.evaluation.pointing import RIVALS, PointingCase, pointing_report
 from llava.evaluation.questions import TrainingPair, count_stated, leak_report
@@ -38,7 +38,7 @@ def integrity_report(
     """Give every part of the integrity suite, with 95 % intervals, and `verdict`, sentences in plain words.
 
     prompts: what the model was really asked, by key. flipped: answers to the flipped questions, by key. pointing: maps
-    beside masks. counterfactual: scores of blurred images. Parts that the files do not allow are None. Tokens are split
+    beside masks. counterfactual: scores of edited images. Parts that the files do not allow are None. Tokens are split
     at white space, case kept, as published.
     """
     items = captions.items
@@ -156,7 +156,7 @@ def _naming_sentence(what: str, part: Mapping[str, Any]) -> str:
         return f"{begin}."
     moved = "falls" if _sign(swap["gap"]["accuracy"]) > 0 else "does not clearly fall"
     swapped = swap["swapped"]["accuracy"]["value"]
-    return f"{begin}; it {moved} when images are swapped ({swapped:.1%}, chance {part['chance']['value']:.1%})."
+    return f"{begin}; it {moved} when images are swapped ({swapped:.1%}; chance is {part['chance']['value']:.1%})."
 
 
 def _pointing_sentence(part: Mapping[str, Any]) -> str:
@@ -169,11 +169,12 @@ def _pointing_sentence(part: Mapping[str, Any]) -> str:
 def _counterfactual_sentence(part: Mapping[str, Any]) -> str:
     if not part["n"]:
         return "No answer names one region, so no counterfactual was tested."
-    drop = part["drop"]
-    words = {1: "more than", -1: "less than", 0: "not clearly otherwise than"}[_sign(drop["difference"])]
+    drop, done = part["drop"], EDITS[part["edit"]]
+    words = {1: "more than", -1: "less than", 0: "not clearly more than"}[_sign(drop["difference"])]
+    named, random = (f"{drop[name]['value']:.3f}" for name in ("named", "random"))
     return (
-        f"Blurring the region that the text names changes p_fake by {-drop['named']['value']:+.3f}, which lowers it "
-        f"{words} blurring random regions of that area ({-drop['random']['value']:+.3f}) in {part['n']} images."
+        f"With the region that the text names {done}, p_fake falls by {named}, {words} with random regions of that "
+        f"area {done} ({random}), in {part['n']} images."
     )
 
 

@@ -97,8 +97,8 @@ def pointing_report(case: PointingCase, n_boot: int = 2000, seed: int = 0) -> di
 
     `hit`: the part of the highest cell that the mask covers. `best`: the same of the best cell, what a perfect map of
     that grid reaches. `chance`: a cell at random, the mean mask area. `centre`: the cell where the mean of all maps is
-    highest, whatever the image. `other`: the maps of all images of other groups, on this mask. `gain`: hit minus each
-    of the three. `by_region`: also of whole faces, whose mask is most of the picture. All: 95 % group bootstrap.
+    highest, whatever the image. `other`: the maps of all edited images of other groups, on this mask. `gain`: hit minus
+    each of the three. `by_region`: also of whole faces, whose mask is large. All: 95 % group bootstrap.
     """
     local = [image for image in case.images if image.region in REGIONS]
     left_out = {**case.left_out, "edited as a whole": len(case.images) - len(local)}
@@ -106,23 +106,24 @@ def pointing_report(case: PointingCase, n_boot: int = 2000, seed: int = 0) -> di
         "n": len(local),
         "groups": len({image.group for image in local}),
         "left_out": left_out,
-        **(_scores(local, case.centre, n_boot, seed) if local else {}),
+        **(_scores(local, case, n_boot, seed) if local else {}),
         "by_region": {
-            region: {"n": len(part), **_scores(part, case.centre, n_boot, seed)}
+            region: {"n": len(part), **_scores(part, case, n_boot, seed)}
             for region in sorted({image.region for image in case.images})
             if (part := [image for image in case.images if image.region == region])
         },
     }
 
 
-def _scores(images: Sequence[Pointed], centre: np.ndarray, n_boot: int, seed: int) -> dict[str, Any]:
+def _scores(images: Sequence[Pointed], case: PointingCase, n_boot: int, seed: int) -> dict[str, Any]:
     covered = np.stack([image.covered for image in images])  # (n, cells)
-    hits = np.stack([image.points for image in images]) @ covered.T  # (whose map, whose mask)
+    hits = (np.stack([image.points for image in images]) * covered).sum(axis=1)
     groups = np.array([image.group for image in images])
-    others = (groups[:, None] != groups).astype(float)
+    others = (np.array([image.group for image in case.images]) != groups[:, None]).astype(float)  # (n, all images)
     with np.errstate(invalid="ignore"):  # a single group has no others: undefined
-        other = (hits * others).sum(axis=0) / others.sum(axis=0)
-    columns = np.stack([hits.diagonal(), covered.max(axis=1), covered.mean(axis=1), covered @ centre, other])
+        points = others @ np.stack([image.points for image in case.images]) / others.sum(axis=1, keepdims=True)
+    other = (points * covered).sum(axis=1)
+    columns = np.stack([hits, covered.max(axis=1), covered.mean(axis=1), covered @ case.centre, other])
     rows = np.concatenate([columns, columns[0] - columns[2:]])
     intervals = [i.to_dict() for i in group_bootstraps(groups, lambda w: rows @ w / w.sum(), n_boot, seed)]
     scores = dict(zip(("hit", "best", *RIVALS), intervals[: len(columns)], strict=True))

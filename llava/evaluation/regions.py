@@ -62,9 +62,9 @@ def naming_report(
     """Give how often answers name what was edited, against blind baselines and under image swap; None without truth.
 
     Items: whole-image questions about images whose truth has the field. An answer that names none or several is wrong.
-    `accuracy`: Wilson. `chance`: one of the values that occur, picked at random. `guess`: the value that training
-    answers to the question name most often (ties: first in the alphabet). `template`: what the blind template names.
-    `gain`: accuracy minus each of these, paired group bootstrap. `swap`: see `swap_gap`. `confusion`: {true: {named:
+    `accuracy`: Wilson. `chance`: one of the values that occur, picked at random. `guess`: the one of them that
+    training answers to the question name most often (ties: first in the alphabet). `template`: what the blind template
+    names. `gain`: accuracy minus each of these, paired group bootstrap. `swap`: see `swap_gap`. `confusion`: {true: {named:
     count}}; `elsewhere`: {label: {named: count}} of the images whose truth lacks the field. Raises ValueError for an
     unknown value.
     """
@@ -75,7 +75,7 @@ def naming_report(
     truths, said = [_truth(naming, item) for item in own], [naming.read(item.answer) for item in own]
     names = [name for name in naming.names if name in truths]
     baselines = {
-        "guess": _guesses(naming, own, training),
+        "guess": _guesses(naming, names, own, training),
         "template": [naming.read(answer) for answer in template_answers(own, training, "kind")],
     }
     right = _equal(said, truths)
@@ -111,9 +111,11 @@ def _equal(named: Sequence[str], truths: Sequence[str | None]) -> np.ndarray:
     return np.array([name == true for name, true in zip(named, truths, strict=True)], dtype=float)
 
 
-def _guesses(naming: Naming, items: Sequence[CaptionItem], training: Sequence[TrainingPair]) -> list[str]:
+def _guesses(
+    naming: Naming, names: Sequence[str], items: Sequence[CaptionItem], training: Sequence[TrainingPair]
+) -> list[str]:
     named = [(pair.question, naming.read(pair.answer)) for pair in training]
-    seen = [(question, name) for question, name in named if name in naming.names]
+    seen = [(question, name) for question, name in named if name in names]
     if not seen:
         return [NONE] * len(items)
     lookup = Lookup(seen)

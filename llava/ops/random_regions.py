@@ -1,4 +1,4 @@
-"""Regions of a face at random places, and blurring within a region: what a counterfactual check compares."""
+"""Regions at random places of a face, and a region blurred: what a counterfactual check compares."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -51,7 +51,10 @@ class CounterfactualSettings(ForgedSettings):
 
     predict_path: str = setting(help="answers, one json {key, text} per line, as stage_3_inference_exp.sh writes them")
     gt_path: str = setting(help="the questions, one json {key: {question, answer: [...]}} per line")
-    random_regions: int = setting(8, "random regions of the face that are blurred for comparison")
+    edit: Literal["blur", "restore"] = setting(
+        "blur", "what is done to a region: blur it, or restore the pixels of the untouched photo"
+    )
+    random_regions: int = setting(8, "random regions of the face, of the same area, that are edited for comparison")
     blur: float = setting(4.0, "sigma of the blur, in percent of the image's shorter side")
     seed: int = setting(0, "seed of the random regions")
     output: str = setting("outputs/integrity/counterfactual.jsonl", "file to write, a line per answer")
@@ -84,14 +87,13 @@ def write_maps(settings: MapSettings) -> str:
 
 
 def write_counterfactual(settings: CounterfactualSettings) -> str:
-    """Write how p_fake changes when what an answer names is blurred, or as much of the face elsewhere.
+    """Write how p_fake changes when what an answer names is blurred or restored, and when as much elsewhere is.
 
-    A line {key, named, p_fake, p_fake_named, p_fake_random} for each answer to a whole-image question that names one
-    region, {key, left_out} for the others. p_fake is the detector's own, before calibration. Raises ValueError for an
-    answer about an image that the split lacks.
+    A line {key, edit, named, p_fake, p_fake_named, p_fake_random} for each answer to a whole-image question that names
+    one region, {key, left_out} for the others. p_fake is the detector's own, before calibration. Raises ValueError for
+    an answer about an image that the split lacks, and for a table that does not know untouched photos to restore.
     """
     source = _source(settings)
-    numbers = {record.id: number for number, record in enumerate(source.records)}
     by_stem = {Path(record.id).stem: record for record in split_of(source, settings.split)}
     items = [item for item in read_caption_set(settings.predict_path, settings.gt_path).items if asks_whole(item)]
     if not items:
@@ -105,31 +107,44 @@ def write_counterfactual(settings: CounterfactualSettings) -> str:
             reason = "names no region" if named == NONE else "names several regions"
             rows.append({"key": item.key, "left_out": reason})
             continue
-        versions = _versions(source.load(record).image, named, numbers[record.id], settings)
+        versions = _versions(source, record, named, settings)
         scores = [
             finding.verdict.raw_p_fake
             for batch in batched(versions, settings.batch_size)
             for finding in _look(pipeline, batch)
         ]
         found = {"p_fake": scores[0], "p_fake_named": scores[1], "p_fake_random": scores[2:]}
-        rows.append({"key": item.key, "named": named, **found})
+        rows.append({"key": item.key, "edit": settings.edit, "named": named, **found})
     with atomic_path(settings.output) as staged:
         staged.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tested = sum("named" in row for row in rows)
     return f"{tested} of {len(rows)} answers name one region; all are in {settings.output}"
 
 
-def _versions(image: np.ndarray, named: str, number: int, settings: CounterfactualSettings) -> Iterator[np.ndarray]:
-    """Yield the image as it is, with the named region blurred, then with random regions of the face blurred."""
+def _versions(source: CsvSource, record: Record, named: str, settings: CounterfactualSettings) -> Iterator[np.ndarray]:
+    """Yield the image as it is, with the named region edited, then with random regions of the face edited."""
+    image, number = source.load(record).image, source.records.index(record)
     regions = regions_by_eyes(image, None)
     region = regions[named] > 0
     face = (regions[FACE] > 0) | region
-    sigma = settings.blur / 100 * min(image.shape[:2])
+    untouched = _untouched(source, record) if settings.edit == "restore" else None
     yield image
-    yield blur_region(image, region, sigma)
-    for n in range(settings.random_regions):
-        elsewhere = random_region(face, int(region.sum()), item_rng(settings.seed, n, number))
-        yield blur_region(image, elsewhere, sigma)
+    for n in range(-1, settings.random_regions):
+        if n >= 0:
+            region = random_region(face, int(region.sum()), item_rng(settings.seed, n, number))
+        if untouched is None:
+            yield blur_region(image, region, settings.blur / 100 * min(image.shape[:2]))
+        else:
+            yield np.where(region[..., None], untouched, image)
+
+
+def _untouched(source: CsvSource, record: Record) -> np.ndarray:
+    """Read the photo that was forged, as it was before; an untouched photo is its own."""
+    name = record.tags.get("untouched")
+    found = next((each for each in source.records if each.id == name), None)
+    if found is None:
+        raise ValueError(f"{record.id}: the table does not know its untouched photo ({name!r}); use --edit blur.")
+    return source.load(found).image
 
 
 def _source(settings: ForgedSettings) -> CsvSource:
