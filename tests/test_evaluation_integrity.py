@@ -23,7 +23,7 @@ from llava.evaluation.flip import flip_report, label_reader, read_flipped
 from llava.evaluation.integrity import integrity_report, read_prompts, verdict
 from llava.evaluation.integrity_tables import integrity_tables
 from llava.evaluation.questions import Lookup, TrainingPair, leak_report, read_training
-from llava.evaluation.regions import named_region, region_report
+from llava.evaluation.regions import ARTEFACT, REGION, named_artefact, named_region, naming_report
 from llava.evaluation.report import console
 from llava.evaluation.swap import caption_swap, swap_gap
 from llava.evaluation.template import own_verdict_answers, template_answers, template_report
@@ -347,23 +347,50 @@ def regions(said, true):
     ]
 
 
-def test_region_accuracy_confusion_guess_and_swap_by_hand():
+def test_region_accuracy_confusion_baselines_and_swap_by_hand():
     training = [pair(WHOLE, f"The {r} is blurred.", 1) for r in ("nose", "skin", "nose")] + [pair(NOSE, "The skin.", 1)]
+    training += [pair(WHOLE, "The image is real.", 0)] * 3
     items = regions(["The nose.", "The nose.", "The skin.", "Hm."], ["nose", "mouth", "skin", "skin"])
     other_question = item("1_0", "The image is fake, but the mouth is fine.", question=NOSE, number=1, region="nose")
-    report = region_report([*items, other_question, item("5_7", "The image is real.")], training, n_boot=100)
+    elsewhere = [item("5_7", "The image is real."), item("1_8", "The mouth and the nose.")]
+    report = naming_report(REGION, [*items, other_question, *elsewhere], training, n_boot=100)
     assert (report["n"], report["accuracy"]["value"]) == (4, 0.5)
-    assert report["guess"] == {"regions": ["nose"], "accuracy": report["guess"]["accuracy"]}
-    assert (report["guess"]["accuracy"]["value"], report["gain"]["value"]) == (0.25, 0.25)
+    assert report["named"] == {"one": 3, "none": 1, "several": 0}
+    assert report["chance"] == {"of": 3, "value": pytest.approx(1 / 3)}
+    assert (report["guess"]["names"], report["guess"]["accuracy"]["value"]) == (["nose"], 0.25)
+    assert (report["template"]["names"], report["template"]["accuracy"]["value"]) == (["none"], 0)
+    gain = {name: interval["value"] for name, interval in report["gain"].items()}
+    assert gain == {"chance": pytest.approx(1 / 6), "guess": 0.25, "template": 0.5}
     # nose said of 1_0: others are mouth, skin, skin; of 1_1: nose, skin, skin; skin said of 1_2: 1 of 3; none: 0
     assert report["swap"]["swapped"]["accuracy"]["value"] == pytest.approx((0 + 1 / 3 + 1 / 3 + 0) / 4)
     assert report["confusion"] == {"skin": {"skin": 1, "none": 1}, "nose": {"nose": 1}, "mouth": {"nose": 1}}
+    assert report["elsewhere"] == {"real": {"none": 1}, "fake": {"several": 1}}
+
+
+def test_artefacts_are_named_in_the_words_of_the_forger_and_guessed_among_those_that_occur():
+    said = {
+        "blur": "The nose shows local blur.",
+        "warp": "a WARP",
+        "none": "It is warped.",
+        "several": "a warp, local blur",
+    }
+    assert {named_artefact(text) for text in said.values()} == set(said)
+    assert all(named_artefact(text) == name for name, text in said.items())
+    training = [pair(WHOLE, "a blend with a changed copy of itself", 1)] * 3 + [pair(WHOLE, "a warp", 1)]
+    items = [item(f"1_{n}", said[a], region="nose", artefact=b) for n, (a, b) in enumerate((("blur", "blur"),
+             ("none", "warp"), ("warp", "blur")))]  # fmt: skip
+    report = naming_report(ARTEFACT, items, training, n_boot=20)
+    assert (report["n"], report["accuracy"]["value"], report["chance"]["of"]) == (3, pytest.approx(1 / 3), 2)
+    # self_blended is what training says most often, but no local edit is one
+    assert (report["guess"]["names"], report["guess"]["accuracy"]["value"]) == (["warp"], pytest.approx(1 / 3))
+    assert report["template"]["names"] == ["self_blended"]
+    assert report["confusion"] == {"blur": {"blur": 1, "warp": 1}, "warp": {"none": 1}}
 
 
 def test_without_regions_there_is_no_report_and_unknown_ones_are_refused():
-    assert region_report([item("5_1", "x")], []) is None
+    assert naming_report(REGION, [item("5_1", "x")], []) is None
     with pytest.raises(ValueError, match="region 'chin' is unknown"):
-        region_report(regions(["The chin."], ["chin"]), [])
+        naming_report(REGION, regions(["The chin."], ["chin"]), [])
 
 
 # The whole
@@ -400,9 +427,11 @@ def test_the_verdict_says_who_looks_at_the_image(tmp_path, no_java):
         found[describes] = " ".join(report["verdict"])
         json.dumps(report, allow_nan=False)
     assert "beats the blind template" in found[True] and "depends on the image (ROUGE-L" in found[True]
-    assert "in 100.0% of 40 images, more often than a blind guess; it falls" in found[True]
+    assert "in 100.0% of 40 images, more often than chance and a blind guess and the blind" in found[True]
+    assert "; it falls when images are swapped (17.9%; chance is 20.0%)" in found[True]  # 7 of the 39 others
     assert "does not beat the blind template" in found[False] and "No dependence on the image" in found[False]
-    assert "in 20.0% of 40 images, not clearly more often than a blind guess; it does not" in found[False]
+    assert "in 20.0% of 40 images, not clearly more often than chance and a blind guess" in found[False]
+    assert "; it does not clearly fall when images are swapped (20.0%;" in found[False]
 
 
 def test_missing_answers_and_a_foreign_training_style_are_said(no_java):
@@ -425,8 +454,7 @@ def test_an_undefined_interval_is_no_evidence():
             "unseen": {"kind": 0},
         },
         "swap": {"all": {"n": 0}, "same_label": None},
-        "flip": None,
-        "regions": None,
+        **dict.fromkeys(("flip", "regions", "artefacts", "pointing", "counterfactual")),
     }
     said = verdict(report)
     assert "does not beat the blind template: ROUGE-L no clear difference" in said[1]
@@ -443,7 +471,13 @@ def test_every_part_has_its_table(no_java):
     with out.capture() as capture:
         for table in integrity_tables(report):
             out.print(table)
-    for words in ("give the label away", "Predictions minus template", "Swap gap", "Label flip", "Edited region"):
+    for words in (
+        "give the label away",
+        "Predictions minus template",
+        "Swap gap",
+        "Label flip",
+        "Edited region (rows)",
+    ):
         assert words in capture.get()
 
 

@@ -25,7 +25,7 @@ from llava.data.sources import DataConfig, open_source
 from llava.data.splits import LeakError, check_leaks
 from llava.evaluation.captions import read_caption_set
 from llava.evaluation.questions import read_training
-from llava.evaluation.regions import region_report
+from llava.evaluation.regions import ARTEFACT, REGION, naming_report
 from llava.evaluation.text import parse_verdict
 from llava.ops.face_regions import FACE, face_regions
 from llava.ops.forge import ARTEFACTS, ForgeConfig
@@ -111,9 +111,11 @@ def test_the_truth_can_be_scored_by_region(photos: Path) -> None:
         row = tagged[item.key.rpartition("_")[0]]
         assert (item.label, item.group) == (LABEL_NAMES.index(row["label"]), row["group"])
         assert item.region == (row["region"] if row["region"] in REGIONS else None)
-    report = region_report(items, read_training(out / "train" / "label_free.json"), n_boot=50)
-    assert report is not None and report["accuracy"]["value"] == 1.0
-    assert report["n"] == sum(row["split"] == "test" and row["region"] in REGIONS for row in tagged.values()) > 1
+        assert item.artefact == (row["artefact"] if item.region else None)
+    for naming in (REGION, ARTEFACT):
+        report = naming_report(naming, items, read_training(out / "train" / "label_free.json"), n_boot=50)
+        assert report is not None and report["accuracy"]["value"] == 1.0
+        assert report["n"] == sum(row["split"] == "test" and row["region"] in REGIONS for row in tagged.values()) > 1
 
 
 def test_masks_are_exact_and_reals_untouched(photos: Path) -> None:

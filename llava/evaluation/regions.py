@@ -64,9 +64,9 @@ def naming_report(
     Items: whole-image questions about images whose truth has the field. An answer that names none or several is wrong.
     `accuracy`: Wilson. `chance`: one of the values that occur, picked at random. `guess`: the one of them that
     training answers to the question name most often (ties: first in the alphabet). `template`: what the blind template
-    names. `gain`: accuracy minus each of these, paired group bootstrap. `swap`: see `swap_gap`. `confusion`: {true: {named:
-    count}}; `elsewhere`: {label: {named: count}} of the images whose truth lacks the field. Raises ValueError for an
-    unknown value.
+    names. `gain`: accuracy minus each of these, paired group bootstrap. `swap`: see `swap_gap`. `confusion`: {true:
+    {named: count}}; `elsewhere`: {label: {named: count}} of the images whose truth lacks the field. Raises ValueError
+    for an unknown value.
     """
     asked = [item for item in items if asks_whole(item)]
     own = [item for item in asked if _truth(naming, item) is not None]
