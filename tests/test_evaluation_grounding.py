@@ -16,15 +16,19 @@ from tiny_world import draw
 
 from llava import cli
 from llava.core.runtime import item_rng
+from llava.data.csv_table import CsvSource
+from llava.data.sources import DataConfig
 from llava.evaluation.captions import CaptionItem
 from llava.evaluation.counterfactual import CounterfactualCase, counterfactual_report, read_counterfactual
 from llava.evaluation.grounding_tables import confusion_columns, grounding_tables
 from llava.evaluation.pictures import draw_confusion
 from llava.evaluation.pointing import Pointed, PointingCase, cell_coverage, highest, pointing_report, read_pointing
+from llava.evaluation.questions import TrainingPair
 from llava.evaluation.regions import REGION, naming_report
 from llava.evaluation.report import text_of
 from llava.ops.face_regions import face_regions
 from llava.ops.random_regions import blur_region, random_region
+from llava.pipeline.integrity import CounterfactualSettings, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = "Does this image look real or fake? Give the reasons."
@@ -184,12 +188,28 @@ def test_only_the_region_is_blurred() -> None:
     assert blurred[:16, :16].std() < 0.5 * image[:16, :16].std()
 
 
+def test_restoring_takes_the_untouched_photo_s_pixels_in_the_region_alone(tmp_path: Path) -> None:
+    source = CsvSource(DataConfig(source="csv", path=str(write_forged(tmp_path))))
+    untouched, forged = (source.load(record).image for record in source.records[:2])
+    settings = CounterfactualSettings(
+        manifest="", predict_path="", gt_path="", edit="restore", random_regions=3, seed=1
+    )
+    whole, named, *random = versions(source, source.records[1], "mouth", settings)
+    mouth = face_regions(SIDE, SIDE)["mouth"] > 0
+    assert (whole == forged).all() and (named == np.where(mouth[..., None], untouched, forged)).all()
+    changed = [(each != forged).any(axis=-1).sum() for each in random]
+    assert len(random) == 3 and all(0 < area <= mouth.sum() for area in changed)
+    source.records[1].tags.pop("untouched")
+    with pytest.raises(ValueError, match="does not know its untouched photo"):
+        list(versions(source, source.records[1], "mouth", settings))
+
+
 # The picture and the commands
 
 
 def test_the_confusion_picture_and_tables_show_every_column(tmp_path: Path) -> None:
     items = [item("a_0", "nose", "The nose."), item("b_0", "mouth", "The eyes."), item("c_0", None, "The skin.")]
-    part = naming_report(REGION, items, [], n_boot=20)
+    part = naming_report(REGION, items, [TrainingPair(question=WHOLE, answer="The nose.", label=1)], n_boot=20)
     assert part is not None
     columns = confusion_columns(REGION, part)
     assert columns == ["skin", "eyes", "nose", "mouth", "none", "several"]
@@ -250,12 +270,11 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     row = {"question": WHOLE, "answer": ["x"], "label": "fake"}
     (tmp_path / "gt.jsonl").write_text(json.dumps({"elsewhere_0": row}) + "\n")
     files = ["--predict_path", str(tmp_path / "p.jsonl"), "--gt_path", str(tmp_path / "gt.jsonl")]
-    for words, message in (
-        ([], "'elsewhere_0' is about an image that split 'test'"),
-        (["--random_regions", "0"], "random_regions: 0"),
-        (["--blur", "0"], "blur: 0"),
-    ):
-        assert cli.main(["counterfactual", str(manifest), *files, *words]) == 2
+    assert cli.main(["counterfactual", str(manifest), *files]) == 2
+    assert "'elsewhere_0' is about an image that split 'test'" in capsys.readouterr().err
+    for words, message in ((["--random_regions", "0"], "random_regions: 0"), (["--blur", "0"], "blur: 0.0")):
+        with pytest.raises(SystemExit):
+            cli.main(["counterfactual", str(manifest), *files, *words])
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="belong together"):
         run_integrity(monkeypatch, *files, "--maps_path", "m.npz")

@@ -65,8 +65,7 @@ def naming_report(
     `accuracy`: Wilson. `chance`: one of the values that occur, picked at random. `guess`: the one of them that
     training answers to the question name most often (ties: first in the alphabet). `template`: what the blind template
     names. `gain`: accuracy minus each of these, paired group bootstrap. `swap`: see `swap_gap`. `confusion`: {true:
-    {named: count}}; `elsewhere`: {label: {named: count}} of the images whose truth lacks the field. Raises ValueError
-    for an unknown value.
+    {named: count}}; `elsewhere`: {label: {named: count}} of the images whose truth lacks the field. Raises ValueError.
     """
     asked = [item for item in items if asks_whole(item)]
     own = [item for item in asked if _truth(naming, item) is not None]

@@ -107,10 +107,9 @@ def write_counterfactual(settings: CounterfactualSettings) -> str:
             reason = "names no region" if named == NONE else "names several regions"
             rows.append({"key": item.key, "left_out": reason})
             continue
-        versions = _versions(source, record, named, settings)
         scores = [
             finding.verdict.raw_p_fake
-            for batch in batched(versions, settings.batch_size)
+            for batch in batched(versions(source, record, named, settings), settings.batch_size)
             for finding in _look(pipeline, batch)
         ]
         found = {"p_fake": scores[0], "p_fake_named": scores[1], "p_fake_random": scores[2:]}
@@ -121,7 +120,7 @@ def write_counterfactual(settings: CounterfactualSettings) -> str:
     return f"{tested} of {len(rows)} answers name one region; all are in {settings.output}"
 
 
-def _versions(source: CsvSource, record: Record, named: str, settings: CounterfactualSettings) -> Iterator[np.ndarray]:
+def versions(source: CsvSource, record: Record, named: str, settings: CounterfactualSettings) -> Iterator[np.ndarray]:
     """Yield the image as it is, with the named region edited, then with random regions of the face edited."""
     image, number = source.load(record).image, source.records.index(record)
     regions = regions_by_eyes(image, None)
