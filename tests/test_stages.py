@@ -86,8 +86,8 @@ def verdicts(folder: Path, p_fake: float | None) -> list[int | None]:
 
 @pytest.mark.e2e
 def test_the_words_learn_to_follow_the_evidence(world: Path) -> None:
-    untrained = verdicts(world / "start", 0.02)
-    assert untrained.count(0) < 18
+    told_real, told_fake = (verdicts(world / "start", p_fake) for p_fake in (0.02, 0.98))
+    assert told_real.count(0) < 18 or told_fake.count(1) < 18, "before stage 2 words do not follow the evidence"
     for folder in ("stage_2", "final"):
         assert verdicts(world / folder, 0.02).count(0) >= 18
         assert verdicts(world / folder, 0.98).count(1) >= 18

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava.core.config import build, load_yaml
+from llava.core.config import build, load_yaml, setting
 from llava.data.ddvqa import DdvqaConfig, build_ddvqa
 from llava.data.sources import DataConfig
 from llava.data.verdicts import VerdictConfig, build_verdicts
@@ -33,30 +33,41 @@ class Plan:
     stage_3: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoRecipe:
+    """What is forged from the embedded photos, and what differs from the tiny recipes."""
+
+    data: ForgeDataConfig = setting(help="what is forged, as in m2f2 data forge; output is set by the demonstration")
+    stage_1: dict[str, Any] = setting({}, "flags of stage 1")
+    base: dict[str, Any] = setting({}, "settings of the tiny base")
+    stage_2: dict[str, Any] = setting({}, "flags of stage 2")
+    stage_3: dict[str, Any] = setting({}, "flags of stage 3")
+
+
 def prepare(folder: str | None, recipe: str, out: Path) -> Plan:
     """Make the conversations, from forged photos if no folder is given, and say what each step reads."""
     if folder is None:
-        return _embedded(load_yaml(recipe), out)
+        return _embedded(build(DemoRecipe, load_yaml(recipe), where=recipe), out)
     data = Path(folder)
     if not data.is_dir():
         raise FileNotFoundError(f"Folder {folder!r} does not exist; give DD-VQA or class folders, or no folder at all.")
     return _ddvqa(data, out) if (data / ANNOTATIONS).is_dir() else _class_folders(data, out)
 
 
-def _embedded(recipe: dict[str, Any], out: Path) -> Plan:
+def _embedded(recipe: DemoRecipe, out: Path) -> Plan:
     """Forge the embedded photos; everything about this demonstration stands in its recipe."""
     data = out / "data"
-    build_forgeries(build(ForgeDataConfig, {**recipe["data"], "output": str(data)}, where="data"))
+    build_forgeries(replace(recipe.data, output=str(data)))
     train = data / "train"
     table = ["--data.source", "csv", "--data.path", str(data / "manifest.csv"), "--data.masks", "true"]
     return Plan(
         images=data / "images",
         conversations=data,
         reasons=True,
-        stage_1=[*_recipe("stage_1/m2f2_tiny_grounded.yaml"), *table, *_flags(recipe["stage_1"])],
-        base={"data": [str(train / "label_free.json"), str(train / "dialogue.json")], **recipe["base"]},
-        stage_2=["--data_path", str(train / "label_free.json"), *_flags(recipe["stage_2"])],
-        stage_3=["--data_path", str(train / "dialogue.json"), *_flags(recipe["stage_3"])],
+        stage_1=[*_recipe("stage_1/m2f2_tiny_grounded.yaml"), *table, *_flags(recipe.stage_1)],
+        base={"data": [str(train / "label_free.json"), str(train / "dialogue.json")], **recipe.base},
+        stage_2=["--data_path", str(train / "label_free.json"), *_flags(recipe.stage_2)],
+        stage_3=["--data_path", str(train / "dialogue.json"), *_flags(recipe.stage_3)],
     )
 
 
