@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from llava.data.csv_table import CsvSource
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
 from llava.data.folder import FolderSource
 from llava.data.sources import DataConfig, split_of
-from llava.data.transforms import to_tensor, view_tensors
+from llava.data.transforms import mask_cells, to_tensor, view_tensors
 from llava.ops.degrade import DegradeConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -32,6 +33,20 @@ def test_tensor_equals_transformers_pil_processor(size: tuple[int, int]) -> None
     expected = processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
     ours = to_tensor(image, InputSpec(size=336, mean=MEAN, std=STD, interpolation="bicubic"))
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_a_crop_of_a_larger_resize_equals_transformers() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (301, 257, 3), dtype=np.uint8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 160, "width": 160})
+    expected = processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+    spec = InputSpec(size=160, resize_size=256, mean=MEAN, std=STD)
+    torch.testing.assert_close(to_tensor(image, spec), expected, atol=1e-6, rtol=0)
+    assert spec.seen == 0.625 and SMALL.seen == 1
+    mask = np.zeros((301, 257), np.uint8)
+    mask[:60] = 1  # above what is seen: 301 * (1 - 160 / 301 * 257 / 256) / 2 = 70 rows
+    assert mask_cells(mask, spec, 10).max() == 0 and mask_cells(mask, SMALL, 4)[0].min() > 0
+    with pytest.raises(ValueError, match="resize_size: 100 is below the crop of 160 pixels"):
+        replace(spec, resize_size=100)
 
 
 def test_interpolations_differ_and_a_plain_image_is_normalised_by_hand() -> None:

@@ -67,7 +67,7 @@ def detector(request):
     if variant == "trained_towers":
         return m2f2(freeze_text=False, freeze_vision=False)
     if variant == "grounded":
-        return m2f2(local_features=True, region_evidence=True)
+        return m2f2(local_features=True, region_evidence=True, resize_size=48)
     return m2f2(fusion=variant) if variant else tiny(name)
 
 
@@ -381,7 +381,7 @@ def test_logits_equal_the_published_code(shared):
 
 
 def grounded(**changes):
-    return m2f2(residual=True, local_features=True, region_evidence=True, map_weight=1.0, **changes)
+    return m2f2(residual=True, local_features=True, region_evidence=True, map_weight=1.0, region_weight=1.0, **changes)
 
 
 def test_regions_are_named_evidence_of_the_verdict():
@@ -389,7 +389,8 @@ def test_regions_are_named_evidence_of_the_verdict():
     inputs, _ = batch_for(detector)
     output = detector(**inputs)
     assert detector.evidence_names == ("p_real", "p_fake", *REGIONS)
-    assert output.evidence.shape == (4, 7) and output.evidence.min() >= 0 and output.evidence.max() <= 1
+    assert output.evidence.shape == (4, 7) and output.evidence.min() >= 0
+    torch.testing.assert_close(output.evidence[:, 2:].sum(dim=1), torch.ones(4))
     assert M2F2Det.evidence_names == ("p_real", "p_fake"), "the class is left as it is"
     guest = detector.without_vision().eval()
     again = guest(**inputs, clip_features=detector.vision_encoder(inputs["pixel_values"]))
@@ -397,7 +398,7 @@ def test_regions_are_named_evidence_of_the_verdict():
 
 
 def test_a_region_answers_to_its_own_cells():
-    pool = RegionPool(image_size=160, grid=10)
+    pool = RegionPool(shortest_edge=160, crop=160, grid=10)
     torch.testing.assert_close(pool.weights.sum(dim=1), torch.ones(5))
     calm = torch.full((1, 100), -0.4)
     for region in range(5):
@@ -409,6 +410,49 @@ def test_a_region_answers_to_its_own_cells():
         assert rise[region] > 1, REGIONS[region]
     uniform = torch.full((1, 100), 0.2)
     torch.testing.assert_close(pool(uniform), torch.full((1, 5), 2.0), msg="equal cells give their own logit")
+
+
+def test_regions_of_a_cropped_view_are_those_of_its_pixels():
+    whole = RegionPool(shortest_edge=160, crop=160, grid=10)
+    tight = RegionPool(shortest_edge=160, crop=96, grid=6)
+    eyes = REGIONS.index("eyes")
+    cells = whole.weights[eyes].reshape(10, 10)[2:8, 2:8]
+    torch.testing.assert_close(tight.weights[eyes].reshape(6, 6), cells / cells.sum())
+
+
+def test_region_loss_asks_for_what_was_forged():
+    pool = RegionPool(shortest_edge=160, crop=160, grid=10).double()
+    eyes = REGIONS.index("eyes")
+    of_regions = torch.tensor([[0.0, 0.5, 1.0, -1.0, 2.0]] * 4, dtype=torch.float64, requires_grad=True)
+    cells = pool.weights.argmax(dim=0).eq(eyes)  # those that lie in the eyes more than in any other region
+    local, whole, real, unknown = torch.zeros(4, 10, 10, dtype=torch.float64)
+    local.view(-1)[cells], whole[:], unknown[0, 0] = 1, 1, -1
+    log_shares = of_regions[0].detach().log_softmax(dim=0)
+    squares = pool.weights[:, cells].sum(dim=1) ** 2
+    target = squares / squares.sum()
+    assert target[eyes] > 0.8
+    of_eyes = -float(target @ log_shares)
+    assert pool.loss(of_regions[:1], local[None]).item() == pytest.approx(of_eyes)
+    assert pool.loss(of_regions[:1], whole[None]).item() == pytest.approx(-log_shares.mean().item())
+    masks = torch.stack([local, whole, real, unknown])
+    loss = pool.loss(of_regions, masks)
+    assert loss.item() == pytest.approx((of_eyes - log_shares.mean().item()) / 2)
+    loss.backward()
+    assert of_regions.grad[:2].abs().sum() > 0 and of_regions.grad[2:].abs().sum() == 0
+    assert pool.loss(of_regions[2:], masks[2:]).item() == 0
+
+
+def test_softer_evidence_keeps_its_order_and_the_verdict():
+    detector = grounded().eval()
+    evidence = torch.tensor([[0.3, 0.7, 0.95, 0.0125, 0.0125, 0.0125, 0.0125], [0.9, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2]])
+    softer = detector.soften(evidence, torch.tensor([0.2, 0.5]))
+    torch.testing.assert_close(softer[:, :2], evidence[:, :2])
+    torch.testing.assert_close(softer[:, 2:].sum(dim=1), torch.ones(2))
+    torch.testing.assert_close(softer[0, 2:4], torch.tensor([0.373, 0.157]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(softer[1], evidence[1])
+    torch.testing.assert_close(detector.soften(evidence, torch.ones(2)), evidence)
+    plain = m2f2()
+    torch.testing.assert_close(plain.soften(evidence[:, :2], torch.tensor([0.2, 0.5])), evidence[:, :2])
 
 
 def test_map_loss_is_the_weighted_cross_entropy_of_known_cells():
@@ -444,6 +488,10 @@ def test_masks_teach_the_map():
 def test_a_map_needs_cosines():
     with pytest.raises(ValueError, match="fusion: 'none' has no patch-prompt cosines"):
         m2f2(fusion="none", region_evidence=True)
+    with pytest.raises(ValueError, match=r"region_weight: 1\.0 teaches the evidence of regions; set region_evidence"):
+        m2f2(region_weight=1.0)
+    with pytest.raises(ValueError, match="resize_size: 24 is below the crop of 32 pixels; give 32 or more"):
+        m2f2(resize_size=24)
 
 
 def test_the_residual_is_what_a_binomial_filter_takes_away():

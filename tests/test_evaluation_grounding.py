@@ -48,6 +48,9 @@ def test_a_cell_is_covered_by_its_part_of_the_mask_in_the_central_square() -> No
     mask[:2, 2:3] = 9  # the left half of the upper left cell of the square, columns 2 to 6
     mask[:, 7] = 255  # outside of it
     assert cell_coverage(mask, (2, 2)).tolist() == [[0.5, 0.0], [0.0, 0.0]]
+    assert cell_coverage(mask, (1, 1), seen=0.5).tolist() == [[0.0]]
+    mask[1, 3] = 1  # one of the four pixels in the middle
+    assert cell_coverage(mask, (1, 1), seen=0.5).tolist() == [[0.25]]
     assert highest(np.array([[0.1, 0.7], [0.7, 0.2]])).tolist() == [0, 0.5, 0.5, 0]
     with pytest.raises(ValueError, match="fewer pixels than the map"):
         cell_coverage(mask, (5, 5))
@@ -97,7 +100,7 @@ def write_forged(folder: Path) -> Path:
 
 
 def write_maps(path: Path, ids: list[str], maps: np.ndarray) -> Path:
-    np.savez(path, ids=np.array(ids), maps=maps)
+    np.savez(path, ids=np.array(ids), maps=maps, seen=1.0)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from torch.nn import functional as F
 from llava.core.types import Turn
 from llava.data.conversations import open_conversations
 from llava.data.transforms import to_tensor
+from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.explainer.certificate import max_difference, sample_logits
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
 from llava.explainer.generation import Explainer, GenerationSettings, GumbelNoise
 from llava.explainer.loading import load_model, load_processor
 from llava.explainer.merge import merge_delta, merge_detector
 from llava.explainer.prompts import LAYOUTS, lay_out, plain_text
-from llava.train.explain import ExplainDataset
+from llava.train.explain import SOFTEST, ExplainDataset
 
 QUESTION = [Turn(role="human", text="<image>\n<deepfake>\nDo the eyes look real or fake?")]
 
@@ -96,6 +98,53 @@ def test_a_conversation_that_is_cut_is_counted(
     assert not caplog.records
     assert len(ExplainDataset(source, explainer.processor, lengths[1])[2]["labels"]) == lengths[1]
     assert f"1 of 3 conversations have more than {lengths[1]} tokens" in caplog.text
+
+
+def test_evidence_is_spread_to_the_label_s_side_and_less_sure(explainer: Explainer, tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"{n}",
+            "image": "a.png",
+            "label": ("real", "fake")[n % 2],
+            "conversations": [
+                {"from": "human", "value": "<image>\n<deepfake>\nReal?"},
+                {"from": "gpt", "value": "No."},
+            ],
+        }
+        for n in range(40)
+    ]
+    Image.fromarray(draw(1, 0)).save(tmp_path / "a.png")
+    (tmp_path / "c.json").write_text(json.dumps(rows), encoding="utf-8")
+    dataset = ExplainDataset(open_conversations(str(tmp_path / "c.json"), ""), explainer.processor, 999, spread_seed=1)
+    batch = explainer.processor.collate([dataset[n] for n in range(40)])
+    p_fake, exponent = batch["spread"].unbind(dim=1)
+    assert (p_fake[::2] < 0.5).all() and (p_fake[1::2] > 0.5).all() and p_fake[::2].std() > 0.1
+    assert exponent.min() >= SOFTEST and exponent.max() <= 1 and exponent.std() > 0.15
+    assert dataset[3]["spread"] == dataset[3]["spread"] != dataset[5]["spread"]
+    told = torch.stack([1 - p_fake, p_fake], dim=1)  # this detector has no other evidence
+    with torch.no_grad():
+        assert torch.equal(
+            explainer.model(**batch).logits, explainer.model(**batch | {"spread": None}, evidence=told).logits
+        )
+
+
+def test_a_detector_that_sees_a_tight_crop_shares_the_tower(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"resize_size": 48, "local_features": True, "region_evidence": True}
+    detector = M2F2Det(replace(M2F2DetConfig.tiny(), **settings)).eval()
+    detector.save(tmp_path / "detector")
+    make_base(tmp_path / "base", tmp_path / "detector")
+    merge_detector(str(tmp_path / "base"), str(tmp_path / "detector"), tmp_path / "start")
+    model = load_model(tmp_path / "start")
+    explainer = Explainer(model, load_processor(tmp_path / "start", model))
+    assert model.detector.shares_vision
+    pictures = [draw(n % 2, n, size=64) for n in range(3)]
+    spec = detector.inputs["pixel_values"]
+    with torch.no_grad():
+        alone = detector(torch.stack([to_tensor(picture, spec) for picture in pictures]))
+    encoded = explainer.encode(pictures)
+    torch.testing.assert_close(encoded.detection.logits, alone.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encoded.evidence, alone.evidence, atol=1e-5, rtol=1e-4)
 
 
 def test_pieces_are_tokenised_as_published(shared_data: Path) -> None:

@@ -215,6 +215,12 @@ def test_the_map_lies_over_the_central_square_and_fields_stay_fields() -> None:
     assert len(np.unique(overlay(pixels, np.full((2, 2), 0.3, np.float32))[:, 30:70].reshape(-1, 3), axis=0)) == 1
 
 
+def test_the_map_of_a_tight_view_lies_over_what_was_seen() -> None:
+    shown = overlay(np.full((40, 100, 3), 90, np.uint8), np.array([[0.0, 1.0]], np.float32), seen=0.5)
+    coloured = np.argwhere((shown != 90).any(axis=2))
+    assert coloured.min(axis=0).tolist() == [10, 40] and coloured.max(axis=0).tolist() == [29, 59]
+
+
 def test_large_pictures_are_shrunk_and_their_real_size_is_told() -> None:
     large = np.zeros((300, 1200, 3), np.uint8)
     assert shrink(large, 600).shape == (150, 600, 3) and shrink(large, 1200) is large

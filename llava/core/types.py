@@ -60,8 +60,9 @@ class Sample:
 class InputSpec:
     """What one named tensor of a detector must look like; data code reads it, the detector declares it.
 
-    The image is resized so that its shortest edge is `size` (PIL resampling `interpolation`), centre-cropped to
-    (size, size), scaled to [0, 1] and normalised by mean and std. `views`: what is averaged at test time.
+    The image is resized so that its shortest edge is `resize_size`, None = `size` (PIL resampling `interpolation`),
+    centre-cropped to (size, size), scaled to [0, 1] and normalised by mean and std. `views`: what is averaged at test
+    time. Raises ValueError when the crop would be larger than the image.
     """
 
     size: int
@@ -69,6 +70,23 @@ class InputSpec:
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     views: tuple[Literal["plain", "flip"], ...] = ("plain",)
+    resize_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shortest_edge < self.size:
+            raise ValueError(
+                f"resize_size: {self.resize_size} is below the crop of {self.size} pixels; give {self.size} or more."
+            )
+
+    @property
+    def shortest_edge(self) -> int:
+        """Give the length of the shortest edge before the crop, in pixels."""
+        return self.size if self.resize_size is None else self.resize_size
+
+    @property
+    def seen(self) -> float:
+        """Give the side of what the crop leaves, as a share of the image's shortest edge: in (0, 1]."""
+        return self.size / self.shortest_edge
 
 
 @dataclass(frozen=True, kw_only=True)

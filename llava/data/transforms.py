@@ -42,8 +42,9 @@ def mask_cells(mask: np.ndarray, spec: InputSpec, grid: int) -> Tensor:
 def _resize_and_crop(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     height, width = image.shape[:2]
     # The long side is cut off, not rounded, as transformers and torchvision do.
-    long = int(spec.size * max(height, width) / min(height, width))
-    new_width, new_height = (spec.size, long) if width <= height else (long, spec.size)
+    short = spec.shortest_edge
+    long = int(short * max(height, width) / min(height, width))
+    new_width, new_height = (short, long) if width <= height else (long, short)
     resized = np.array(Image.fromarray(image).resize((new_width, new_height), _RESAMPLING[spec.interpolation]))
     top, left = (new_height - spec.size) // 2, (new_width - spec.size) // 2
     return resized[top : top + spec.size, left : left + spec.size]

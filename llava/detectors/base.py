@@ -138,6 +138,13 @@ class Detector(nn.Module):
         columns = zip(self.evidence_names, evidence.unbind(dim=1), strict=True)
         return torch.stack([told.get(name, column) for name, column in columns], dim=1)
 
+    def soften(self, evidence: Tensor, exponent: Tensor) -> Tensor:
+        """Make the evidence (B, E) beside p_real and p_fake less sure, the more so the smaller the exponents (B,).
+
+        exponent: in (0, 1], 1 = as it is. By default there is no such evidence.
+        """
+        return evidence
+
     def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:
         """Run on inputs (B, V, ...) and average probabilities and evidence over the V views of each image.
 

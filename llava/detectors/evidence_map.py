@@ -20,16 +20,20 @@ FORGED_WEIGHT = 4.0
 class RegionPool(nn.Module):
     """Pool a map over skin, eyebrows, eyes, nose and mouth, where they usually lie in a face crop.
 
+    The crop's shortest edge has `shortest_edge` pixels; the map's grid covers the central (crop, crop) of it.
+
     A region's value is a smooth maximum of the cells' logits, log(sum(w * exp(logit))), whose weights w, the parts of
     the region that lie in each cell, sum to 1: one forged cell is enough, and a larger region is not surer for it.
     """
 
     weights: Tensor
 
-    def __init__(self, image_size: int, grid: int) -> None:
+    def __init__(self, shortest_edge: int, crop: int, grid: int) -> None:
         super().__init__()
-        masks = face_regions(image_size, image_size)
-        stacked = torch.stack([torch.from_numpy(masks[name]) for name in REGIONS])  # (R, S, S)
+        masks = face_regions(shortest_edge, shortest_edge)
+        start = (shortest_edge - crop) // 2
+        seen = slice(start, start + crop)
+        stacked = torch.stack([torch.from_numpy(masks[name][seen, seen]) for name in REGIONS])  # (R, S, S)
         cells = F.adaptive_avg_pool2d(stacked, grid).flatten(1)
         self.register_buffer("weights", cells / cells.sum(dim=1, keepdim=True), persistent=False)
 
@@ -37,6 +41,21 @@ class RegionPool(nn.Module):
         """Give the regions' logits (B, R) from cosines (B, cells)."""
         logits = COSINE_SCALE * similarity[:, None]  # (B, 1, cells)
         return torch.logsumexp(logits + self.weights.clamp(min=math.exp(-30)).log(), dim=-1)
+
+    def loss(self, of_regions: Tensor, masks: Tensor) -> Tensor:
+        """Give the cross-entropy between softmax(of_regions), (B, R), and where masks (B, grid, grid) say it is forged.
+
+        The target is proportional to the squared part of each region that is forged: nearly all for the edited region,
+        little for its neighbours in the same cell, alike for all when the whole face is forged. Images without a forged
+        cell, or with an unknown one, are left out; without any other the loss is 0.
+        """
+        cells = masks.flatten(1).to(of_regions.dtype)
+        covered = (cells.clamp(min=0) @ self.weights.to(of_regions.dtype).T) ** 2  # (B, R)
+        total = covered.sum(dim=1)
+        is_used = (total > 0) & (cells >= 0).all(dim=1)
+        target = covered / total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
+        losses = -(target * of_regions.log_softmax(dim=1)).sum(dim=1)
+        return (losses * is_used).sum() / is_used.sum().clamp(min=1)
 
 
 def map_loss(similarity: Tensor, masks: Tensor) -> Tensor:

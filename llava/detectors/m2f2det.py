@@ -55,10 +55,16 @@ class M2F2DetConfig:
     text_alpha: float = setting(4.0, "initial weight of the patch-prompt cosines")
     local_features: bool = setting(False, "add the CNN's inner maps to the patches that meet the prompt")
     region_evidence: bool = setting(
-        False, "give the cosines pooled over face regions as evidence, and to the classifier"
+        False, "give as evidence for which face region the map speaks most, and the pooled cosines to the classifier"
     )
     map_weight: float = setting(
         0.0, "weight of the loss between cosines and masks of forged pixels (--data.masks true)"
+    )
+    region_weight: float = setting(
+        0.0, "weight of the loss between that evidence and the region that was forged (--data.masks true)"
+    )
+    resize_size: int | None = setting(
+        None, "shortest edge in pixels before the central vision.image_size is cropped (default: that size, no crop)"
     )
     vision_alpha_lr: float = setting(1e-3, "learning rate of vision_alpha, as published")
     text_alpha_lr: float = setting(3e-3, "learning rate of text_alpha, as published")
@@ -69,6 +75,10 @@ class M2F2DetConfig:
             raise ValueError(
                 "fusion: 'none' has no patch-prompt cosines; local_features, region_evidence and map_weight need them: "
                 "use 'similarity' or 'bridge'."
+            )
+        if self.region_weight and not self.region_evidence:
+            raise ValueError(
+                f"region_weight: {self.region_weight} teaches the evidence of regions; set region_evidence."
             )
 
     @classmethod
@@ -101,9 +111,9 @@ class M2F2DetConfig:
 class M2F2Det(Detector):
     """Classify a face from CLIP features, patch-prompt similarities and CNN features.
 
-    evidence = (p_real, p_fake), the softmax of the logits, and with `region_evidence` what the map says of each face
-    region, the sigmoid of its pooled cosines; evidence_map = patch-prompt similarity (B, h, w), cosine moved from
-    [-1, 1] to [0, 1], None for `fusion="none"`.
+    evidence = (p_real, p_fake), the softmax of the logits, and with `region_evidence` for which face region the map
+    speaks most: shares of sum 1, the softmax of its pooled cosines, alike where the whole face does. evidence_map =
+    patch-prompt similarity (B, h, w), cosine moved from [-1, 1] to [0, 1], None for `fusion="none"`.
     """
 
     name = "m2f2det"
@@ -112,7 +122,7 @@ class M2F2Det(Detector):
 
     def __init__(self, config: M2F2DetConfig) -> None:
         super().__init__(config)
-        hidden, patches = config.hidden_size, config.vision.grid**2
+        hidden, patches, spec = config.hidden_size, config.vision.grid**2, self.inputs["pixel_values"]
         self.vision_encoder = VisionEncoder(config.vision, config.freeze_vision) if config.own_vision else None
         self.backbone, channels = make_backbone(config.backbone)
         if config.residual:
@@ -132,7 +142,7 @@ class M2F2Det(Detector):
         if config.local_features:
             self.local_projs = nn.ModuleList(nn.Linear(size, hidden) for size in stage_channels(self.backbone))
         if config.region_evidence:
-            self.region_pool = RegionPool(config.vision.image_size, config.vision.grid)
+            self.region_pool = RegionPool(spec.shortest_edge, spec.size, config.vision.grid)
             self.evidence_names = (*self.evidence_names, *REGIONS)
             fused += len(REGIONS)
         self.classifier = nn.Linear(fused + 2 * hidden, len(self.classes))
@@ -148,13 +158,20 @@ class M2F2Det(Detector):
     @property
     def inputs(self) -> dict[str, InputSpec]:
         """Give the one input: the CLIP-normalised image, which tower and CNN share."""
-        size = self.config.vision.image_size
-        return {"pixel_values": InputSpec(size=size, mean=CLIP_MEAN, std=CLIP_STD, views=self.config.views)}
+        config = self.config
+        spec = InputSpec(
+            size=config.vision.image_size,
+            mean=CLIP_MEAN,
+            std=CLIP_STD,
+            views=config.views,
+            resize_size=config.resize_size,
+        )
+        return {"pixel_values": spec}
 
     @property
     def mask_grid(self) -> int | None:
-        """Ask for masks on the grid of the patches when the map is trained."""
-        return self.config.vision.grid if self.config.map_weight else None
+        """Ask for masks on the grid of the patches when map or regions are trained."""
+        return self.config.vision.grid if self.config.map_weight or self.config.region_weight else None
 
     def forward(
         self,
@@ -187,8 +204,8 @@ class M2F2Det(Detector):
                 of_regions = self.region_pool(similarity)  # (B, regions)
                 parts.append(of_regions)
         logits = self.classifier(torch.cat(parts, dim=-1))
-        evidence = [logits.float().softmax(dim=-1), *([] if of_regions is None else [of_regions.float().sigmoid()])]
-        losses = self._losses(logits, labels, similarity, masks)
+        evidence = [part.float().softmax(dim=-1) for part in (logits, of_regions) if part is not None]
+        losses = self._losses(logits, labels, similarity, of_regions, masks)
         return DetectorOutput(
             loss=torch.stack(list(losses.values())).sum() if losses else None,
             logits=logits,
@@ -218,16 +235,31 @@ class M2F2Det(Detector):
         return clip_features.to(self.classifier.weight.dtype)
 
     def _losses(
-        self, logits: Tensor, labels: Tensor | None, similarity: Tensor | None, masks: Tensor | None
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        similarity: Tensor | None,
+        of_regions: Tensor | None,
+        masks: Tensor | None,
     ) -> dict[str, Tensor]:
         """Give the losses by name, weighted as they are added up; none without labels."""
         if labels is None:
             return {}
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         losses = {"class": F.cross_entropy(logits, labels, weight=self.class_weights.to(logits.dtype))}
-        if masks is not None and similarity is not None:
+        if masks is not None and similarity is not None and self.config.map_weight:
             losses["map"] = self.config.map_weight * map_loss(similarity.to(logits.dtype), masks)
+        if masks is not None and of_regions is not None and self.config.region_weight:
+            losses["region"] = self.config.region_weight * self.region_pool.loss(of_regions.to(logits.dtype), masks)
         return losses
+
+    def soften(self, evidence: Tensor, exponent: Tensor) -> Tensor:
+        """Take the shares of the regions to the power of `exponent` (B,), and their sum to 1 again."""
+        if not self.config.region_evidence:
+            return evidence
+        whole, regions = evidence.split([len(self.classes), len(REGIONS)], dim=1)
+        softer = regions ** exponent.to(regions)[:, None]
+        return torch.cat([whole, softer / softer.sum(dim=1, keepdim=True)], dim=1)
 
     @property
     def shares_vision(self) -> bool:

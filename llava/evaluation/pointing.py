@@ -53,7 +53,7 @@ def read_pointing(maps_path: str | Path, manifest_path: str | Path) -> PointingC
     Raises FileNotFoundError, or ValueError for another kind of file, a map of an image that the manifest lacks, and
     when no image of the maps has a mask.
     """
-    ids, maps = _read_maps(maps_path)
+    ids, maps, seen = _read_maps(maps_path)
     records = {record.id: record for record in CsvSource(DataConfig(source="csv", path=str(manifest_path))).records}
     unknown = next((name for name in ids if name not in records), None)
     if unknown is not None:
@@ -69,7 +69,7 @@ def read_pointing(maps_path: str | Path, manifest_path: str | Path) -> PointingC
         if not tags.get("mask"):
             left_out["without mask"] += 1
             continue
-        covered = cell_coverage(_read_mask(Path(manifest_path).parent / tags["mask"]), evidence.shape)
+        covered = cell_coverage(_read_mask(Path(manifest_path).parent / tags["mask"]), evidence.shape, seen)
         images.append(Pointed(records[name].group, tags["region"], highest(evidence), covered.ravel()))
     if not images:
         raise ValueError(f"No image of {str(maps_path)!r} has a mask in {str(manifest_path)!r}; give forged images.")
@@ -82,9 +82,12 @@ def highest(evidence: np.ndarray) -> np.ndarray:
     return is_highest / is_highest.sum()
 
 
-def cell_coverage(mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Give the part of each of `grid` (h, w) cells where a mask (H, W) is above 0; the map sees the central square."""
-    side, (height, width) = min(mask.shape), mask.shape
+def cell_coverage(mask: np.ndarray, grid: tuple[int, ...], seen: float = 1.0) -> np.ndarray:
+    """Give the part of each of `grid` (h, w) cells where a mask (H, W) is above 0.
+
+    The map sees the central square whose side is the share `seen` of the shorter side.
+    """
+    (height, width), side = mask.shape, round(seen * min(mask.shape))
     top, left = (height - side) // 2, (width - side) // 2
     square = (mask[top : top + side, left : left + side] > 0).astype(np.float32)
     if side < max(grid):
@@ -130,17 +133,17 @@ def _scores(images: Sequence[Pointed], case: PointingCase, n_boot: int, seed: in
     return scores | {"gain": dict(zip(RIVALS, intervals[len(columns) :], strict=True))}
 
 
-def _read_maps(path: str | Path) -> tuple[list[str], np.ndarray]:
+def _read_maps(path: str | Path) -> tuple[list[str], np.ndarray, float]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"Maps {str(path)!r} do not exist; write them with `m2f2 maps`.")
     try:
         with np.load(path, allow_pickle=False) as file:
-            ids, maps = file["ids"].tolist(), file["maps"]
+            ids, maps, seen = file["ids"].tolist(), file["maps"], float(file["seen"])
     except (KeyError, ValueError, AttributeError):
-        raise ValueError(f"{str(path)!r} does not hold `ids` and `maps`; write it with `m2f2 maps`.") from None
+        raise ValueError(f"{str(path)!r} does not hold `ids`, `maps` and `seen`; write it with `m2f2 maps`.") from None
     if maps.ndim != 3 or len(maps) != len(ids) or not len(ids) or not np.isfinite(maps).all():
         raise ValueError(f"{str(path)!r}: expected one finite map (h, w) for each of the ids; got maps {maps.shape}.")
-    return ids, maps
+    return ids, maps, seen
 
 
 def _read_mask(path: Path) -> np.ndarray:

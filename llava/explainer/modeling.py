@@ -97,14 +97,16 @@ class ForgeryLlava(LlavaForConditionalGeneration):
     def detect(self, features: Tensor, detector_inputs: dict[str, Tensor]) -> DetectorOutput:
         """Run the detector in its own precision on inputs (N, V, 3, S, S), averaged over V views.
 
-        One that shares the tower gets `features` (N, 1 + P, D); further views need the tower once more.
+        One that shares the tower gets `features` (N, 1 + P, D); further views, or another crop of the image, need the
+        tower once more.
         """
         dtype = next(self.detector.parameters()).dtype
         inputs = {name: tensor.to(dtype) for name, tensor in detector_inputs.items()}
         shared = None
         if self.detector.shares_vision:
             views = inputs["pixel_values"]
-            shared = (features if views.shape[1] == 1 else self.vision_features(views.flatten(0, 1))).to(dtype)
+            sees_the_same = views.shape[1] == 1 and self.detector.inputs["pixel_values"].seen == 1
+            shared = (features if sees_the_same else self.vision_features(views.flatten(0, 1))).to(dtype)
         with torch.autocast(features.device.type, enabled=False):
             return self.detector.over_views(inputs, shared)
 
@@ -145,18 +147,19 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         detector_inputs: dict[str, Tensor] | None = None,
         image_features: Tensor | None = None,
         evidence: Tensor | None = None,
-        told_p_fake: Tensor | None = None,
+        spread: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
         """Give logits (B, L, vocabulary) and, with labels, the loss averaged over the answer's tokens.
 
         Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
-        given beside pixel_values replaces the detector's own. told_p_fake (N,): p_fake that replaces the one in it.
+        given beside pixel_values replaces the detector's own. spread (N, 2), in training: p_fake that replaces the one
+        in the evidence, and the exponent that makes the rest of it less sure.
         """
         if pixel_values is not None and inputs_embeds is None:
             encoded = self.encode(pixel_values, detector_inputs or {})
-            image_features, evidence = encoded.image_features, self._told(encoded, evidence, told_p_fake)
+            image_features, evidence = encoded.image_features, self._told(encoded, evidence, spread)
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_features, evidence)  # type: ignore[arg-type]
         items = kwargs.pop("num_items_in_batch", None)
@@ -174,10 +177,13 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size, num_items_in_batch=items)
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def _told(self, encoded: Encoded, evidence: Tensor | None, p_fake: Tensor | None) -> Tensor:
-        """Give the evidence (N, E) for the words: the detector's, or what replaces it or the p_fake (N,) in it."""
+    def _told(self, encoded: Encoded, evidence: Tensor | None, spread: Tensor | None) -> Tensor:
+        """Give the evidence (N, E) for the words: the detector's, or what replaces it, spread (N, 2) or as it is."""
         evidence = encoded.evidence if evidence is None else evidence
-        return evidence if p_fake is None else self.detector.with_p_fake(evidence, p_fake)
+        if spread is None:
+            return evidence
+        p_fake, exponent = spread.unbind(dim=1)
+        return self.detector.with_p_fake(self.detector.soften(evidence, exponent), p_fake)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Hand images and evidence to the first step only; later steps read them from the cache."""

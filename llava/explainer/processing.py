@@ -80,8 +80,8 @@ class ExplainerProcessor:
         }
         if "labels" in items[0]:
             batch["labels"] = _padded([i["labels"] for i in items], IGNORE, side)
-        if "told_p_fake" in items[0]:
-            batch["told_p_fake"] = torch.tensor([i["told_p_fake"] for i in items])
+        if "spread" in items[0]:
+            batch["spread"] = torch.tensor([i["spread"] for i in items])
         if "pixel_values" in items[0]:
             batch["pixel_values"] = torch.stack([i["pixel_values"] for i in items])
             names = items[0]["detector_inputs"]

@@ -124,10 +124,11 @@ def _pictures(finding: Finding, image: np.ndarray | None) -> Facts:
         "evidence_map": None
         if mapped is None
         else {
+            "seen": finding.seen,
             "fields": [[round(value, 4) for value in row] for row in mapped.tolist()],
             "lowest": float(mapped.min()),
             "highest": float(mapped.max()),
-            "overlay": _picture(overlay(finding.pixels, mapped)),
+            "overlay": _picture(overlay(finding.pixels, mapped, finding.seen)),
         },
     }
 

@@ -42,7 +42,7 @@ class ForgedSettings(ModelSettings):
 class MapSettings(ForgedSettings):
     """Where the maps go."""
 
-    output: str = setting("outputs/integrity/maps.npz", "file to write: ids (n,) and maps (n, h, w) in [0, 1]")
+    output: str = setting("outputs/integrity/maps.npz", "file to write: ids (n,), maps (n, h, w) in [0, 1], seen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +76,14 @@ def write_maps(settings: MapSettings) -> str:
     records = split_of(source, settings.split)
     pipeline = _begin(settings, settings.output, None)
     maps: list[np.ndarray] = []
+    seen = next(iter(pipeline.detector.inputs.values())).seen
     for batch in _with_progress(list(batched(records, settings.batch_size))):
         for finding in _look(pipeline, [source.load(record).image for record in batch]):
             if finding.evidence_map is None:
                 raise ValueError(f"{settings.model!r}: detector {pipeline.detector.name!r} has no map; give another.")
             maps.append(finding.evidence_map)
     with atomic_path(settings.output) as staged, staged.open("wb") as file:
-        np.savez_compressed(file, ids=np.array([record.id for record in records]), maps=np.stack(maps))
+        np.savez_compressed(file, ids=np.array([record.id for record in records]), maps=np.stack(maps), seen=seen)
     return f"{len(maps)} maps of {maps[0].shape[0]} x {maps[0].shape[1]} cells are in {settings.output}"
 
 

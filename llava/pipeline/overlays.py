@@ -12,14 +12,15 @@ OPACITY = 0.45
 FRAME_COLOUR = (255, 221, 0)
 
 
-def overlay(pixels: np.ndarray, evidence_map: np.ndarray) -> np.ndarray:
+def overlay(pixels: np.ndarray, evidence_map: np.ndarray, seen: float = 1.0) -> np.ndarray:
     """Lay a map (h, w) in colours over the grey central square of a crop: uint8 RGB (H, W, 3) in and out.
 
+    seen: the square's side as a share of the crop's shorter side.
     The colours span the lowest to the highest value of this very map. Fields are not smoothed into one another, because
     the detector knows no finer grid; outside the square, which it does not see, the picture stays grey.
     """
     grey = np.repeat(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
-    side = min(pixels.shape[:2])
+    side = round(seen * min(pixels.shape[:2]))
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     low, high = float(evidence_map.min()), float(evidence_map.max())
     spread = (evidence_map - low) / (high - low) if high > low else np.full_like(evidence_map, 0.5)

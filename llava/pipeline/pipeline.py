@@ -201,11 +201,11 @@ class Pipeline:
         if stability:
             scored = [row | {"versions": p} for row, p in zip(scored, self._versions(pixels), strict=True)]
         rows = iter(zip(scored, self._maps(detection, len(pixels)), strict=True))
-        found = []
+        found, seen = [], next(iter(self.detector.inputs.values())).seen
         for face in faces:
             scores, evidence_map = (None, None) if face.pixels is None else next(rows)
             verdict = judge(self.detector, face, scores, self.prior)
-            found.append(Finding(verdict=verdict, pixels=face.pixels, evidence_map=evidence_map))
+            found.append(Finding(verdict=verdict, pixels=face.pixels, evidence_map=evidence_map, seen=seen))
         return found, encoded
 
     def _faces(self, images: Sequence[Image]) -> Iterator[Face]:

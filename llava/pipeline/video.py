@@ -126,7 +126,7 @@ def _watch(pipeline: Pipeline, video: Video, settings: VideoSettings) -> tuple[V
     if telling is None:
         return VideoFinding(verdict=verdict), None
     shown = found[telling]
-    finding = VideoFinding(verdict=verdict, pixels=shown.pixels, evidence_map=shown.evidence_map)
+    finding = VideoFinding(verdict=verdict, pixels=shown.pixels, evidence_map=shown.evidence_map, seen=shown.seen)
     return finding, encoded.get(telling)
 
 

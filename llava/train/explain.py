@@ -26,6 +26,7 @@ from llava.train.arguments import ExplainArguments
 from llava.train.runs import last_checkpoint, other_settings
 
 log = logging.getLogger(__name__)
+SOFTEST = 0.2  # least exponent of spread evidence: shares of 0.95 and 0.0125 become 0.37 and 0.16
 # Settings that must be the same when an interrupted run goes on.
 SETTINGS_OF_A_RUN = (
     *("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "mm_projector_lr", "lr_scheduler_type"),
@@ -40,7 +41,9 @@ class ExplainDataset(Dataset[dict[str, Any]]):
 
     is_balanced: records of the rarer class come again until both classes weigh the same; otherwise the words learn
     the data's share of fakes beside the evidence, and tip over at another p_fake than the detector. spread_seed: each
-    item is told a p_fake drawn evenly from its label's side of 0.5, a function of (seed, item).
+    item is told a p_fake drawn evenly from its label's side of 0.5, and its other evidence softened by an
+    exponent drawn evenly from SOFTEST to 1, both functions of (seed, item): a detector is surest of what it was
+    trained on.
     """
 
     def __init__(
@@ -74,13 +77,15 @@ class ExplainDataset(Dataset[dict[str, Any]]):
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORE for label in labels):
             raise ValueError(self._no_answer(record))
-        told = {} if self.spread_seed is None else {"told_p_fake": self._told(record, index, self.spread_seed)}
-        return {"input_ids": ids, "labels": labels, **told, **self.processor.pixels(sample.image)}
+        spread = {} if self.spread_seed is None else {"spread": self._spread(record, index, self.spread_seed)}
+        return {"input_ids": ids, "labels": labels, **spread, **self.processor.pixels(sample.image)}
 
-    def _told(self, record: Record, index: int, seed: int) -> float:
+    def _spread(self, record: Record, index: int, seed: int) -> tuple[float, float]:
+        """Give (p_fake, exponent) that one item is told with."""
         if record.label is None:
             raise ValueError(f"--spread_evidence needs labels, {record.id!r} has none; give `label`, or leave it off.")
-        return (record.label + float(item_rng(seed, 0, index).random())) / 2
+        side, softness = item_rng(seed, 0, index).random(2).tolist()
+        return (record.label + side) / 2, SOFTEST + (1 - SOFTEST) * softness
 
     def _no_answer(self, record: Record) -> str:
         return (

@@ -53,7 +53,7 @@ def score(
 
 def probe_answers(detector: Detector, device: torch.device, seed: int = 0) -> dict[str, float]:
     """Give p_fake of plain colours and of noise, where a sound detector knows nothing."""
-    side = max(spec.size for spec in detector.inputs.values())
+    side = max(spec.shortest_edge for spec in detector.inputs.values())
     images = {name: np.full((side, side, 3), colour, np.uint8) for name, colour in PLAIN_COLOURS.items()}
     images["noise"] = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
     inputs = {
