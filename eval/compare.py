@@ -1,4 +1,4 @@
-"""Put the scores of several runs side by side: detection, judgement, explanation, each with its interval."""
+"""Put the scores of several runs side by side: detection, judgement, explanation, integrity, each with its interval."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Settings:
     """Which runs to compare."""
 
     runs: list[str] = setting(
-        help="folders with scores/report.json, judgement.json or explanation.json, as written by --json"
+        help="folders with scores/report.json, judgement.json, explanation.json or integrity.json, as written by --json"
     )
 
 

@@ -38,7 +38,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.e2e
 def test_every_step_leaves_what_it_promises(demo: Path) -> None:
-    for name in ("stage_1/model.safetensors", "explainer/model.safetensors", "judgement.json", "explanation.json"):
+    for name in (
+        "stage_1/model.safetensors",
+        "explainer/model.safetensors",
+        "judgement.json",
+        "explanation.json",
+        "integrity.json",
+    ):
         assert (demo / name).is_file(), name
     seconds = json.loads((demo / "seconds.json").read_text())
     assert list(seconds)[:2] == ["data", "stage 1: the detector"] and all(s >= 0 for s in seconds.values())
@@ -56,7 +62,11 @@ def test_the_report_shows_only_the_historical_portrait_forged(demo: Path) -> Non
     assert {row["group"] for row in shown} == {"grace_hopper"} and {row["split"] for row in shown} == {"test"}
     assert [row["label"] for row in shown] == ["real", "fake"]
     assert f"{shown[1]['region']} edited" in text and "The truth: nothing was edited." in text
-    assert {"data", "learning", "scores", "real", "forged", "time"} <= {s["id"] for s in page.all("section")}
+    assert {"data", "learning", "scores", "integrity", "real", "forged", "time"} <= {
+        s["id"] for s in page.all("section")
+    }
+    integrity = json.loads((demo / "integrity.json").read_text())
+    assert all(sentence in page.text for sentence in integrity["verdict"]) and len(integrity["verdict"]) >= 4
     pictures = page.all("img")
     assert all(picture["alt"] for picture in pictures) and len(pictures) >= 3 + 2 * 2 + 1
 

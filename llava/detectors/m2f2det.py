@@ -39,7 +39,9 @@ class M2F2DetConfig:
     fusion: Literal["similarity", "bridge", "none"] = setting(
         "similarity", "similarity = patch-prompt cosines, bridge = attention between them, none = CLS and CNN only"
     )
-    backbone: str = setting("densenet121", "CNN: densenet121/161/169/201, efficientnet_b0..b7, or a small densenet_*")
+    backbone: str = setting(
+        "densenet121", "CNN: densenet121/161/169/201, efficientnet_b0..b7, or a small one: densenet_*, conv_tiny"
+    )
     backbone_pretrained: bool = setting(False, "start the CNN from torchvision's ImageNet weights when training")
     residual: bool = setting(False, "show the CNN the image's high-pass residual beside the image")
     hidden_size: int = setting(1024, "width of the projected CLIP, prompt and CNN features")

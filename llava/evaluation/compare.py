@@ -1,4 +1,4 @@
-"""The scores of several runs side by side: detection, judgement, explanation, each with its interval."""
+"""The scores of several runs side by side: detection, judgement, explanation, integrity, each with its interval."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ ROWS = {
     "explanation.json": tuple(
         (f"explanation {title}", ("scores", "all", key))
         for key, title in (("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider", "CIDEr"), ("meteor", "METEOR"))
+    ),
+    "integrity.json": (
+        ("explanation ROUGE-L minus the blind template's", ("template", "difference", "kind", "rouge_l")),
+        ("explanation ROUGE-L minus with images swapped", ("swap", "all", "gap", "rouge_l")),
+        ("the same within one label", ("swap", "same_label", "gap", "rouge_l")),
+        ("text names the edited region", ("regions", "accuracy")),
+        ("the same minus a blind guess", ("regions", "gain", "guess")),
     ),
 }
 

@@ -15,7 +15,9 @@ from llava.core.runtime import write_json
 from llava.evaluation.agreement import read_agreement
 from llava.evaluation.captions import read_caption_set, score_captions
 from llava.evaluation.compare import comparison
+from llava.evaluation.integrity import integrity_report, read_prompts
 from llava.evaluation.judgement import judgement_report, read_judgements
+from llava.evaluation.questions import read_training
 from llava.evaluation.report import text_of
 from llava.pipeline import ddvqa
 from llava.pipeline.demo_data import CONFIGS, Plan, prepare
@@ -117,12 +119,14 @@ def answer(plan: Plan, out: Path, clock: Clock) -> None:
 
 
 def judge_answers(plan: Plan, out: Path) -> None:
-    """Write judgement.json and, where there are reasons, explanation.json."""
+    """Write judgement.json and, where there are reasons, explanation.json and integrity.json."""
     answers = read_judgements(out / "det.jsonl", plan.conversations / "test" / "verdict_only.json")
     write_json(out / "judgement.json", {**judgement_report(answers), "agreement": read_agreement(out / "det.jsonl")})
     if plan.reasons:
         captions = read_caption_set(out / "exp.jsonl", plan.conversations / "test" / "label_free.jsonl")
         write_json(out / "explanation.json", score_captions(captions))
+        training = read_training(plan.conversations / "train" / "label_free.json")
+        write_json(out / "integrity.json", integrity_report(captions, training, read_prompts(out / "exp.jsonl")))
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

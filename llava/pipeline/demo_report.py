@@ -38,6 +38,11 @@ LIMITS = (
     "Only the Navy portrait of Rear Admiral Grace Hopper (1906-1992), a historical figure, is shown in an edited form. "
     "No endorsement by NASA, the US Navy or anybody shown is implied.",
 )
+INTEGRITY_NOTE = (
+    "The blind template gives the most frequent training answer to such a question and never sees a picture. "
+    "Swapped means that an answer is scored against the truth of another picture. With one held-out person there is no "
+    "interval, so nothing is called clear here."
+)
 STAGES = {
     "stage 1: detector": "stage_1/phases/0/history.json",
     "tiny LLaVA base": "base/history.json",
@@ -50,7 +55,7 @@ def write_report(out: Path, seconds: Mapping[str, float]) -> Path:
     """Write report.html into the demonstration's folder from what its steps left there; gives its path."""
     rows = _table(out / "data" / "manifest.csv")
     photos = len({row["original"] for row in rows})
-    sections = [_data(rows), _learning(out), _scores(out), *_cases(out, rows), _time(seconds)]
+    sections = [_data(rows), _learning(out), _scores(out), _integrity(out), *_cases(out, rows), _time(seconds)]
     path = out / "report.html"
     write_page(path, render_page("A demonstration", sections, LEAD.format(photos=photos), LIMITS))
     return path
@@ -121,6 +126,13 @@ def _scores(out: Path) -> Section:
     pictures = (figure((out / "scores" / name).read_bytes(), *words) for name, words in shown.items())
     table = fill("table.html", head=("", "on the held-out person"), rows=rows, note="")
     return Section(title="How good it is", body=Markup("").join([table, *pictures]), anchor="scores")
+
+
+def _integrity(out: Path) -> Section:
+    """Say in words whether the answers depend on the picture, or could have been given without looking."""
+    report = json.loads((out / "integrity.json").read_text(encoding="utf-8"))
+    body = fill("sentences.html", sentences=report["verdict"], note=INTEGRITY_NOTE)
+    return Section(title="Do the words depend on the picture?", body=body, anchor="integrity")
 
 
 def _cases(out: Path, rows: list[dict[str, str]]) -> Iterator[Section]:
