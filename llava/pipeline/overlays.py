@@ -15,9 +15,9 @@ FRAME_COLOUR = (255, 221, 0)
 def overlay(pixels: np.ndarray, evidence_map: np.ndarray, seen: float = 1.0) -> np.ndarray:
     """Lay a map (h, w) in colours over the grey central square of a crop: uint8 RGB (H, W, 3) in and out.
 
-    seen: the square's side as a share of the crop's shorter side.
-    The colours span the lowest to the highest value of this very map. Fields are not smoothed into one another, because
-    the detector knows no finer grid; outside the square, which it does not see, the picture stays grey.
+    seen: the square's side as a share of the crop's shorter side. The colours span the lowest to the highest value of
+    this very map. Fields are not smoothed into one another, because the detector knows no finer grid; outside the
+    square, which it does not see, the picture stays grey.
     """
     grey = np.repeat(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
     side = round(seen * min(pixels.shape[:2]))
@@ -26,8 +26,8 @@ def overlay(pixels: np.ndarray, evidence_map: np.ndarray, seen: float = 1.0) -> 
     spread = (evidence_map - low) / (high - low) if high > low else np.full_like(evidence_map, 0.5)
     large = cv2.resize(spread.astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)
     colours = matplotlib.colormaps[COLOURS](large)[..., :3] * 255
-    seen = grey[top : top + side, left : left + side]
-    grey[top : top + side, left : left + side] = np.rint((1 - OPACITY) * seen + OPACITY * colours)
+    square = (slice(top, top + side), slice(left, left + side))
+    grey[square] = np.rint((1 - OPACITY) * grey[square] + OPACITY * colours)
     return grey
 
 
