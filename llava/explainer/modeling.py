@@ -154,8 +154,7 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         """Give logits (B, L, vocabulary) and, with labels, the loss averaged over the answer's tokens.
 
         Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
-        given beside pixel_values replaces the detector's own. spread (N, 2), in training: p_fake that replaces the one
-        in the evidence, and the exponent that makes the rest of it less sure.
+        given beside pixel_values replaces the detector's own. spread (N, 2), in training: see `_told`.
         """
         if pixel_values is not None and inputs_embeds is None:
             encoded = self.encode(pixel_values, detector_inputs or {})
@@ -178,7 +177,10 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def _told(self, encoded: Encoded, evidence: Tensor | None, spread: Tensor | None) -> Tensor:
-        """Give the evidence (N, E) for the words: the detector's, or what replaces it, spread (N, 2) or as it is."""
+        """Give the evidence (N, E) for the words: the detector's, or what replaces it.
+
+        spread (N, 2): the p_fake that replaces the one in it, and the exponent that makes the rest of it less sure.
+        """
         evidence = encoded.evidence if evidence is None else evidence
         if spread is None:
             return evidence
