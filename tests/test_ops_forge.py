@@ -15,6 +15,7 @@ from llava.core.runtime import item_rng
 from llava.core.types import REGIONS
 from llava.ops import artefacts
 from llava.ops.augment import AugmentConfig, augment
+from llava.ops.dead_leaves import dead_leaves, power_law_noise
 from llava.ops.face_regions import FACE, disjoint, eyes_in_box, face_regions
 from llava.ops.forge import ARTEFACTS, PAIRS, SELF_BLENDED, ForgeConfig, Forgery, draw_kind, forge
 from llava.ops.self_blend import SelfBlendConfig, self_blend
@@ -29,6 +30,24 @@ def textured(seed: int = 0, side: int = SIDE) -> np.ndarray:
     layers = [ndimage.gaussian_filter(rng.normal(size=(side, side, 3)), (s, s, 0)) for s in (1, 3, 12)]
     total = sum(layer / layer.std() for layer in layers)
     return np.clip(np.rint(128 + 22 * total), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("exponent", [0.6, 1.0, 1.8])
+def test_noise_of_a_power_law_has_its_slope(exponent: float) -> None:
+    noise = power_law_noise(256, exponent, np.random.default_rng(0))
+    assert abs(noise.mean()) < 1e-9 and noise.std() == pytest.approx(1)
+    amplitude = np.abs(np.fft.rfft2(noise))
+    frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None])
+    rings = [(frequency > low) & (frequency <= 1.3 * low) for low in 0.02 * 1.3 ** np.arange(11)]
+    centres, means = ([np.log(values[ring].mean()) for ring in rings] for values in (frequency, amplitude))
+    assert np.polyfit(centres, means, 1)[0] == pytest.approx(-exponent, abs=0.05)
+
+
+def test_dead_leaves_are_pictures_of_their_generator() -> None:
+    one, same, other = (dead_leaves(96, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one.shape == (96, 96, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert one.std() > 15 and len(np.unique(one.reshape(-1, 3), axis=0)) > 1000
 
 
 def disc(side: int = SIDE, radius: float = 30.0) -> np.ndarray:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llava.core.config import build, load_yaml, setting
+from llava.core.runtime import atomic_path, item_rng
 from llava.data.ddvqa import DdvqaConfig, build_ddvqa
 from llava.data.sources import DataConfig
 from llava.data.verdicts import VerdictConfig, build_verdicts
+from llava.ops.dead_leaves import dead_leaves
 from llava.pipeline.forge import ForgeDataConfig, build_forgeries
+from llava.pipeline.forge_files import TABLE, write_image
 
 CONFIGS = Path("scripts/configs")
 ANNOTATIONS = "annotations/DQ_FFpp"
+LEAVES = "leaves"
+PATHS = ("file", "mask", "untouched")  # columns of manifest.csv that name files beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,8 @@ class DemoRecipe:
     """What is forged from the embedded photos, and what differs from the tiny recipes."""
 
     data: ForgeDataConfig = setting(help="what is forged, as in m2f2 data forge; output is set by the demonstration")
+    leaves: int = setting(0, "random pictures without a face (dead leaves) that stage 1 learns traces from as well")
+    leaf_versions: int = setting(1, "versions of each of them; forgeries of each version as in data")
     stage_1: dict[str, Any] = setting({}, "flags of stage 1")
     base: dict[str, Any] = setting({}, "settings of the tiny base")
     stage_2: dict[str, Any] = setting({}, "flags of stage 2")
@@ -58,8 +67,10 @@ def _embedded(recipe: DemoRecipe, out: Path) -> Plan:
     """Forge the embedded photos; everything about this demonstration stands in its recipe."""
     data = out / "data"
     build_forgeries(replace(recipe.data, output=str(data)))
+    folders = [data, *([_forged_leaves(recipe, out / LEAVES)] if recipe.leaves else [])]
+    join_tables(folders, out / TABLE)
     train = data / "train"
-    table = ["--data.source", "csv", "--data.path", str(data / "manifest.csv"), "--data.masks", "true"]
+    table = ["--data.source", "csv", "--data.path", str(out / TABLE), "--data.masks", "true"]
     return Plan(
         images=data / "images",
         conversations=data,
@@ -69,6 +80,43 @@ def _embedded(recipe: DemoRecipe, out: Path) -> Plan:
         stage_2=["--data_path", str(train / "label_free.json"), *_flags(recipe.stage_2)],
         stage_3=["--data_path", str(train / "dialogue.json"), *_flags(recipe.stage_3)],
     )
+
+
+def _forged_leaves(recipe: DemoRecipe, folder: Path) -> Path:
+    """Draw pictures of dead leaves, all for training, and forge them like faces; gives the folder of the forgeries."""
+    config = recipe.data
+    for number in range(recipe.leaves):
+        picture = dead_leaves(config.longest_side, item_rng(config.seed, 0, number))
+        write_image(folder / "pictures" / f"{number:04d}.png", picture, config.jpeg_quality)
+    forged = replace(
+        config,
+        folder=str(folder / "pictures"),
+        output=str(folder / "data"),
+        face="off",
+        versions=recipe.leaf_versions,
+        test_groups=(),
+        val_groups=(),
+        test_fraction=0.0,
+        val_fraction=0.0,
+    )
+    build_forgeries(forged)
+    return folder / "data"
+
+
+def join_tables(folders: Sequence[Path], table: Path) -> None:
+    """Write the manifests of forged data sets as one table above their folders, whose file names lead there."""
+    rows: list[dict[str, str]] = []
+    for folder in folders:
+        with (folder / TABLE).open(newline="", encoding="utf-8") as file:
+            rows += [_moved(row, folder.relative_to(table.parent)) for row in csv.DictReader(file)]
+    with atomic_path(table) as staged, staged.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _moved(row: dict[str, str], folder: Path) -> dict[str, str]:
+    return row | {name: (folder / row[name]).as_posix() for name in PATHS if row[name]}
 
 
 def _ddvqa(data: Path, out: Path) -> Plan:
