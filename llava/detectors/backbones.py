@@ -41,7 +41,6 @@ class Backbone(nn.Sequential):
         """Give the last map and the maps of `stages` for images (B, 3, H, W); each (B, C, h, w)."""
         maps = []
         x = torch.cat([images, high_pass(images)], dim=1) if self.sees_residual else images
-        x = x.contiguous(memory_format=torch.channels_last)  # a quarter to a third faster, on a CPU too
         for name, layer in self.named_children():
             x = layer(x)
             if name in self.stages:
