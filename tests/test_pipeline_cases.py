@@ -28,7 +28,7 @@ from llava.pipeline.cases import entry_of, entry_section
 from llava.pipeline.findings import Finding
 from llava.pipeline.overlays import COLOURS, OPACITY, framed, overlay, shrink
 from llava.pipeline.pages import Section, figure, fill, png_bytes, render_page
-from llava.pipeline.wording import LIMITS, band_in_words, meaning, ratio_in_words
+from llava.pipeline.wording import LIMITS, band_in_words, meaning, ratio_in_words, regions_in_words
 
 HOSTILE = "<script>alert('a')</script>\"><img src=http://x.org/a.png onerror=alert(1)>&amp;.png"
 FACE = Verdict(
@@ -201,6 +201,14 @@ def test_a_percentage_is_never_certain_and_an_empty_band_is_said() -> None:
     )
     assert band_in_words(replace(FACE, band=(0.5, 0.5))).startswith("The verdict is UNCERTAIN nowhere.")
     assert band_in_words(BARE) == ""
+
+
+def test_shares_of_regions_are_said_to_be_shares() -> None:
+    shares = {"skin": 0.1, "eyebrows": 0.1, "eyes": 0.15, "nose": 0.05, "mouth": 0.6}
+    said = regions_in_words(replace(FACE, evidence={**FACE.evidence, **shares}))
+    assert said.endswith("The largest share, 0.60, has the mouth.") and "sum to 1" in said
+    assert said in page_of(entry(replace(FACE, evidence={**FACE.evidence, **shares}))).text
+    assert regions_in_words(FACE) == "" and "share what the map" not in page_of(entry(FACE)).text
 
 
 def test_the_map_lies_over_the_central_square_and_fields_stay_fields() -> None:

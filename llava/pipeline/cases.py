@@ -19,7 +19,14 @@ from llava.evaluation.pictures import timeline_png
 from llava.pipeline.findings import Finding
 from llava.pipeline.overlays import framed, overlay, shrink
 from llava.pipeline.pages import Section, fill, png_bytes, png_uri, render_page, write_page
-from llava.pipeline.wording import LIMITS, band_in_words, meaning, prior_in_words, ratio_in_words
+from llava.pipeline.wording import (
+    LIMITS,
+    band_in_words,
+    meaning,
+    prior_in_words,
+    ratio_in_words,
+    regions_in_words,
+)
 
 if TYPE_CHECKING:
     from llava.pipeline.pipeline import Pipeline
@@ -33,7 +40,7 @@ def entry_of(finding: Finding, source: NamedInput) -> Facts:
     source: the input that was asked about. Pictures of faces are shrunk to 512 px; their real sizes stand beside them.
     """
     verdict, explained = finding.verdict, finding.explanation
-    words = {"meaning": meaning(verdict), "band": band_in_words(verdict)}
+    words = {"meaning": meaning(verdict), "band": band_in_words(verdict), "regions": regions_in_words(verdict)}
     if verdict.likelihood_ratio is not None and verdict.prior is not None:
         words |= {"likelihood_ratio": ratio_in_words(verdict.likelihood_ratio), "prior": prior_in_words(verdict.prior)}
     image = source.pixels if isinstance(source, NamedImage) else None

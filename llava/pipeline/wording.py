@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from llava.core.types import Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import REGIONS, Verdict, VerdictLabel, VideoVerdict
 
 # Verbal scale of the ENFSI guideline for evaluative reporting in forensic science (2015).
 SUPPORT_FROM = (2, 10, 100, 1_000, 10_000, 1_000_000)
@@ -72,6 +72,19 @@ def band_in_words(verdict: Verdict) -> str:
     return (
         f"The verdict is UNCERTAIN {limits}. The limits were chosen so that of 100 real faces, and of 100 forged "
         f"ones, at least {100 * verdict.coverage:g} are not called the opposite."
+    )
+
+
+def regions_in_words(verdict: Verdict) -> str:
+    """Say what the evidence of face regions means, and which leads; empty for a detector that has none."""
+    shares = {name: verdict.evidence[name] for name in REGIONS if name in verdict.evidence}
+    if not shares:
+        return ""
+    highest = max(shares, key=lambda name: shares[name])
+    return (
+        "Skin, eyebrows, eyes, nose and mouth share what the map has to say: their values sum to 1, whether or not "
+        f"anything was forged, and are alike where the whole face is. The largest share, {shares[highest]:.2f}, has "
+        f"the {highest}."
     )
 
 
