@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_world import draw
 
 import llava
 from llava import cli
 from llava.core.calibration import Calibration, ScoreMap, read_calibration, write_calibration
+from llava.core.types import Decision
 from llava.detectors.base import load
 from llava.explainer.delta import fingerprint, save_delta
 from llava.explainer.loading import load_model
@@ -102,6 +104,18 @@ def test_the_words_are_told_the_calibrated_p_fake(calibrated: Path, tiny_explain
     assert told.sum(dim=1).tolist() == pytest.approx([1.0] * len(PICTURES))
     assert raw[:, 1].tolist() == pytest.approx([v.raw_p_fake for v in verdicts], abs=1e-6)
     assert not np.allclose(told, raw)
+
+
+def test_without_calibration_words_tip_over_where_the_verdict_does(tiny_explainer: Path) -> None:
+    explainer = opened(tiny_explainer).needed_explainer()
+    raw = explainer.encode(PICTURES).evidence[:, 1].double()
+    threshold = float(raw.median())
+    explainer.model.detector.decision = Decision(threshold=threshold)
+    told = explainer.encode(PICTURES).evidence
+    odds = raw / (1 - raw) / (threshold / (1 - threshold))
+    torch.testing.assert_close(told[:, 1].double(), odds / (1 + odds), atol=1e-3, rtol=0)
+    assert told.sum(dim=1).tolist() == pytest.approx([1.0] * len(PICTURES))
+    assert ((told[:, 1] >= 0.5 - 1e-4) == (raw >= threshold)).all() and 0 < (raw >= threshold).sum() < len(PICTURES)
 
 
 def test_a_prior_without_calibration_is_refused(tiny_explainer: Path, calibrated: Path) -> None:

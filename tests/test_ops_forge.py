@@ -325,6 +325,15 @@ def test_a_version_without_limits_is_the_photo() -> None:
     assert np.array_equal(same, image) and np.array_equal(masks["nose"], disc())
     mirrored, _ = augment(image, {}, replace(still, flip_probability=1), item_rng(0, 0, 0))
     assert np.array_equal(mirrored, image[:, ::-1])
+    sharper, grainy, flat = (replace(still, sharpness=1), replace(still, grain=8), np.full((64, 64, 3), 100, np.uint8))
+    detail = image - ndimage.gaussian_filter(image.astype(float), (1, 1, 0))
+    found = augment(image, {}, sharper, item_rng(0, 0, 0))[0].astype(float) - image
+    inside = (image > 60) & (image < 200)
+    weight = np.polyfit(detail[inside], found[inside], 1)[0]
+    assert 0.01 < abs(weight) < 1 and np.abs(found - weight * detail)[inside].mean() < 0.5
+    assert np.array_equal(augment(flat, {}, sharper, item_rng(0, 0, 0))[0], flat)
+    noise = [augment(flat, {}, grainy, item_rng(seed, 0, 0))[0].std() for seed in range(40)]
+    assert max(noise) < 8.5 and 3 < np.mean(noise) < 5
     brighter, _ = augment(np.full((8, 8, 3), 100, np.uint8), {}, replace(still, gamma=0.2), item_rng(0, 0, 0))
     assert brighter.std() == 0 and brighter[0, 0, 0] != 100
 

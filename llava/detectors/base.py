@@ -19,6 +19,7 @@ from llava.core.registry import nearest
 from llava.core.types import Decision, InputSpec, VerdictLabel
 from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors
 
+LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
 VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
 
 
@@ -116,15 +117,22 @@ class Detector(nn.Module):
         return [VerdictLabel.FAKE if p >= self.decision.threshold else VerdictLabel.REAL for p in p_fake]
 
     def told_evidence(self, output: DetectorOutput) -> Tensor:
-        """Give the evidence (B, E) that words rest on: p_real and p_fake are those of the verdict, calibrated if it is.
+        """Give the evidence (B, E) that words rest on: p_real and p_fake as the verdict takes them.
 
-        Calibrated, they are the posterior at the calibration's own prior; all other evidence stays as it is.
+        Calibrated, they are the posterior at the calibration's own prior. Otherwise their log odds are those above the
+        odds of the threshold, so that words, which tip over at 0.5, and verdict tip over at the same score. All other
+        evidence stays as it is.
         """
         assert output.logits is not None and output.evidence is not None
-        if self.calibration is None:
+        if self.calibration is None and self.decision.threshold == 0.5:
             return output.evidence
-        posterior = self.calibration.posterior(self.p_fake(output.logits).double().cpu().numpy())
-        return self.with_p_fake(output.evidence, torch.from_numpy(posterior))
+        p_fake = self.p_fake(output.logits).double()
+        if self.calibration is not None:
+            told = torch.from_numpy(self.calibration.posterior(p_fake.cpu().numpy()))
+        else:
+            threshold = torch.full_like(p_fake, self.decision.threshold)
+            told = (torch.logit(p_fake, LEAST_ODDS) - torch.logit(threshold, LEAST_ODDS)).sigmoid()
+        return self.with_p_fake(output.evidence, told)
 
     def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
         """Put other values (B,) in [0, 1] at p_fake, and what is left of 1 at p_real, of the evidence (B, E).
