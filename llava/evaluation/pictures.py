@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -38,18 +39,21 @@ def draw_roc(
 ) -> None:
     """Draw the ROC curves of frames and videos, with AUC and its 95 % group-bootstrap interval, into a picture.
 
-    threshold: its point on the curve of frames is marked.
+    Where every frame is a video of its own there is one curve. threshold: its point on the curve of frames is marked.
     """
     figure = Figure(figsize=(5.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for level, items in (("frames", predictions), ("videos", by_video(predictions, trim))):
+    levels = {"frames": predictions, "videos": by_video(predictions, trim)}
+    if len(levels["videos"]) == len(predictions):
+        del levels["videos"]
+    for level, items in levels.items():
         curve = RankedScores(items.labels, items.p_fake).curve()
         if not curve.is_defined:
             raise ValueError("A ROC curve needs real and fake items, got one class; give another split.")
         auc = auc_interval(items.labels, items.p_fake, items.groups, n_boot, seed)
-        text = f"{len(items)} {level}: AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
-        axes.plot(curve.fpr, curve.tpr, label=text)
+        limits = "" if math.isnan(auc.low) else f" [{auc.low:.3f}, {auc.high:.3f}]"
+        axes.plot(curve.fpr, curve.tpr, label=f"{len(items)} {level}: AUC {auc.value:.3f}{limits}")
     if threshold is not None:
         called, is_fake = predictions.p_fake >= threshold, predictions.labels == 1
         axes.plot(called[~is_fake].mean(), called[is_fake].mean(), "o", label=f"threshold {threshold:.3f}")

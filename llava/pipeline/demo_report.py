@@ -80,7 +80,7 @@ def _data(rows: list[dict[str, str]], leaves: list[dict[str, str]]) -> Section:
     people = {
         split: sorted({row["group"] for row in rows if row["split"] == split}) for split in ("train", "val", "test")
     }
-    use = {"train": "learned from", "val": "chooses weights and threshold", "test": "held out, seen by nobody"}
+    use = {"train": "learned from", "val": "chooses weights and threshold", "test": "held out, never learned from"}
     cells = [
         (use[split], ", ".join(groups), counts[split, "real"], counts[split, "fake"])
         for split, groups in people.items()
