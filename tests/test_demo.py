@@ -29,7 +29,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = load_yaml(RECIPE)
     recipe["data"] |= {"versions": 3, "per_image": 2, "longest_side": 96}
     recipe["stage_1"] |= {"steps": 10, "eval_steps": 10, "batch_size": 4, "collapse.min_sd": 0.0, "workers": 0}
-    recipe |= {"leaves": 3, "leaf_versions": 1}
+    recipe["leaves"] = {"count": 3, "versions": 1}
     recipe["base"] |= {"steps": 20, "batch_size": 4, "layers": 1, "hidden_size": 48, "heads": 2}
     for stage in ("stage_2", "stage_3"):
         recipe[stage] |= {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
@@ -52,7 +52,7 @@ def test_every_step_leaves_what_it_promises(demo: Path) -> None:
     seconds = json.loads((demo / "seconds.json").read_text())
     assert list(seconds)[:2] == ["data", "stage 1: the detector"] and all(s >= 0 for s in seconds.values())
     source = CsvSource(DataConfig(source="csv", path=str(demo / "manifest.csv"), masks=True))
-    leaves = [record for record in source.records if record.where.startswith("leaves/")]
+    leaves = [record for record in source.records if record.id.startswith("leaves/")]
     assert len(leaves) == 3 * 3 and {record.split for record in leaves} == {"train"}
     assert {bool(source.load(record).mask.any()) for record in leaves if record.label == 1} == {True}
     assert {record.tags["untouched"] for record in leaves} <= {record.id for record in leaves}

@@ -30,6 +30,7 @@ READERS = {
 DEMO_READERS = READERS | {
     "data": "llava.pipeline.forge:ForgeDataConfig",
     "base": "llava.train.tiny_base:TinyBaseConfig",
+    "leaves": "llava.pipeline.demo_data:LeavesConfig",
 }
 FOREIGN = {"cd", "conda", "cp", "curl", "export", "git", "ls", "mkdir", "mv", "pip", "source", "tensorboard", "unzip"}
 LAUNCHERS = {"python", "python3", "bash", "deepspeed", "torchrun", "accelerate"}

@@ -41,12 +41,19 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeavesConfig:
+    """Random pictures without a face (dead leaves) that stage 1 learns traces from as well."""
+
+    count: int = setting(0, "pictures; 0 = none")
+    versions: int = setting(1, "versions of each; forgeries of each version as in data")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoRecipe:
     """What is forged from the embedded photos, and what differs from the tiny recipes."""
 
     data: ForgeDataConfig = setting(help="what is forged, as in m2f2 data forge; output is set by the demonstration")
-    leaves: int = setting(0, "random pictures without a face (dead leaves) that stage 1 learns traces from as well")
-    leaf_versions: int = setting(1, "versions of each of them; forgeries of each version as in data")
+    leaves: LeavesConfig = setting(LeavesConfig())
     stage_1: dict[str, Any] = setting({}, "flags of stage 1")
     base: dict[str, Any] = setting({}, "settings of the tiny base")
     stage_2: dict[str, Any] = setting({}, "flags of stage 2")
@@ -67,7 +74,7 @@ def _embedded(recipe: DemoRecipe, out: Path) -> Plan:
     """Forge the embedded photos; everything about this demonstration stands in its recipe."""
     data = out / "data"
     build_forgeries(replace(recipe.data, output=str(data)))
-    folders = [data, *([_forged_leaves(recipe, out / LEAVES)] if recipe.leaves else [])]
+    folders = [data, *([_forged_leaves(recipe, out / LEAVES)] if recipe.leaves.count else [])]
     join_tables(folders, out / TABLE)
     train = data / "train"
     table = ["--data.source", "csv", "--data.path", str(out / TABLE), "--data.masks", "true"]
@@ -85,7 +92,7 @@ def _embedded(recipe: DemoRecipe, out: Path) -> Plan:
 def _forged_leaves(recipe: DemoRecipe, folder: Path) -> Path:
     """Draw pictures of dead leaves, all for training, and forge them like faces; gives the folder of the forgeries."""
     config = recipe.data
-    for number in range(recipe.leaves):
+    for number in range(recipe.leaves.count):
         picture = dead_leaves(config.longest_side, item_rng(config.seed, 0, number))
         write_image(folder / "pictures" / f"{number:04d}.png", picture, config.jpeg_quality)
     forged = replace(
@@ -93,7 +100,7 @@ def _forged_leaves(recipe: DemoRecipe, folder: Path) -> Path:
         folder=str(folder / "pictures"),
         output=str(folder / "data"),
         face="off",
-        versions=recipe.leaf_versions,
+        versions=recipe.leaves.versions,
         test_groups=(),
         val_groups=(),
         test_fraction=0.0,
