@@ -26,11 +26,11 @@ def dead_leaves(side: int, rng: np.random.Generator) -> np.ndarray:
         colour = rng.uniform(20, 235) + rng.normal(0, COLOUR_SPREAD, 3)
         centre = (round(x), round(y))
         cv2.ellipse(picture, centre, axes, rng.uniform(0, 360), 0, 360, colour.tolist(), cv2.FILLED, cv2.LINE_AA)
-    picture = cv2.GaussianBlur(picture, (0, 0), sigmaX=rng.uniform(0.5, 2.0))
+    focused = cv2.GaussianBlur(picture, (0, 0), sigmaX=rng.uniform(0.5, 2.0))
     grain = rng.uniform(3, 14) * power_law_noise(side, rng.uniform(0.6, 1.3), rng)
     shading = rng.uniform(5, 20) * power_law_noise(side, 1.8, rng)
     sensor = rng.normal(0, rng.uniform(0.5, 4.0), picture.shape)
-    return np.clip(np.rint(picture + (grain + shading)[..., None] + sensor), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(focused + (grain + shading)[..., None] + sensor), 0, 255).astype(np.uint8)
 
 
 def power_law_noise(side: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
