@@ -110,6 +110,8 @@ def test_a_text_that_disagrees_is_marked_and_the_verdict_stands(
     before = model.explain(PICTURES[0])
     assert (before.verdict.label, before.text_verdict, before.agrees) == ("REAL", REAL, True)
     monkeypatch.setattr(model.detector, "decision", Decision(threshold=0.0))
+    assert model.explain(PICTURES[0]).text_verdict == FAKE, "words turn with the threshold"
+    monkeypatch.setattr(model.detector, "told_evidence", lambda output: output.evidence)  # words that do not listen
     after = model.explain(PICTURES[0])
     assert (after.verdict.label, after.text_verdict, after.agrees) == ("FAKE", REAL, False)
     assert str(after).endswith("[The text says real; the detector's verdict stands.]") and str(after).startswith("FAKE")
