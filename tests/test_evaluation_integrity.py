@@ -334,6 +334,9 @@ def test_inference_asks_flipped_questions_and_counts_the_others(tmp_path, caplog
         ("The brow and the eyebrows are blurred.", "eyebrows"),
         ("The eyes and the eyebrows are blurred.", "several"),
         ("The eyelids and the mouthpiece are skinny.", "none"),
+        ("The image is real. The nose shows a warp.", "none"),
+        ("The image is fake, but the nose shows no signs of editing.", "none"),
+        ("The image is fake. The nose shows no signs of editing, the mouth shows a warp.", "mouth"),
         ("", "none"),
     ],
 )
@@ -376,6 +379,7 @@ def test_artefacts_are_named_in_the_words_of_the_forger_and_guessed_among_those_
     }
     assert {named_artefact(text) for text in said.values()} == set(said)
     assert all(named_artefact(text) == name for name, text in said.items())
+    assert named_artefact("The image is real. The nose shows a warp.") == "none"
     training = [pair(WHOLE, "a blend with a changed copy of itself", 1)] * 3 + [pair(WHOLE, "a warp", 1)]
     items = [item(f"1_{n}", said[a], region="nose", artefact=b) for n, (a, b) in enumerate((("blur", "blur"),
              ("none", "warp"), ("warp", "blur")))]  # fmt: skip

@@ -60,7 +60,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             hidden_size=64,
             layers=2,
             heads=4,
-            steps=100,
+            text_steps=60,
+            steps=60,
             lr=3e-3,
         )
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.types import LABEL_NAMES, REAL, REGIONS
 from llava.data.conversations import PROMPT_HEAD
@@ -50,6 +52,16 @@ def shuffled_dialogue(subject: Subject, pairs: Sequence[Pair], number: int, seed
     """Give one conversation of all pairs; their order is a function of (seed, image, number of the dialogue)."""
     order = item_rng(seed, number, zlib.crc32(subject.key.encode())).permutation(len(pairs))
     return Row(f"{subject.key}_d{number}", subject, [pairs[i] for i in order])
+
+
+def cut_dialogues(row: Row, seed: int) -> list[Row]:
+    """Cut a dialogue into several: behind every turn but the last with probability 1/2, a function of (seed, row).
+
+    In a whole one nearly every answer can be learned from the answers before it, and few need the image.
+    """
+    ends = np.flatnonzero(item_rng(seed, 0, zlib.crc32(row.id.encode())).random(len(row.pairs) - 1) < 0.5) + 1
+    bounds = zip((0, *ends), (*ends, len(row.pairs)), strict=True)
+    return [Row(f"{row.id}_{number}", row.subject, row.pairs[a:b]) for number, (a, b) in enumerate(bounds)]
 
 
 def write_conversations(path: Path, rows: Sequence[Row]) -> int:

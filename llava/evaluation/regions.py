@@ -10,17 +10,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llava.core.types import LABEL_NAMES, REGIONS
+from llava.core.types import LABEL_NAMES, REAL, REGIONS
 from llava.data.forgery_text import SIGNS
 from llava.evaluation.captions import CaptionItem, question_type
 from llava.evaluation.questions import Lookup, TrainingPair
 from llava.evaluation.statistics import group_bootstraps, wilson
 from llava.evaluation.swap import swap_gap
 from llava.evaluation.template import template_answers
+from llava.evaluation.text import parse_verdict
 
 NONE, SEVERAL = "none", "several"
 _WORDS = re.compile(r"\b(?:(eye)s?|(?:eye)?(brow)s?|(nose)|(mouth)|(skin))\b", re.I)
 _REGION_OF = {"eye": "eyes", "brow": "eyebrows", "nose": "nose", "mouth": "mouth", "skin": "skin"}
+_UNTOUCHED = re.compile(r"[^.,;]*\bno signs?\b[^.,;]*", re.I)
 _SIGNS = {name: re.compile(rf"\b{re.escape(sign.removeprefix('a '))}\b", re.I) for name, sign in SIGNS.items()}
 
 
@@ -34,13 +36,20 @@ class Naming:
 
 
 def named_region(text: str) -> str:
-    """Give the one region a text names by whole words, `none`, or `several`; eye(s) and (eye)brow(s) count alike."""
-    return _only({_REGION_OF[word.lower()] for found in _WORDS.findall(text) for word in found if word})
+    """Give the one region a text names by whole words, `none`, or `several`; eye(s) and (eye)brow(s) count alike.
+
+    A text that calls the image real names none, and a region that shows `no signs` of something is not named.
+    """
+    return _only({_REGION_OF[word.lower()] for found in _WORDS.findall(_claims(text)) for word in found if word})
 
 
 def named_artefact(text: str) -> str:
-    """Give the one artefact a text names in the words of `forgery_text.SIGNS`, `none`, or `several`."""
-    return _only({name for name, sign in _SIGNS.items() if sign.search(text)})
+    """Give the one artefact a text names in the words of `forgery_text.SIGNS`, `none`, or `several`; see above."""
+    return _only({name for name, sign in _SIGNS.items() if sign.search(_claims(text))})
+
+
+def _claims(text: str) -> str:
+    return "" if parse_verdict(text) == REAL else _UNTOUCHED.sub("", text)
 
 
 def _only(named: set[str]) -> str:

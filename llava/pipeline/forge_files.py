@@ -16,6 +16,7 @@ from llava.core.types import LABEL_NAMES, Record
 from llava.data.conversation_files import (
     Row,
     Subject,
+    cut_dialogues,
     shuffled_dialogue,
     single_questions,
     write_conversations,
@@ -94,7 +95,7 @@ def _write_split(folder: Path, items: Sequence[Item], seed: int) -> dict[str, in
         verdict = (VERDICT_QUESTION, verdict_sentence(subject.label_name))
         verdicts += single_questions(subject, [verdict])
         reasons += single_questions(subject, pairs)
-        dialogues.append(shuffled_dialogue(subject, [verdict, *pairs], 0, seed))
+        dialogues += cut_dialogues(shuffled_dialogue(subject, [verdict, *pairs], 0, seed), seed)
     styles = {"verdict_only": verdicts, "label_free": reasons, "dialogue": dialogues}
     counts = {f"{style}.json": write_conversations(folder / f"{style}.json", rows) for style, rows in styles.items()}
     for style in ("verdict_only", "label_free"):
