@@ -60,8 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             hidden_size=64,
             layers=2,
             heads=4,
-            text_steps=60,
-            steps=60,
+            steps=100,
             lr=3e-3,
         )
     )

@@ -54,7 +54,6 @@ class TinyBaseConfig:
     hidden_size: int = setting(192, "width of the language model")
     layers: int = setting(4, "layers of the language model")
     heads: int = setting(6, "attention heads of the language model")
-    text_steps: int = setting(0, "steps without pictures before the others: it hears better where less stands between")
     steps: int = setting(600, "training steps, whatever the size of the data")
     batch_size: int = setting(16, "conversations per step")
     lr: float = setting(1e-3, "highest learning rate")
@@ -108,11 +107,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 class _ToldConversations(Dataset[dict[str, Any]]):
     """Conversations in which the verdict is told as a word; every text token is learned."""
 
-    def __init__(
-        self, sources: Sequence[ConversationSource], processor: ExplainerProcessor, has_pictures: bool = True
-    ) -> None:
+    def __init__(self, sources: Sequence[ConversationSource], processor: ExplainerProcessor) -> None:
         self.items = [(source, record) for source in sources for record in source.records]
-        self.processor, self.has_pictures = processor, has_pictures
+        self.processor = processor
         self.pixels: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -120,13 +117,10 @@ class _ToldConversations(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, record = self.items[index]
-        ids, _ = self.processor.encode(source.turns(record), evidence_words=_words(record))
-        image = self.processor.config.image_token_id
-        if not self.has_pictures:
-            ids = [token for token in ids if token != image]
-            return {"input_ids": ids, "labels": ids}
         if record.where not in self.pixels:
             self.pixels[record.where] = self.processor.pixels(source.load(record).image)["pixel_values"]
+        ids, _ = self.processor.encode(source.turns(record), evidence_words=_words(record))
+        image = self.processor.config.image_token_id
         labels = [-100 if token == image else token for token in ids]
         return {"input_ids": ids, "labels": labels, "pixel_values": self.pixels[record.where], "detector_inputs": {}}
 
@@ -150,23 +144,9 @@ def _train(
         # Everybody gets a neighbour's picture: the base must not learn a verdict from pixels.
         return batch | {"pixel_values": batch["pixel_values"].roll(1, dims=0)}
 
-    history: list[dict[str, float]] = []
-    if config.text_steps:
-        texts = _ToldConversations(sources, processor, has_pictures=False)
-        trainer = Trainer(model, _arguments(config, config.text_steps), processor.collate, texts)
-        trainer.train()
-        history += trainer.state.log_history
-    trainer = Trainer(model, _arguments(config, config.steps), collate, _ToldConversations(sources, processor))
-    result = trainer.train()
-    history += [row | {"step": row["step"] + config.text_steps} for row in trainer.state.log_history]
-    write_json(Path(config.out) / "history.json", history)
-    return result.metrics
-
-
-def _arguments(config: TinyBaseConfig, steps: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(config.out) / "training"),
-        max_steps=steps,
+        max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
@@ -179,6 +159,11 @@ def _arguments(config: TinyBaseConfig, steps: int) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         bf16=usable_precision("auto") == "bf16",  # a third faster on a CPU that multiplies in bf16
     )
+    dataset = _ToldConversations(sources, processor)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
+    result = trainer.train()
+    write_json(Path(config.out) / "history.json", trainer.state.log_history)
+    return result.metrics
 
 
 def llava_config(config: TinyBaseConfig, vision: Any, vocab_size: int) -> LlavaConfig:
