@@ -16,13 +16,14 @@ from tiny_world import draw
 import llava
 from llava import cli
 from llava.core.calibration import Calibration, ScoreMap, read_calibration, write_calibration
-from llava.core.types import Decision
+from llava.core.types import REAL, Decision
 from llava.detectors.base import load
 from llava.explainer.delta import fingerprint, save_delta
 from llava.explainer.loading import load_model
 from llava.explainer.merge import merge_delta, merge_detector
 from llava.pipeline import Pipeline
 from llava.pipeline.ddvqa import JudgeSettings, _identity
+from llava.pipeline.faces import Face
 from llava.pipeline.judging import CONTRADICTED, IN_THE_BAND
 from llava.pipeline.settings import FaceSettings
 
@@ -104,6 +105,14 @@ def test_the_words_are_told_the_calibrated_p_fake(calibrated: Path, tiny_explain
     assert told.sum(dim=1).tolist() == pytest.approx([1.0] * len(PICTURES))
     assert raw[:, 1].tolist() == pytest.approx([v.raw_p_fake for v in verdicts], abs=1e-6)
     assert not np.allclose(told, raw)
+
+
+def test_the_words_are_told_the_verdict_at_its_prior(calibrated: Path) -> None:
+    rare = opened(calibrated / "explainer", prior=0.01)
+    findings, encoded = rare.look([Face(image="", pixels=picture) for picture in PICTURES])
+    expected = [finding.verdict.p_fake for finding in findings]
+    assert encoded.evidence[:, 1].tolist() == pytest.approx(expected, abs=1e-6) and max(expected) < 0.5
+    assert {a.text_verdict for a in rare.explain_all(PICTURES)} == {REAL}, "hardly any is expected to be forged"
 
 
 def test_without_calibration_words_tip_over_where_the_verdict_does(tiny_explainer: Path) -> None:

@@ -142,7 +142,9 @@ def test_a_text_that_disagrees_is_marked(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Detector, "told_evidence", lambda self, output: output.evidence)  # words that do not listen
+    monkeypatch.setattr(
+        Detector, "told_evidence", lambda self, output, prior: output.evidence
+    )  # words that do not listen
     strict = tmp_path / "strict"
     strict.mkdir()
     for path in tiny_explainer.iterdir():

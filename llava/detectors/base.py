@@ -116,19 +116,19 @@ class Detector(nn.Module):
             return self.calibration.labels(p_fake, prior)
         return [VerdictLabel.FAKE if p >= self.decision.threshold else VerdictLabel.REAL for p in p_fake]
 
-    def told_evidence(self, output: DetectorOutput) -> Tensor:
+    def told_evidence(self, output: DetectorOutput, prior: float | None = None) -> Tensor:
         """Give the evidence (B, E) that words rest on: p_real and p_fake as the verdict takes them.
 
-        Calibrated, they are the posterior at the calibration's own prior. Otherwise their log odds are those above the
-        odds of the threshold, so that words, which tip over at 0.5, and verdict tip over at the same score. All other
-        evidence stays as it is.
+        Calibrated, they are the posterior at `prior` (None = the calibration's own). Otherwise their log odds are
+        those above the odds of the threshold, so that words, which tip over at 0.5, and verdict tip over at the same
+        score. All other evidence stays as it is.
         """
         assert output.logits is not None and output.evidence is not None
         if self.calibration is None and self.decision.threshold == 0.5:
             return output.evidence
         p_fake = self.p_fake(output.logits).double()
         if self.calibration is not None:
-            told = torch.from_numpy(self.calibration.posterior(p_fake.cpu().numpy()))
+            told = torch.from_numpy(self.calibration.posterior(p_fake.cpu().numpy(), prior))
         else:
             threshold = torch.full_like(p_fake, self.decision.threshold)
             told = (torch.logit(p_fake, LEAST_ODDS) - torch.logit(threshold, LEAST_ODDS)).sigmoid()

@@ -85,9 +85,9 @@ class Explainer:
         self.processor = processor
 
     @torch.no_grad()
-    def encode(self, images: Sequence[np.ndarray]) -> Encoded:
+    def encode(self, images: Sequence[np.ndarray], prior: float | None = None) -> Encoded:
         """Run tower and detector once for each uint8 image (H, W, 3)."""
-        return self.model.encode(*self._pixels(images))
+        return self.model.encode(*self._pixels(images), prior)
 
     @torch.no_grad()
     def detect(self, images: Sequence[np.ndarray]) -> DetectorOutput:

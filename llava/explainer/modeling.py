@@ -110,13 +110,17 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         with torch.autocast(features.device.type, enabled=False):
             return self.detector.over_views(inputs, shared)
 
-    def encode(self, pixel_values: Tensor, detector_inputs: dict[str, Tensor]) -> Encoded:
-        """Run vision tower, projector and detector for N images: (N, 3, S, S) and (N, V, 3, S, S) per input."""
+    def encode(self, pixel_values: Tensor, detector_inputs: dict[str, Tensor], prior: float | None = None) -> Encoded:
+        """Run vision tower, projector and detector for N images: (N, 3, S, S) and (N, V, 3, S, S) per input.
+
+        prior: share of fakes expected, for what a calibrated detector tells; None = the calibration's own.
+        """
         features = self.vision_features(pixel_values)
         detection = self.detect(features, detector_inputs)
         projector = self.model.multi_modal_projector
         projected = projector(features[:, 1:].to(projector.linear_1.weight.dtype))  # the LLM never sees CLS
-        return Encoded(image_features=projected, evidence=self.detector.told_evidence(detection), detection=detection)
+        told = self.detector.told_evidence(detection, prior)
+        return Encoded(image_features=projected, evidence=told, detection=detection)
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None, evidence: Tensor | None) -> Tensor:
         """Embed ids (B, L) and put image and evidence tokens at their placeholders, in reading order."""

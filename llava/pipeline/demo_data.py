@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llava.core.config import build, load_yaml, setting
-from llava.core.runtime import atomic_path, item_rng
+from llava.core.runtime import item_rng
 from llava.data.ddvqa import DdvqaConfig, build_ddvqa
 from llava.data.sources import DataConfig
 from llava.data.verdicts import VerdictConfig, build_verdicts
 from llava.ops.dead_leaves import dead_leaves
 from llava.pipeline.forge import ForgeDataConfig, build_forgeries
-from llava.pipeline.forge_files import TABLE, write_image
+from llava.pipeline.forge_files import TABLE, join_tables, write_image
 
 CONFIGS = Path("scripts/configs")
 ANNOTATIONS = "annotations/DQ_FFpp"
 LEAVES = "leaves"
-PATHS = ("file", "mask", "untouched")  # columns of manifest.csv that name files beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +105,6 @@ def _forged_leaves(recipe: DemoRecipe, folder: Path) -> Path:
     )
     build_forgeries(forged)
     return folder / "data"
-
-
-def join_tables(folders: Sequence[Path], table: Path) -> None:
-    """Write the manifests of forged data sets as one table above their folders, whose file names lead there."""
-    rows: list[dict[str, str]] = []
-    for folder in folders:
-        with (folder / TABLE).open(newline="", encoding="utf-8") as file:
-            rows += [_moved(row, folder.relative_to(table.parent)) for row in csv.DictReader(file)]
-    with atomic_path(table) as staged, staged.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _moved(row: dict[str, str], folder: Path) -> dict[str, str]:
-    return row | {name: (folder / row[name]).as_posix() for name in PATHS if row[name]}
 
 
 def _ddvqa(data: Path, out: Path) -> Plan:

@@ -30,6 +30,7 @@ from llava.train.runs import other_settings
 SPLITS = ("train", "val", "test")
 IMAGES, MASKS, TABLE = "images", "masks", "manifest.csv"
 TAGS = ("region", "artefact", "mask", "original", "untouched")
+PATHS = ("file", "mask", "untouched")  # columns of the table that name files beside it
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 
 
@@ -84,6 +85,22 @@ def write_lists(output: Path, items: Sequence[Item], seed: int) -> dict[str, int
             counts |= {f"{split}/{name}": rows for name, rows in _write_split(output / split, part, seed).items()}
     _write_table(output / TABLE, [item.record for item in items])
     return {**counts, TABLE: len(items)}
+
+
+def join_tables(folders: Sequence[Path], table: Path) -> None:
+    """Write the manifests of forged data sets as one table above their folders, whose file names lead there."""
+    rows: list[dict[str, str]] = []
+    for folder in folders:
+        with (folder / TABLE).open(newline="", encoding="utf-8") as file:
+            rows += [_moved(row, folder.relative_to(table.parent)) for row in csv.DictReader(file)]
+    with atomic_path(table) as staged, staged.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _moved(row: dict[str, str], folder: Path) -> dict[str, str]:
+    return row | {name: (folder / row[name]).as_posix() for name in PATHS if row[name]}
 
 
 def _write_split(folder: Path, items: Sequence[Item], seed: int) -> dict[str, int]:

@@ -195,7 +195,7 @@ class Pipeline:
         pixels = [face.pixels for face in faces if face.pixels is not None]
         if not pixels:
             return [Finding(verdict=judge(self.detector, face, None)) for face in faces], None
-        encoded = self.explainer.encode(pixels) if self.explainer else None
+        encoded = self.explainer.encode(pixels, self.prior) if self.explainer else None
         detection = encoded.detection if encoded else self._detection(pixels)
         scored = self._rows(detection)
         if stability:
