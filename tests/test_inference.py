@@ -80,7 +80,7 @@ def test_reasons_are_sorted_and_each_image_is_encoded_once(
 ) -> None:
     encoded: list[int] = []
     encode = Explainer.encode
-    monkeypatch.setattr(Explainer, "encode", lambda self, images: encoded.append(len(images)) or encode(self, images))
+    monkeypatch.setattr(Explainer, "encode", lambda self, im, *more: encoded.append(len(im)) or encode(self, im, *more))
     found = rows(ddvqa.answer_all(reason(tiny_explainer, faces, tmp_path / "exp.jsonl")))
     assert [row["key"] for row in found] == [f"{name}_{i}" for name in sorted(NAMES) for i in (0, 2, 10)]
     assert all(list(row) == ["key", "image", "prompt", "text", "metadata"] for row in found)

@@ -111,7 +111,8 @@ def test_a_text_that_disagrees_is_marked_and_the_verdict_stands(
     assert (before.verdict.label, before.text_verdict, before.agrees) == ("REAL", REAL, True)
     monkeypatch.setattr(model.detector, "decision", Decision(threshold=0.0))
     assert model.explain(PICTURES[0]).text_verdict == FAKE, "words turn with the threshold"
-    monkeypatch.setattr(model.detector, "told_evidence", lambda output: output.evidence)  # words that do not listen
+    # words that do not listen
+    monkeypatch.setattr(model.detector, "told_evidence", lambda output, prior: output.evidence)
     after = model.explain(PICTURES[0])
     assert (after.verdict.label, after.text_verdict, after.agrees) == ("FAKE", REAL, False)
     assert str(after).endswith("[The text says real; the detector's verdict stands.]") and str(after).startswith("FAKE")
@@ -146,7 +147,7 @@ def test_three_lines_of_python(tiny_explainer: Path, tmp_path: Path) -> None:
 def test_a_conversation_keeps_image_and_turns(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     encode = model.explainer.encode
-    monkeypatch.setattr(model.explainer, "encode", lambda images: calls.append(len(images)) or encode(images))
+    monkeypatch.setattr(model.explainer, "encode", lambda im, *more: calls.append(len(im)) or encode(im, *more))
     talk = model.chat(PICTURES[0])
     assert isinstance(talk, Chat) and talk.verdict.label == "REAL" and talk.last is None
     first = list(talk.ask(VERDICT_QUESTION))
