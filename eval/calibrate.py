@@ -9,8 +9,8 @@ from llava.core.calibration import Calibration, write_calibration
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
 from llava.core.runtime import write_json
-from llava.core.weights import resolve
 from llava.detectors.base import load_uncalibrated
+from llava.detectors.published import ready_detector
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Predictions, read_csv, refuse_shared_groups
@@ -41,7 +41,7 @@ def main() -> None:
         raise ValueError("--json and --picture show how good the calibration is on other data: give --test.")
     if test is not None:
         refuse_shared_groups(validation, test)
-    folder = resolve(settings.detector) if settings.detector else None
+    folder = ready_detector(settings.detector) if settings.detector else None
     weights = load_uncalibrated(folder).fingerprint() if folder else ""
     calibration = fit_calibration(validation, settings, settings.data or f"{path.parent.name}/{path.name}", weights)
     print(describe(calibration))

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 from PIL import Image
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let test_parity.py be run on any folder of fixtures."""
+    parser.addoption("--golden", type=Path, default=golden.DEFAULT, help="folder of parity fixtures (test_parity.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect the differences that the parity tests find."""
+    config.stash[golden.DIFFERENCES] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the differences when parity was tested alone."""
+    if config.stash[golden.DIFFERENCES] and all("test_parity" in str(word) for word in config.args):
+        terminalreporter.write_sep("-", f"parity with {config.getoption('golden')}")
+        terminalreporter.write_line("\n".join(golden.table(config)))
 
 
 @pytest.fixture(scope="session")

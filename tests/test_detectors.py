@@ -1,12 +1,9 @@
 """What every detector must keep, by its name in the table; then M2F2-Det's own promises."""
 
 import copy
-import importlib.util
 import inspect
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +24,9 @@ from llava.detectors.backbones import (
     stage_channels,
 )
 from llava.detectors.base import create, load
-from llava.detectors.clip_prompt import ClipTextSizes, PromptEncoder, VisionEncoder, load_clip
+from llava.detectors.clip_prompt import PromptEncoder, VisionEncoder, load_clip
 from llava.detectors.evidence_map import RegionPool, map_loss
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-from llava.detectors.published_keys import our_key, rename_published
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 NAMES = list(DETECTORS)
@@ -331,50 +327,6 @@ def test_clip_weights_come_from_a_folder_strictly(tmp_path):
         load_clip(str(tmp_path / "vision"), None, larger)
     with pytest.raises(FileNotFoundError, match="No model at"):
         load_clip("no_such_clip", None, target.vision_encoder)
-
-
-# ---- the published detector -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shared():
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not (folder / "golden").is_dir():
-        pytest.skip("no shared/golden folder beside the checkout")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("own_vision", "variant"),
-    [(False, "llm_densenet121_h1024_no_clipvision"), (True, "llmclass_densenet121_h1024_with_clipvision")],
-)
-def test_full_size_tensors_are_the_published_ones(shared, own_vision, variant):
-    published = json.loads((shared / "m2f2" / "full_size_keys.json").read_text())[variant]
-    with torch.device("meta"):
-        detector = M2F2Det(M2F2DetConfig(own_vision=own_vision))
-    shapes = {name: list(tensor.shape) for name, tensor in detector.state_dict().items()}
-    assert shapes == {our_key(k): v["shape"] if isinstance(v, dict) else v for k, v in published.items()}
-
-
-def test_logits_equal_the_published_code(shared):
-    spec = importlib.util.spec_from_file_location("gen_weights", shared / "golden" / "gen_weights.py")
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    folder = shared / "golden" / "dev" / "det_llm_densenet121"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    expected = np.load(folder / "expected.npz")
-    sizes = {k: v for k, v in manifest["clip_config"]["text"].items() if k in ClipTextSizes.__dataclass_fields__}
-    detector = M2F2Det(M2F2DetConfig(text=ClipTextSizes(**sizes), own_vision=False)).eval()
-    weights = generator.gen_state_dict(manifest["weights"], manifest["seed"])
-    load_strictly(detector, rename_published(weights), "golden")
-    inputs = [
-        torch.from_numpy(generator.gen_input(v["gen_input_name"], v["shape"], manifest["seed"], v["kind"]))
-        for v in (manifest["inputs"]["images"], manifest["inputs"]["clip_vision_features"])
-    ]
-    with torch.no_grad():
-        output = detector(*inputs)
-    np.testing.assert_allclose(output.logits, expected["logits"], atol=2e-4)
-    np.testing.assert_allclose(output.evidence, expected["probs"], atol=2e-4)
 
 
 # ---- the map: local features, regions, masks --------------------------------------------------------------------

@@ -147,29 +147,6 @@ def test_a_detector_that_sees_a_tight_crop_shares_the_tower(tmp_path: Path) -> N
     torch.testing.assert_close(encoded.evidence, alone.evidence, atol=1e-5, rtol=1e-4)
 
 
-def test_pieces_are_tokenised_as_published(shared_data: Path) -> None:
-    golden = shared_data.parent / "golden" / "dev"
-    if not golden.is_dir():
-        pytest.skip("the golden fixtures are not beside the face data")
-    from transformers import AutoTokenizer
-
-    from llava.explainer.configuration import ForgeryLlavaConfig
-    from llava.explainer.processing import ExplainerProcessor
-
-    cases = json.loads((golden / "tokenization.json").read_text(encoding="utf-8"))
-    config = ForgeryLlavaConfig(vision_config={"image_size": 14, "patch_size": 14}, detector={}, image_token_index=-200)
-    config.deepfake_token_index = -300
-    compared = 0
-    for legacy in (True, False):
-        tokenizer = AutoTokenizer.from_pretrained(golden / "llm_tiny" / "tokenizer", legacy=legacy)
-        processor = ExplainerProcessor(tokenizer, config, {})
-        for case in cases[f"legacy_{legacy}"]["hybrid"]:
-            if "ids" in case:
-                assert [1, *processor._segment_ids(case["text"])] == case["ids"], case["text"]
-                compared += 1
-    assert compared >= 18
-
-
 def test_loss_is_the_mean_over_answer_tokens(explainer: Explainer) -> None:
     items = []
     for i, answer in enumerate(("Fake.", "The image is real and the nose is fine.")):

@@ -70,7 +70,8 @@ def certify_detector(folder: Path, alone: Detector) -> dict[str, Any]:
     pixels = [processor.pixels(i) for i in sample_images(4, merged.config.vision_config.image_size)]
     batch = processor.collate([{"input_ids": [0], **p} for p in pixels])
     inside = merged.encode(batch["pixel_values"], batch["detector_inputs"]).detection
-    outside = alone.over_views(batch["detector_inputs"])
+    shared = merged.vision_features(batch["pixel_values"]) if alone.shares_vision else None
+    outside = alone.over_views(batch["detector_inputs"], clip_features=shared)
     difference = max_difference([alone.p_fake(inside.logits)], [alone.p_fake(outside.logits)])  # type: ignore[arg-type]
     tolerance = TOLERANCE if merged.model.vision_tower.dtype == torch.float32 else HALF_PRECISION_TOLERANCE
     if not difference <= tolerance:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import LlavaConfig
 
 from llava.core.types import InputSpec
+from llava.detectors.base import Detector
 from llava.detectors.clip_prompt import CLIP_MEAN, CLIP_STD
 
 
@@ -36,3 +37,19 @@ class ForgeryLlavaConfig(LlavaConfig):
     def vision_input(self) -> InputSpec:
         """Say what the vision tower's pixels look like."""
         return InputSpec(size=self.vision_config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def join_config(
+    base: LlavaConfig, guest: Detector, aspect_ratio: str, evidence_tokens: int, layout: str
+) -> ForgeryLlavaConfig:
+    """Give the configuration of an explainer: that of its LLaVA base, and what its detector needs."""
+    values = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+    own = {
+        "detector": guest.describe(),
+        "evidence_size": len(guest.evidence_names),
+        "evidence_tokens": evidence_tokens,
+        "deepfake_token_index": max(base.image_token_index, base.text_config.vocab_size) + 1,
+        "image_aspect_ratio": aspect_ratio,
+        "layout": layout,
+    }
+    return ForgeryLlavaConfig(**values | own)

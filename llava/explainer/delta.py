@@ -58,14 +58,18 @@ def save_delta(model: Model, folder: str | Path, base: dict[str, Any], state: di
     source = state if state is not None else model.state_dict()
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""
     others = {name: source[prefix + name] for name in other_trainables(model)}
-    record: dict[str, Any] = {"base": base, "others": len(others), "lora": 0}
+    lora: dict[str, Tensor] = {}
     if isinstance(model, PeftModel):
         lora = get_peft_model_state_dict(model, state_dict=source)
         model.peft_config["default"].save_pretrained(str(folder))
-        _save(folder / LORA_WEIGHTS, lora)
-        record["lora"] = len(lora)
-    _save(folder / OTHER_WEIGHTS, others)
-    write_json(folder / RECORD, record)
+        save_tensors(folder / LORA_WEIGHTS, lora)
+    save_tensors(folder / OTHER_WEIGHTS, others)
+    write_record(folder, base, len(others), len(lora))
+
+
+def write_record(folder: Path, base: dict[str, Any], others: int, lora: int) -> None:
+    """Write what a delta folder says of itself: its base (name and sha256) and how many tensors it holds."""
+    write_json(folder / RECORD, {"base": base, "others": others, "lora": lora})
 
 
 def load_delta(model: Model, folder: str | Path) -> int:
@@ -111,6 +115,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically."""
     with atomic_path(path) as staged:
         save_file({n: t.detach().contiguous().cpu().clone() for n, t in tensors.items()}, staged)

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from llava.core.weights import read_config, resolve
+from llava.core.weights import read_config
 from llava.explainer.configuration import ForgeryLlavaConfig
+from llava.explainer.convert import ready
 from llava.explainer.modeling import ForgeryLlava
 from llava.explainer.processing import ExplainerProcessor
 
@@ -33,7 +34,7 @@ def load_model(
     Raises ValueError when the folder holds something else, when a tensor is missing or left over, or when its
     calibration.json is of another detector.
     """
-    folder = resolve(name)
+    folder = ready(name)
     if not is_explainer(folder):
         kind = read_config(folder)
         found = kind.get("model_type") or kind.get("detector") or "something else"
@@ -54,7 +55,7 @@ def load_model(
 
 def load_processor(name: str | Path, model: ForgeryLlava) -> ExplainerProcessor:
     """Load the tokeniser and picture preparation that go with a model."""
-    return ExplainerProcessor.from_pretrained(resolve(name), model.config, model.detector.inputs)
+    return ExplainerProcessor.from_pretrained(ready(name), model.config, model.detector.inputs)
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

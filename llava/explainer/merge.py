@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from llava.core.calibration import write_calibration
 from llava.core.runtime import atomic_path, write_json
-from llava.core.weights import read_config, resolve
+from llava.core.weights import read_config
 from llava.detectors.base import Detector
 from llava.detectors.base import load as load_detector
+from llava.detectors.published import ready_detector
 from llava.explainer.certificate import (
     CERTIFICATE,
     TOLERANCE,
@@ -24,10 +25,12 @@ from llava.explainer.certificate import (
     max_difference,
     sample_logits,
 )
-from llava.explainer.configuration import ForgeryLlavaConfig
+from llava.explainer.configuration import ForgeryLlavaConfig, join_config
+from llava.explainer.convert import ready
 from llava.explainer.delta import attach, fingerprint, read_record
 from llava.explainer.loading import load_model, load_processor
 from llava.explainer.modeling import EvidenceAdapter, ForgeryLlava
+from llava.explainer.published_delta import ready_delta
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +42,10 @@ def merge_detector(
 
     Without `detector`, the base's config must name it (`deepfake_model_path`). Gives the certificate.
     """
-    base_folder = resolve(base)
+    base_folder = ready(base)
     settings = read_config(base_folder)
     check_base(settings, str(base))
-    alone = load_detector(resolve(detector or named_detector(settings, base)))
+    alone = load_detector(ready_detector(detector or named_detector(settings, base)))
     llava, report = LlavaForConditionalGeneration.from_pretrained(base_folder, dtype="auto", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"]:
         wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
@@ -50,7 +53,7 @@ def merge_detector(
     check_named(settings, alone, base)
     guest = share_vision(alone, llava)
     ratio = settings.get("image_aspect_ratio", "square")
-    model = _join(llava, guest, _explainer_config(llava.config, guest, ratio, evidence_tokens, layout), seed)
+    model = _join(llava, guest, join_config(llava.config, guest, ratio, evidence_tokens, layout), seed)
     with atomic_path(out) as staged:
         model.save_pretrained(staged)
         AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
@@ -71,7 +74,8 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     Raises ValueError for another base, for a delta that changes nothing, or when the folded model differs from base +
     delta in any logit by more than 1e-4 (float32) or 5 % of the largest logit (half precision, where folding rounds).
     """
-    base_folder, delta_folder = resolve(base), resolve(delta)
+    base_folder = ready(base)
+    delta_folder = ready_delta(delta, base_folder)
     record = read_record(delta_folder)
     check_fingerprint(record["base"], fingerprint(base_folder), str(base))
     model = load_model(base_folder, dtype="stored")
@@ -186,18 +190,3 @@ def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> De
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype))
-
-
-def _explainer_config(
-    base: LlavaConfig, guest: Detector, aspect_ratio: str, evidence_tokens: int, layout: str
-) -> ForgeryLlavaConfig:
-    values = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
-    own = {
-        "detector": guest.describe(),
-        "evidence_size": len(guest.evidence_names),
-        "evidence_tokens": evidence_tokens,
-        "deepfake_token_index": max(base.image_token_index, base.text_config.vocab_size) + 1,
-        "image_aspect_ratio": aspect_ratio,
-        "layout": layout,
-    }
-    return ForgeryLlavaConfig(**values | own)

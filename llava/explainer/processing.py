@@ -65,7 +65,7 @@ class ExplainerProcessor:
         ids, labels = [self.tokenizer.bos_token_id], [IGNORE]
         for segment in lay_out(turns, layout or self.config.layout):
             text = segment.text if evidence_words is None else segment.text.replace(EVIDENCE_TAG, evidence_words)
-            piece = self._segment_ids(text)
+            piece = self.text_ids(text, follows_end=len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id)
             if segment.is_answer:
                 piece.append(self.tokenizer.eos_token_id)
             ids += piece
@@ -92,15 +92,21 @@ class ExplainerProcessor:
         """Give the text of generated ids without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _segment_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str, follows_end: bool = False) -> list[int]:
+        """Tokenise text with its tags, without BOS; follows_end: it stands behind the end of an answer.
+
+        LLaMA's tokeniser puts a space before a text, but (unless `legacy`) not behind a special token.
+        """
         ids: list[int] = []
+        end = str(self.tokenizer.eos_token) if follows_end else ""
         for piece in TAGS.split(text):
             if piece == IMAGE_TAG:
                 ids += [self.config.image_token_id] * self.config.image_tokens
             elif piece == EVIDENCE_TAG:
                 ids += [self.config.deepfake_token_index] * self.config.evidence_tokens
             elif piece:
-                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                ids += self.tokenizer(end + piece, add_special_tokens=False)["input_ids"][bool(end) :]
+                end = ""
         return ids
 
 

@@ -37,38 +37,51 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a conversation becomes text. `place_tags` writes the tags into the first question."""
+    """How a conversation becomes text. `place_tags` gets the first question as it was written, with its tags if any."""
 
     opening: str
     question: str
     place_tags: Callable[[str], str]
 
 
+def strip_tags(question: str) -> str:
+    """Take the tags and the line feeds around them out of a question."""
+    return TAGS.sub("", question).strip()
+
+
 def _tags_first(question: str) -> str:
-    return f"{IMAGE_TAG}\n{EVIDENCE_TAG}\n{question}"
+    return f"{IMAGE_TAG}\n{EVIDENCE_TAG}\n{strip_tags(question)}"
+
+
+def _moved_to_front(question: str) -> str:
+    """Move the tags as the published training code does: line feeds that stood around them stay.
+
+    A question without tags is laid out as `<image>\\n<deepfake>\\nquestion` is.
+    """
+    if not TAGS.search(question):
+        question = _tags_first(question)
+    for tag in (EVIDENCE_TAG, IMAGE_TAG):
+        question = f"{tag}\n{question.replace(tag, '').strip()}"
+    return question
 
 
 LAYOUTS: dict[str, Layout] = {
     # Ours, for training, inference and serving alike: vicuna v1 with the tags before the question.
     "v1": Layout(opening=_V1_SYSTEM + " ", question="USER: {} ASSISTANT:", place_tags=_tags_first),
-    # What the published training code made of "<image>\n<deepfake>\nquestion": two more line feeds.
-    "published_train": Layout(
-        opening=_V1_SYSTEM + " ",
-        question="USER: {} ASSISTANT:",
-        place_tags=lambda q: f"{IMAGE_TAG}\n{EVIDENCE_TAG}\n\n\n{q}",
-    ),
+    # What the published training code made of its records, such as two more line feeds behind the tags.
+    "published_train": Layout(opening=_V1_SYSTEM + " ", question="USER: {} ASSISTANT:", place_tags=_moved_to_front),
     # The published command lines for DD-VQA judgement and explanation: a v0-like template.
     "published_det": Layout(
         opening=_V0_SYSTEM,
         question="###Human: {} ###Assistant:",
-        place_tags=lambda q: f"{IMAGE_TAG}\n {EVIDENCE_TAG}\n {q}",
+        place_tags=lambda q: f"{IMAGE_TAG}\n {EVIDENCE_TAG}\n {strip_tags(q)}",
     ),
     "published_exp": Layout(opening=_V0_SYSTEM, question="###Human: {} ###Assistant:", place_tags=_tags_first),
     # The published web page: the evidence tag ends up behind the question.
     "published_page": Layout(
         opening=_V1_SYSTEM + " ",
         question="USER: {} ASSISTANT:",
-        place_tags=lambda q: f"{IMAGE_TAG}\n{q}\n\n{EVIDENCE_TAG}",
+        place_tags=lambda q: f"{IMAGE_TAG}\n{strip_tags(q)}\n\n{EVIDENCE_TAG}",
     ),
 }
 
@@ -78,11 +91,6 @@ def layout_named(name: str) -> Layout:
     if name not in LAYOUTS:
         raise ValueError(f"Unknown prompt layout {name!r}. {nearest(name, list(LAYOUTS))}")
     return LAYOUTS[name]
-
-
-def strip_tags(question: str) -> str:
-    """Take the tags and the line feeds around them out of a question."""
-    return TAGS.sub("", question).strip()
 
 
 def lay_out(turns: Sequence[Turn], layout: str = "v1") -> list[Segment]:
@@ -99,9 +107,8 @@ def lay_out(turns: Sequence[Turn], layout: str = "v1") -> list[Segment]:
         if turn.role == "assistant":
             segments.append(Segment(text=turn.text.strip(), is_answer=True))
             continue
-        question = strip_tags(turn.text)
         opening = form.opening if i == 0 else ""
-        asked = form.place_tags(question) if i == 0 else question
+        asked = form.place_tags(turn.text) if i == 0 else strip_tags(turn.text)
         segments.append(Segment(text=opening + form.question.format(asked)))
     return segments
 

@@ -13,9 +13,9 @@ from llava import __version__
 from llava.core.config import to_dict
 from llava.core.runtime import software
 from llava.core.types import VideoVerdict
-from llava.core.weights import resolve
 from llava.data.inputs import NamedImage, NamedInput
 from llava.evaluation.pictures import timeline_png
+from llava.explainer.convert import ready
 from llava.pipeline.findings import Finding
 from llava.pipeline.overlays import framed, overlay, shrink
 from llava.pipeline.pages import Section, fill, png_bytes, png_uri, render_page, write_page
@@ -155,4 +155,4 @@ def _explainer_sha256(pipeline: Pipeline) -> str | None:
         return None
     from llava.explainer.delta import fingerprint  # here, because it imports peft, which a detector does not need
 
-    return fingerprint(resolve(pipeline.name))
+    return fingerprint(ready(pipeline.name))

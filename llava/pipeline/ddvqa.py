@@ -133,9 +133,10 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
 def _identity(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     """Name everything that the rows depend on; weight files by name, size and time, because they may be large."""
     from llava.core.calibration import CALIBRATION_NAME
-    from llava.core.weights import CONFIG_NAME, resolve
+    from llava.core.weights import CONFIG_NAME
+    from llava.explainer.convert import ready
 
-    folder = resolve(settings.model_path)
+    folder = ready(settings.model_path)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
     parts = [(folder / CONFIG_NAME).read_text(encoding="utf-8"), repr(files), *map(repr, items)]
     if (folder / CALIBRATION_NAME).is_file():

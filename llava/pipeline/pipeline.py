@@ -13,12 +13,13 @@ import torch
 from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
 from llava.core.types import Explanation, Turn, Verdict, VideoVerdict
-from llava.core.weights import read_config, resolve
+from llava.core.weights import read_config
 from llava.data.images import read_image
 from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
 from llava.data.transforms import view_tensors
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
+from llava.explainer.convert import ready
 from llava.explainer.generation import Explainer, GenerationSettings
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
@@ -90,7 +91,7 @@ class Pipeline:
         """
         if prior is not None:
             require_share("prior", prior)
-        folder, where = resolve(name), pick_device(device)
+        folder, where = ready(name), pick_device(device)
         if is_explainer(folder):
             dtype = ("bf16" if where.type == "cuda" else "fp32") if precision == "auto" else precision
             model = load_model(folder, where, dtype, quantization)

@@ -16,9 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from llava.core.runtime import item_rng, write_run
 from llava.core.types import FAKE, REAL, Record
-from llava.core.weights import resolve, sha256_of
+from llava.core.weights import sha256_of
 from llava.data.conversations import ConversationSource, open_conversations
 from llava.data.splits import check_leaks
+from llava.explainer.convert import ready
 from llava.explainer.delta import Model, add_lora, fingerprint, inner, load_delta, read_record, save_delta
 from llava.explainer.loading import load_model, load_processor
 from llava.explainer.processing import IGNORE, ExplainerProcessor
@@ -241,7 +242,7 @@ def train(args: ExplainArguments) -> dict[str, float]:
 
 def _origin(args: ExplainArguments) -> dict[str, str]:
     """Name what a delta belongs to: the model it was trained on, and the data."""
-    model = fingerprint(resolve(args.model_name_or_path))
+    model = fingerprint(ready(args.model_name_or_path))
     return {"name": args.model_name_or_path, "sha256": model, "data_sha256": sha256_of(args.data_path)}
 
 

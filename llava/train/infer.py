@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from llava.core.config import build, setting
 from llava.core.runtime import pick_device, write_json, write_run
-from llava.core.weights import resolve
 from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import require_both_classes
 from llava.detectors.base import load
+from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.pictures import draw_roc
 from llava.evaluation.predictions import write_csv
@@ -59,7 +59,7 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
 
     With `robustness` also robustness.json and robustness.png. Raises ValueError or FileNotFoundError.
     """
-    folder = resolve(config.model)
+    folder = ready_detector(config.model)
     data = config.data or _data_of_training(folder)
     source = open_source(data)
     records = split_of(

@@ -20,8 +20,9 @@ from llava.core.config import parse, to_dict
 from llava.core.logs import setup_logging
 from llava.core.runtime import pick_device, write_json, write_run
 from llava.core.types import Decision
-from llava.core.weights import CONFIG_NAME, load_strictly, resolve
+from llava.core.weights import CONFIG_NAME, load_strictly
 from llava.detectors.base import Detector, create, load
+from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import choose_threshold, detection_report
 from llava.evaluation.predictions import write_csv
 from llava.train.calibrate import calibrate, measured
@@ -125,7 +126,7 @@ def start(recipe: Recipe, phase: PhaseConfig, previous: Path | None) -> Detector
     """Build the detector of a phase: weights of `init_from`, of the phase before, or fresh ones; then freeze parts."""
     set_seed(phase.seed)
     detector = create(recipe.detector, recipe.model)
-    origin = resolve(phase.init_from) if phase.init_from else previous
+    origin = ready_detector(phase.init_from) if phase.init_from else previous
     if origin is None:
         detector.load_pretrained()
     else:

@@ -30,9 +30,10 @@ from transformers import (
 from llava.core.config import setting, to_dict
 from llava.core.runtime import atomic_path, write_json, write_run
 from llava.core.types import LABEL_NAMES, Record
-from llava.core.weights import read_config, resolve
+from llava.core.weights import read_config
 from llava.data.conversations import ConversationSource, open_conversations
 from llava.detectors.base import load as load_detector
+from llava.detectors.published import ready_detector
 from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor
 from llava.explainer.prompts import lay_out, plain_text, strip_tags
@@ -63,7 +64,7 @@ class TinyBaseConfig:
 def make_tiny_base(config: TinyBaseConfig) -> dict[str, float]:
     """Train tokeniser and language model and write a LLaVA folder; gives the training metrics."""
     sources = [_open_training(path, config.image_folder) for path in config.data]
-    detector_folder = resolve(config.detector)
+    detector_folder = ready_detector(config.detector)
     write_run(config.out, to_dict(config), config.seed)
     set_seed(config.seed)
     tokenizer = train_tokenizer(_texts(sources), config.vocab_size)

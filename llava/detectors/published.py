@@ -1,0 +1,161 @@
+"""Published M2F2-Det detector files: which of the three generations one holds, and how it becomes ours.
+
+In the explainer's generation everything is renamed. In stage 1's, the bridge ends in a LayerNorm over one value, whose
+output is its bias whatever the image: that constant is folded into the classifier's bias, exactly. The first commit's
+generation (`link_adapter_proj`) has another head and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava.core.conversion import REPORT_NAME, Plan, Rules, plan, write_shards
+from llava.core.runtime import atomic_path, write_json
+from llava.core.tensor_files import PICKLED, TensorFiles
+from llava.core.weights import CONFIG_NAME, checkpoints_dir, resolve
+from llava.detectors.m2f2det import M2F2Det
+from llava.detectors.m2f2det_config import M2F2DetConfig
+from llava.detectors.published_sizes import Shapes, detector_config, has_constant_bridge
+
+log = logging.getLogger(__name__)
+
+# published prefix -> our prefix; the inner `text_model.` / `vision_model.` level left transformers with version 5
+PUBLISHED_PREFIXES: Final = {
+    "clip_text_encoder.model.text_model.": "text_encoder.model.",
+    "clip_text_encoder.": "text_encoder.",
+    "clip_vision_encoder.model.vision_model.": "vision_encoder.model.",
+    "deepfake_encoder.": "backbone.",
+    "deepfake_proj.": "backbone_proj.",
+    "clip_vision_alpha": "vision_alpha",
+    "clip_text_alpha": "text_alpha",
+    "output.": "classifier.",
+    "text_proj.": "text_proj.",
+    "vision_proj.": "vision_proj.",
+}
+POSITION_IDS: Final = {"*.position_ids": "a constant that transformers makes itself"}
+_CONSTANT = "the bridge's output, a constant"
+_BRIDGE = "bridge_adapter_proj.bridge_adapter_proj"
+_REDUCTION = "bridge_adapter_proj.bridge_adapter_reduction"
+_FOLDED: Final = {
+    f"{_BRIDGE}.2.bias": _CONSTANT,
+    **{f"{_REDUCTION}.{part}": _CONSTANT for part in ("0.weight", "0.bias", "1.weight", "1.bias")},
+    "clip_text_alpha": "scales the bridge's constant",
+    "output.weight": "loses the columns of the bridge",
+    "output.bias": "takes the bridge's constant",
+}
+_ERASED = "behind it a LayerNorm over one value gives its bias whatever comes in"
+_DISCARDED = "the published stage 1 computes text features and does not use them"
+_DROPPED: Final = {
+    **dict.fromkeys((f"{_BRIDGE}.1.", f"{_BRIDGE}.2.weight", "linear_1.", "linear_2.", "linear_3."), _ERASED),
+    "clip_reduction.": _ERASED,
+    "clip_text_encoder.": _DISCARDED,
+    "text_proj.": _DISCARDED,
+}
+
+
+def rules_of(shapes: Shapes) -> Rules:
+    """Give the rules of the generation that the names show. Raises ValueError for the first commit's."""
+    if any(name.startswith("link_adapter_proj") for name in shapes):
+        raise ValueError(
+            "These are weights of M2F2-Det's first commit (link_adapter_proj), whose head exists nowhere any more; "
+            "take the detector of the present release, or train stage 1."
+        )
+    if has_constant_bridge(shapes):
+        return Rules(prefixes=PUBLISHED_PREFIXES, folded=_FOLDED, dropped=POSITION_IDS | _DROPPED)
+    return Rules(prefixes=PUBLISHED_PREFIXES, dropped=POSITION_IDS)
+
+
+def detector_plan(shapes: Shapes, config: M2F2DetConfig) -> Plan:
+    """Plan how published tensors become those of our detector with these settings."""
+    with torch.device("meta"):
+        detector = M2F2Det(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
+    computed = ("classifier.weight", "classifier.bias") if has_constant_bridge(shapes) else ()
+    return plan(shapes, wanted, rules_of(shapes), computed)
+
+
+def folded_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold the constant bridge of the published stage 1 into the classifier, computed in float64.
+
+    bridge = LN(Linear(b, b, ... b)), b the bias of the LayerNorm over one value; its columns stand in the middle of
+    the published classifier: [CLS (h), bridge, CNN (h)].
+    """
+    wide = {name: tensors[name].double() for name in tensors if name.startswith(("output.", "bridge_adapter_proj."))}
+    constant = bridge_constant(wide) * tensors["clip_text_alpha"].double()
+    hidden = tensors["deepfake_proj.0.weight"].shape[0]
+    cls, bridge, cnn = wide["output.weight"].split([hidden, len(constant), hidden], dim=1)
+    kind = tensors["output.weight"].dtype
+    bias = wide["output.bias"] + bridge @ constant
+    return {"classifier.weight": torch.cat([cls, cnn], dim=1).to(kind), "classifier.bias": bias.to(kind)}
+
+
+def bridge_constant(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Give what the published bridge answers to every image, before its alpha: (128,)."""
+    matrix = tensors[f"{_REDUCTION}.0.weight"]
+    ones = torch.ones(matrix.shape[1], dtype=matrix.dtype)
+    linear = F.linear(tensors[f"{_BRIDGE}.2.bias"] * ones, matrix, tensors[f"{_REDUCTION}.0.bias"])
+    return F.layer_norm(linear, linear.shape, tensors[f"{_REDUCTION}.1.weight"], tensors[f"{_REDUCTION}.1.bias"])
+
+
+class PublishedDetector:
+    """A published detector file: its plan, and how to write it in our layout.
+
+    The tensors may be wrapped, as the published trainer's Saver does, and carry the `module.` of DataParallel. A file
+    without a CLIP vision tower gets that of `vision_tower.pth` beside it or of `vision_tower`; with neither the
+    detector can live in an explainer only. Raises ValueError or FileNotFoundError.
+    """
+
+    def __init__(self, file: Path, vision_tower: Path | None = None, clip: Mapping[str, Any] | None = None) -> None:
+        self.file = file
+        self.tensors = TensorFiles([file], lambda name: name.removeprefix("module."))
+        beside = file.with_name("vision_tower.pth")
+        has_tower = any(name.startswith("clip_vision_encoder.") for name in self.tensors.shapes)
+        tower = vision_tower or (beside if beside.is_file() else None)
+        if not has_tower and tower is not None:
+            log.info("%s holds no CLIP vision tower; taking that of %s", file, tower)
+            self.tensors.add([tower], lambda name: name.replace("vision_tower.", "clip_vision_encoder.model.", 1))
+        self.config = detector_config(self.tensors.shapes, clip)
+        self.plan = detector_plan(self.tensors.shapes, self.config)
+
+    def write(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and conversion.json. Raises ValueError when tensors do not fit."""
+        self.plan.check(str(self.file))
+        folded = folded_classifier(self.tensors) if has_constant_bridge(self.tensors.shapes) else {}
+        with torch.device("meta"):
+            described = M2F2Det(self.config).describe()
+        with atomic_path(folder) as staged:
+            write_shards(staged, self.plan.moves, self.tensors, folded, shard_bytes=float("inf"))
+            write_json(staged / CONFIG_NAME, described)
+            report = self.plan.to_dict() | {"from": self.file.name, "left": sorted(self.tensors.besides)}
+            write_json(staged / REPORT_NAME, report)
+
+
+def ready_detector(name: str | Path) -> Path:
+    """Give the folder of a detector that `load` reads: as `resolve`, and a published file is converted first.
+
+    The converted copy is kept in `checkpoints/converted/`. Raises FileNotFoundError or ValueError.
+    """
+    file = Path(name)
+    if not (file.is_file() and file.suffix in PICKLED):
+        return resolve(name)
+    folder = converted_folder(file, [file])
+    if not folder.is_dir():
+        published = PublishedDetector(file)
+        published.write(folder)
+        log.info("%s is a published detector: %s; written to %s", file, published.plan.counts(), folder)
+    return folder
+
+
+def converted_folder(origin: Path, files: Sequence[Path]) -> Path:
+    """Give where the converted copy of some files belongs; another file, size or time is another folder."""
+    seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
+    return checkpoints_dir() / "converted" / f"{origin.resolve().stem}-{digest}"

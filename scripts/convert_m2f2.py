@@ -1,0 +1,88 @@
+"""Convert published LLaVA-1.5 and M2F2-Det weights into this project's layout, with a report on every tensor.
+
+What it takes: a LLaVA-1.5 or merged M2F2-Det folder (or hub id), a detector file (.pth), and with --model_base the
+output folder of the published stage 2 or 3.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.core.config import parse, setting
+from llava.core.conversion import Plan
+from llava.core.logs import setup_logging
+from llava.core.weights import resolve
+from llava.detectors.published import PublishedDetector
+from llava.detectors.published_sizes import read_clip_config
+from llava.explainer.convert import PublishedFolder, ready
+from llava.explainer.published_delta import PublishedDelta
+
+log = logging.getLogger("convert_m2f2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Command line of this script."""
+
+    model_path: str = setting(help="published weights: a folder, a hub id, or a detector's .pth file")
+    save_path: str = setting("", "folder for the converted copy; may be left out with --dry_run")
+    model_base: str | None = setting(None, "the explainer that a stage-2 or stage-3 output belongs to")
+    vision_tower: str | None = setting(
+        None, "CLIP vision tower for weights without one: vision_tower.pth, a CLIP folder or hub id"
+    )
+    clip: str | None = setting(None, "folder of the CLIP's config.json, when it is not ViT-L/14-336")
+    dry_run: bool = setting(False, "print what would become of every tensor; write nothing")
+
+
+def main() -> None:
+    """Convert, or with --dry_run print the report; exit code 2 when tensors do not fit."""
+    setup_logging()
+    options = parse(Options, description=__doc__ or "")
+    try:
+        if not options.dry_run and not options.save_path:
+            raise ValueError("Where to? Give --save_path FOLDER, or --dry_run true to see the report only.")
+        published = opened(options)
+        if options.dry_run:
+            sys.stdout.writelines(f"{line}\n" for line in report(published))
+        for what, found in plans(published):
+            found.check(f"{options.model_path} ({what})")
+        if not options.dry_run:
+            published.write(Path(options.save_path))
+            counts = "; ".join(found.counts() for _, found in plans(published))
+            log.info("%s: %s. Written to %s", options.model_path, counts, options.save_path)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"convert_m2f2: error: {error}") from error
+
+
+def opened(options: Options) -> PublishedDetector | PublishedFolder | PublishedDelta:
+    """Open what --model_path names and plan its conversion."""
+    path = Path(options.model_path)
+    if path.is_file():
+        tower = None if options.vision_tower is None else Path(options.vision_tower)
+        return PublishedDetector(path, tower, None if options.clip is None else read_clip_config(options.clip))
+    folder = resolve(options.model_path)
+    if options.model_base is not None:
+        return PublishedDelta(folder, ready(options.model_base))
+    return PublishedFolder(folder, options.vision_tower, options.clip)
+
+
+def plans(published: PublishedDetector | PublishedFolder | PublishedDelta) -> Iterator[tuple[str, Plan]]:
+    """Yield the plan, or the two of a delta, each with a name."""
+    if isinstance(published, PublishedDelta):
+        yield from published.plans.items()
+    else:
+        yield "tensors", published.plan
+
+
+def report(published: PublishedDetector | PublishedFolder | PublishedDelta) -> Iterator[str]:
+    """Yield what becomes of every tensor."""
+    for _, found in plans(published):
+        yield from found.lines()
+
+
+if __name__ == "__main__":
+    main()
