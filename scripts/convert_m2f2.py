@@ -1,7 +1,7 @@
 """Convert published LLaVA-1.5 and M2F2-Det weights into this project's layout, with a report on every tensor.
 
-What it takes: a LLaVA-1.5 or merged M2F2-Det folder (or hub id), a detector file (.pth), and with --model_base the
-output folder of the published stage 2 or 3.
+What it takes: a LLaVA-1.5 or merged M2F2-Det folder (or hub id), a detector file or vision_tower.pth, and with
+--model_base the output folder of the published stage 2 or 3.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from llava.core.config import parse, setting
 from llava.core.conversion import Plan
 from llava.core.logs import setup_logging
 from llava.core.weights import resolve
-from llava.detectors.published import PublishedDetector
+from llava.detectors.published import PublishedDetector, PublishedTower, published_file
 from llava.detectors.published_sizes import read_clip_config
 from llava.explainer.convert import PublishedFolder, ready
 from llava.explainer.published_delta import PublishedDelta
 
 log = logging.getLogger("convert_m2f2")
+Published: TypeAlias = PublishedDetector | PublishedTower | PublishedFolder | PublishedDelta
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Command line of this script."""
 
-    model_path: str = setting(help="published weights: a folder, a hub id, or a detector's .pth file")
+    model_path: str = setting(help="published weights: a folder, a hub id, or a .pth file")
     save_path: str = setting("", "folder for the converted copy; may be left out with --dry_run")
     model_base: str | None = setting(None, "the explainer that a stage-2 or stage-3 output belongs to")
     vision_tower: str | None = setting(
@@ -58,19 +60,19 @@ def main() -> None:
         raise SystemExit(f"convert_m2f2: error: {error}") from error
 
 
-def opened(options: Options) -> PublishedDetector | PublishedFolder | PublishedDelta:
+def opened(options: Options) -> Published:
     """Open what --model_path names and plan its conversion."""
     path = Path(options.model_path)
     if path.is_file():
         tower = None if options.vision_tower is None else Path(options.vision_tower)
-        return PublishedDetector(path, tower, None if options.clip is None else read_clip_config(options.clip))
+        return published_file(path, tower, None if options.clip is None else read_clip_config(options.clip))
     folder = resolve(options.model_path)
     if options.model_base is not None:
         return PublishedDelta(folder, ready(options.model_base))
     return PublishedFolder(folder, options.vision_tower, options.clip)
 
 
-def plans(published: PublishedDetector | PublishedFolder | PublishedDelta) -> Iterator[tuple[str, Plan]]:
+def plans(published: Published) -> Iterator[tuple[str, Plan]]:
     """Yield the plan, or the two of a delta, each with a name."""
     if isinstance(published, PublishedDelta):
         yield from published.plans.items()
@@ -78,7 +80,7 @@ def plans(published: PublishedDetector | PublishedFolder | PublishedDelta) -> It
         yield "tensors", published.plan
 
 
-def report(published: PublishedDetector | PublishedFolder | PublishedDelta) -> Iterator[str]:
+def report(published: Published) -> Iterator[str]:
     """Yield what becomes of every tensor."""
     for _, found in plans(published):
         yield from found.lines()

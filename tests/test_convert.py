@@ -24,13 +24,20 @@ from published_weights import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import CLIPVisionModel
 
 from llava.core.conversion import Move, Rules, plan, write_shards
 from llava.core.tensor_files import TensorFiles, read_pickled
 from llava.detectors.base import load
 from llava.detectors.m2f2det import M2F2Det
 from llava.detectors.m2f2det_config import M2F2DetConfig
-from llava.detectors.published import PUBLISHED_PREFIXES, PublishedDetector, detector_plan, ready_detector
+from llava.detectors.published import (
+    PUBLISHED_PREFIXES,
+    PublishedDetector,
+    detector_plan,
+    published_file,
+    ready_detector,
+)
 from llava.detectors.published_sizes import detector_config
 from llava.explainer.convert import DETECTOR, RULES, TOWER, PublishedFolder, ready
 from llava.explainer.loading import load_model
@@ -358,6 +365,10 @@ def test_llava_with_and_without_its_tower_becomes_a_base(tmp_path: Path, clip: s
     tensors = TensorFiles(sorted(source.glob("*.safetensors")))
     tower = {name.removeprefix("model.vision_tower."): tensors[name] for name in tensors if name.startswith(TOWER)}
     torch.save(tower, tmp_path / "vision_tower.pth")
+    published_file(tmp_path / "vision_tower.pth", clip=TINY_CLIP).write(tmp_path / "clip_vision")
+    alone = CLIPVisionModel.from_pretrained(tmp_path / "clip_vision").state_dict()
+    assert len(alone) == len(tower)
+    assert all(torch.equal(alone[name.removeprefix("vision_tower.vision_model.")], tower[name]) for name in tower)
     bare = {name: tensors[name].clone() for name in tensors if not name.startswith(TOWER)}
     for file in source.glob("*.safetensors"):
         file.unlink()
@@ -379,6 +390,29 @@ def test_llava_with_and_without_its_tower_becomes_a_base(tmp_path: Path, clip: s
     PublishedDetector(tmp_path / "detector.pth", clip=TINY_CLIP).write(tmp_path / "detector")
     certificate = merge_detector(str(tmp_path / "joined"), str(tmp_path / "detector"), tmp_path / "start")
     assert certificate["max_delta_p_fake"] < 1e-4
+
+
+@pytest.mark.e2e
+def test_the_layout_of_llava_hf_is_a_base_as_it_is(tmp_path: Path, clip: str, checkpoints: Path) -> None:
+    """Names as in llava-hf/llava-1.5-7b-hf, and a vocabulary padded beyond the tokeniser's."""
+    PublishedFolder(publish(tmp_path / "published", clip, None)).write(tmp_path / "hf")
+    old = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal": "multi_modal",
+    }
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    rules = Rules(prefixes=old)
+    renamed = {move.target: tensors[name] for name in tensors if (move := rules.move(name))}
+    assert len(renamed) == len(tensors)
+    save_file(renamed, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    assert ready(tmp_path / "hf") == tmp_path / "hf"
+    publish_detector(tmp_path / "detector.pth")
+    PublishedDetector(tmp_path / "detector.pth", clip=TINY_CLIP).write(tmp_path / "detector")
+    merge_detector(str(tmp_path / "hf"), str(tmp_path / "detector"), tmp_path / "start")
+    merged = load_model(tmp_path / "start").state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
 
 
 def publish_detector(path: Path) -> None:

@@ -142,8 +142,13 @@ def test_the_detector_of_stage_1_with_its_constant_bridge(stage_1: Fixture, tmp_
             for layer, stage in zip((4, 5, 6), stages, strict=True):
                 stage_1.compare(f"features_{layer}.{i}", stage, **INNER)
     both = torch.stack([stage_1_pixels(ours, p) for p in (pictures[0], pictures[0][:, ::-1].copy())])
-    output = ours(both)
+    output = ours(both, labels=torch.tensor([0, 1]))
     stage_1.compare("logits_batch2_flip", output.logits, LOGITS)
+    stage_1.compare("ce_loss_batch2_flip", output.loss, 1e-5)
+    output.loss.backward()
+    compare_gradients(stage_1, ours)
+    stage_1.compare("grad.vision_proj.0.weight", ours.vision_proj.linear.weight.grad, 1e-6, rtol=1e-3)
+    stage_1.compare("grad.deepfake_proj.0.weight", ours.backbone_proj.linear.weight.grad, 1e-6, rtol=1e-3)
 
 
 def stage_1_pixels(detector: Any, picture: np.ndarray) -> Tensor:

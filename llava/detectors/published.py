@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.core.conversion import REPORT_NAME, Plan, Rules, plan, write_shards
 from llava.core.runtime import atomic_path, write_json
@@ -23,7 +25,7 @@ from llava.core.tensor_files import PICKLED, TensorFiles
 from llava.core.weights import CONFIG_NAME, checkpoints_dir, resolve
 from llava.detectors.m2f2det import M2F2Det
 from llava.detectors.m2f2det_config import M2F2DetConfig
-from llava.detectors.published_sizes import Shapes, detector_config, has_constant_bridge
+from llava.detectors.published_sizes import Shapes, detector_config, has_constant_bridge, vision_sizes
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ PUBLISHED_PREFIXES: Final = {
     "text_proj.": "text_proj.",
     "vision_proj.": "vision_proj.",
 }
+TOWER_PREFIX: Final = "vision_tower.vision_model."
 POSITION_IDS: Final = {"*.position_ids": "a constant that transformers makes itself"}
 _CONSTANT = "the bridge's output, a constant"
 _BRIDGE = "bridge_adapter_proj.bridge_adapter_proj"
@@ -121,7 +124,7 @@ class PublishedDetector:
         tower = vision_tower or (beside if beside.is_file() else None)
         if not has_tower and tower is not None:
             log.info("%s holds no CLIP vision tower; taking that of %s", file, tower)
-            self.tensors.add([tower], lambda name: name.replace("vision_tower.", "clip_vision_encoder.model.", 1))
+            self.tensors.add([tower], lambda name: f"clip_vision_encoder.model.{name.removeprefix('vision_tower.')}")
         self.config = detector_config(self.tensors.shapes, clip)
         self.plan = detector_plan(self.tensors.shapes, self.config)
 
@@ -136,6 +139,37 @@ class PublishedDetector:
             write_json(staged / CONFIG_NAME, described)
             report = self.plan.to_dict() | {"from": self.file.name, "left": sorted(self.tensors.besides)}
             write_json(staged / REPORT_NAME, report)
+
+
+class PublishedTower:
+    """A `vision_tower.pth`: CLIP's vision transformer alone, which becomes a folder that transformers reads."""
+
+    def __init__(self, file: Path, clip: Mapping[str, Any] | None = None) -> None:
+        self.file = file
+        self.tensors = TensorFiles([file])
+        sizes = asdict(vision_sizes(self.tensors.shapes, TOWER_PREFIX, clip))
+        self.config = CLIPVisionConfig(**{name: value for name, value in sizes.items() if name != "select_layer"})
+        with torch.device("meta"):
+            state = CLIPVisionModel(self.config).state_dict()
+        rules = Rules(prefixes={TOWER_PREFIX: ""}, dropped=POSITION_IDS)
+        self.plan: Plan = plan(self.tensors.shapes, {name: tuple(t.shape) for name, t in state.items()}, rules)
+
+    def write(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and conversion.json. Raises ValueError when tensors do not fit."""
+        self.plan.check(str(self.file))
+        with atomic_path(folder) as staged:
+            write_shards(staged, self.plan.moves, self.tensors, shard_bytes=float("inf"))
+            self.config.save_pretrained(staged)
+            write_json(staged / REPORT_NAME, self.plan.to_dict() | {"from": self.file.name})
+
+
+def published_file(
+    file: Path, vision_tower: Path | None = None, clip: Mapping[str, Any] | None = None
+) -> PublishedDetector | PublishedTower:
+    """Open a published .pth file: a detector, or a vision tower alone. Raises ValueError or FileNotFoundError."""
+    if all(name.startswith(TOWER_PREFIX) for name in TensorFiles([file])):
+        return PublishedTower(file, clip)
+    return PublishedDetector(file, vision_tower, clip)
 
 
 def ready_detector(name: str | Path) -> Path:
