@@ -116,7 +116,7 @@ def test_the_log_says_which_kinds_are_there_and_counts_what_no_split_names(ffpp,
     assert (
         "split val: found original, Deepfakes; absent: Face2Face, FaceSwap, NeuralTextures, FaceShifter" in caplog.text
     )
-    assert "FF++_original_c40.h5: 9 videos, of which no split names 1" in caplog.text
+    assert "FF++_original_c40.h5: no split names 1 of its 9 videos" in caplog.text
 
 
 def test_missing_videos_are_an_error_with_counts_and_names(ffpp):
