@@ -8,5 +8,6 @@ SOURCES: Registry[type] = Registry(
         "folder": "llava.data.folder:FolderSource",
         "csv": "llava.data.csv_table:CsvSource",
         "conversations": "llava.data.conversations:ConversationSource",
+        "hdf5": "llava.data.hdf5:Hdf5Source",
     },
 )

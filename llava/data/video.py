@@ -20,6 +20,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from llava.data.frames import spread_frames
 from llava.data.images import UnreadableImage, check_size
 
 # Containers alone: a playlist (HLS, DASH, concat) makes FFmpeg open whatever other files it names.
@@ -59,10 +60,7 @@ class Clip:
 
     def chosen(self, count: int) -> list[int]:
         """Give the numbers of `count` evenly spread frames, the middle of each of `count` equal parts; all if fewer."""
-        if count < 1:
-            raise ValueError(f"frames: {count} is not usable; allowed: 1 or more, such as 16.")
-        total = len(self.stamps)
-        return [(2 * i + 1) * total // (2 * count) for i in range(count)] if total > count else list(range(total))
+        return spread_frames(len(self.stamps), count)
 
     def seconds(self, number: int) -> float:
         """Give when a frame is shown, in seconds since the first one."""
