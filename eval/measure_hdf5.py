@@ -43,6 +43,7 @@ CLIP_INPUT = InputSpec(size=336, mean=CLIP_MEAN, std=CLIP_STD)
 LAYOUTS = {"published": "whole clips", "raw": "chunks of one frame", "jpeg": "a JPEG per frame"}
 WHOLE_CLIPS = "published pattern, whole clips"
 BATCH = 10
+MEMORY_COLUMNS = ("layout", "first batch", "after a tenth", "middle", "end")
 Reader = Callable[[int], int]
 
 
@@ -72,9 +73,7 @@ def main() -> None:
         "I/O alone, one process": measure(settings.repeats, folder, readers(settings, folder, None)),
         through_workers: measure(settings.repeats, folder, readers(settings, folder, settings.workers)),
     }
-    costs = item_costs(settings, folder)
-    memory = worker_memory(settings, folder)
-    print_tables(rates, costs, memory)
+    print_tables(rates, item_costs(settings, folder), worker_memory(settings, folder), settings.workers)
 
 
 # ---- the set --------------------------------------------------------------------------------------------------------
@@ -122,8 +121,6 @@ def source_of(folder: Path, layout: str, splits: str = "training", frames: int =
 
 
 # ---- readers: each reads some items and gives how many --------------------------------------------------------------
-
-Reader = Callable[[int], int]
 
 
 class WholeClips(Dataset[torch.Tensor]):
@@ -255,31 +252,32 @@ def item_costs(settings: Settings, folder: Path) -> dict[str, float]:
 
 
 def worker_memory(settings: Settings, folder: Path) -> dict[str, list[float]]:
-    """Give the memory of all workers in MB at start, middle and end of an epoch over many frames, for each layout."""
+    """Give the memory of all workers in MB at four batches of an epoch over many frames, for each layout."""
     found = {}
     for layout in LAYOUTS:
         source = source_of(folder, layout, "scoring", settings.scored)
         dataset = DetectionDataset(source, split_of(source, "test"), {"pixel_values": CLIP_INPUT})
         loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=settings.workers, collate_fn=collate)
-        marks = [0, len(loader) // 2, len(loader) - 1]
+        marks = [0, len(loader) // 10, len(loader) // 2, len(loader) - 1]
         found[layout] = [
-            sum(own_mb(child.pid) for child in multiprocessing.active_children())
+            sum(anonymous_mb(child.pid) for child in multiprocessing.active_children())
             for number, _ in enumerate(loader)
             if number in marks
         ]
     return found
 
 
-def own_mb(pid: int | None) -> float:
-    """Give the memory in MB that a process shares with no other, such as the one it was forked from."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+def anonymous_mb(pid: int | None) -> float:
+    """Give the resident memory of a process that is no file's, in MB; the part it was forked with is counted."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def print_tables(
     rates: Mapping[str, Mapping[str, Mapping[str, float]]],
     costs: Mapping[str, float],
     memory: Mapping[str, Sequence[float]],
+    workers: int,
 ) -> None:
     """Print what was measured."""
     out = console()
@@ -293,7 +291,7 @@ def print_tables(
     for step, cost in costs.items():
         table.add_row(step, f"{cost:.2f}")
     out.print(table)
-    table = titled_table("memory of the workers' own over one epoch, MB", "layout", "start", "middle", "end")
+    table = titled_table(f"memory of all {workers} workers over one epoch, MB", *MEMORY_COLUMNS)
     for layout, samples in memory.items():
         table.add_row(LAYOUTS[layout], *(f"{sample:.1f}" for sample in samples))
     out.print(table)
