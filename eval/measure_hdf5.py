@@ -60,6 +60,7 @@ class Settings:
     draws: int = setting(10, "our items per clip and repeat; the published pattern reads one per clip")
     workers: int = setting(2, "processes that prepare images, end to end")
     scored: int = setting(100, "frames of each clip in the epoch over which memory is looked at")
+    json: str | None = setting(None, "write the numbers to this file as well")
 
 
 def main() -> None:
@@ -73,16 +74,18 @@ def main() -> None:
         "I/O alone, one process": measure(settings.repeats, folder, readers(settings, folder, None)),
         through_workers: measure(settings.repeats, folder, readers(settings, folder, settings.workers)),
     }
-    print_tables(rates, item_costs(settings, folder), worker_memory(settings, folder), settings.workers)
-
-
-# ---- the set --------------------------------------------------------------------------------------------------------
+    costs, memory = item_costs(settings, folder), worker_memory(settings, folder)
+    print_tables(rates, costs, memory, settings.workers)
+    if settings.json:
+        write_json(settings.json, {"images_per_second": rates, "ms_per_item": costs, "worker_mb": memory})
 
 
 def make_set(settings: Settings, folder: Path) -> None:
     """Write the same clips in three layouts; a frame is a window that wanders over one face crop."""
     pairs = [(f"{2 * i:03}", f"{2 * i + 1:03}") for i in range(settings.pairs)]
     crops = list_images(settings.faces)
+    if not crops:
+        raise ValueError(f"faces: {settings.faces!r} holds no pictures; give a folder of face crops.")
     for name, train, test in (("training", pairs, []), ("scoring", [], pairs)):
         for split, part in (("train", train), ("val", []), ("test", test)):
             write_json(folder / name / f"{split}.json", part)
@@ -118,9 +121,6 @@ def source_of(folder: Path, layout: str, splits: str = "training", frames: int =
     """Open one layout of the set."""
     config = DataConfig(source="hdf5", path=str(folder / layout), splits=str(folder / splits), frames=frames)
     return Hdf5Source(config)
-
-
-# ---- readers: each reads some items and gives how many --------------------------------------------------------------
 
 
 class WholeClips(Dataset[torch.Tensor]):
@@ -192,9 +192,6 @@ def drawn(draws: int, repeat: int, count: int) -> list[tuple[int, int]]:
     """Give (epoch, index), every clip in each of `draws` epochs, in random order."""
     epochs = range(repeat * draws, (repeat + 1) * draws)
     return [(epoch, int(index)) for epoch in epochs for index in item_rng(2, epoch, 0).permutation(count)]
-
-
-# ---- measures -------------------------------------------------------------------------------------------------------
 
 
 def measure(repeats: int, folder: Path, ways: Mapping[str, Reader]) -> dict[str, dict[str, float]]:
