@@ -117,14 +117,14 @@ def _celeb_tests(path: Path) -> set[str]:
         if not line.strip():
             continue
         label, _, name = line.strip().partition(" ")
-        place = PurePosixPath(name.strip()).with_suffix("")
+        place = PurePosixPath(name.strip())
         folder = place.parts[0] if place.parts else ""
         if label not in ("0", "1") or CELEB_FOLDERS.get(folder) != 1 - int(label):
             raise ValueError(
                 f"{path}, line {number}: {line.strip()!r} is no `1 REAL_VIDEO` or `0 FAKE_VIDEO` with a video in "
                 f"{', '.join(CELEB_FOLDERS)}."
             )
-        names.add(f"{folder}/{place.name}")
+        names.add(f"{folder}/{place.stem}")
     return names
 
 
