@@ -387,6 +387,17 @@ def test_evenly_spread_frames_of_video_files_are_read_in_any_order(celeb_videos:
     assert [seen(pickle.loads(pickle.dumps(source)), r) for r in test[:2]] == [25, 75]
 
 
+def test_workers_read_the_same_frames_of_video_files_as_one_process(celeb_videos: Path) -> None:
+    source = source_of("celebdf_v2", celeb_videos, frames=8)
+    test = split_of(source, "test")
+    seen(source, test[2])  # workers inherit a file that is being decoded
+    spec = InputSpec(size=48, mean=(0.0,) * 3, std=(1.0,) * 3)
+    dataset = DetectionDataset(source, test, {"pixels": spec})
+    loader = DataLoader(dataset, batch_size=6, num_workers=2, collate_fn=collate)
+    levels = [round(255 * float(x.mean())) for batch in loader for x in batch["pixels"]]
+    assert levels == [5 * int(r.id.rpartition("#")[2]) for r in test]
+
+
 def test_any_frame_of_a_training_video_is_drawn(celeb_videos: Path) -> None:
     source = source_of("celebdf_v2", celeb_videos, frames=4)
     (record,) = split_of(source, "train")
