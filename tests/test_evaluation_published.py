@@ -12,9 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+import torch
+from ffpp_world import SPLITS, write_splits
+from PIL import Image
 
 from llava import cli
 from llava.core.types import Record
+from llava.data.ffpp import keys_of
+from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.evaluation.predictions import Prediction, Predictions, read_csv, write_csv
 from llava.evaluation.published import (
     KINDS,
@@ -230,3 +235,30 @@ def test_evaluate_refuses_to_write_it_of_other_data(
     words = ["--model", str(tmp_path / "detector"), "--data.path", str(class_folder), "--published"]
     assert cli.main(["evaluate", *words]) == 2, "before the detector, of which there is none, is loaded"
     assert "the published csv has no kind 'fake'" in capsys.readouterr().err
+
+
+def test_evaluate_writes_videos_and_the_published_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_splits(tmp_path / "FaceForensics++")
+    rng = np.random.default_rng(0)
+    for kind, folder in (("original", "original_sequences/youtube"), ("FaceSwap", "manipulated_sequences/FaceSwap")):
+        for key in keys_of(kind, SPLITS["test"]):
+            frames = root / folder / "c40" / "frames" / key
+            frames.mkdir(parents=True)
+            for number in range(21):
+                noise = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(frames / f"{number:03d}.png")
+    torch.manual_seed(0)
+    M2F2Det(M2F2DetConfig.tiny()).save(tmp_path / "detector")
+    words = ["evaluate", "--model", str(tmp_path / "detector"), "--data.source", "ffpp", "--data.path", str(root)]
+    words += ["--data.allow_missing", "--published", "--trim", "0.2", "--resamples", "20", "--device", "cpu"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "videos.csv" in (shown := capsys.readouterr().out) and "published.csv" in shown
+    ours, published = (read_predictions(tmp_path / "out" / name) for name in ("predictions.csv", "published.csv"))
+    assert published.p_fake.tolist() == ours.p_fake.tolist() and published.groups.tolist() == ours.groups.tolist()
+    assert published.items[0].id == "0_953_0" and published.items[-1].id == "2_974_953_20"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    videos = list(csv.DictReader((tmp_path / "out" / "videos.csv").open()))
+    assert [row["frames"] for row in videos] == ["21"] * 4
+    for level, column in (("video", "mean"), ("video_trimmed", "trimmed_mean")):
+        auc = sk.roc_auc_score([int(row["label"]) for row in videos], [float(row[column]) for row in videos])
+        assert report[level]["auc"]["value"] == pytest.approx(auc)

@@ -14,12 +14,11 @@ import numpy as np
 from llava.core.types import FAKE, LABEL_NAMES, REAL, Record, Sample
 from llava.data.clips import HDF5_SUFFIXES, ClipFiles, clips_in, frame_count, open_clips, read_frame
 from llava.data.ffpp import KINDS, ORIGINAL, Pair, file_name, group_names, keys_of, read_pairs
-from llava.data.frames import spread_frames
+from llava.data.frames import clip_records, drawn_number
 from llava.data.sources import DataConfig, parse_label
-from llava.data.storage import MEMBER_MARK
+from llava.data.storage import MEMBER_MARK, report_missing
 
 log = logging.getLogger(__name__)
-DRAWN = "*"  # instead of a frame's number: any frame of the clip
 NAMED_AT_MOST = 5
 
 
@@ -55,23 +54,10 @@ class Hdf5Source:
         """
         path, key, frame = record.where.rsplit(MEMBER_MARK, 2)
         clip = self._files.clip(path, key)
-        number = _drawn(len(clip), rng) if frame == DRAWN else int(frame)
+        number = drawn_number(frame, len(clip), rng)
         return Sample(
             record=replace(record, tags={**record.tags, "frame": str(number)}), image=read_frame(clip, number)
         )
-
-
-def _drawn(frames: int, rng: np.random.Generator | None) -> int:
-    return frames // 2 if rng is None else int(rng.integers(frames))
-
-
-def _clip_records(clip: Record, frames: int, config: DataConfig) -> Iterator[Record]:
-    """Yield the records of a clip; `clip` is what they share, its `where` without a frame."""
-    if clip.split and clip.split == config.train:
-        yield replace(clip, where=f"{clip.where}{MEMBER_MARK}{DRAWN}")
-        return
-    for number in spread_frames(frames, config.frames):
-        yield replace(clip, id=f"{clip.id}#{number}", where=f"{clip.where}{MEMBER_MARK}{number}")
 
 
 def _record(path: Path, key: str, label: int, class_name: str, video: str, group: str, split: str) -> Record:
@@ -114,7 +100,7 @@ def _ffpp_records(config: DataConfig) -> Iterator[Record]:
                 log.info("%s: no split names %d of its %d videos", path.name, unnamed, len(present))
             for part in served:
                 yield from _part_records(part, file, groups, config)
-    _report_missing({path: keys for path, keys in missing.items() if keys}, config.allow_missing)
+    report_missing({path.name: keys for path, keys in missing.items()}, config.allow_missing)
 
 
 def _split_names(config: DataConfig) -> list[str]:
@@ -127,7 +113,7 @@ def _part_records(part: _Part, file: h5py.File, groups: Mapping[str, str], confi
         if key in file:
             video, group = f"{part.kind}/{key}", groups[key.split("_")[0]]
             clip = _record(part.path, key, label, part.kind, video, group, part.split)
-            yield from _clip_records(clip, frame_count(file[key]), config)
+            yield from clip_records(clip, frame_count(file[key]), config)
 
 
 def _parts(config: DataConfig, splits: Mapping[str, Sequence[Pair]]) -> list[_Part]:
@@ -162,19 +148,6 @@ def _place(folder: Path, kind: str, config: DataConfig, split: str) -> Path | No
     return plain if plain.is_file() else None
 
 
-def _report_missing(missing: Mapping[Path, Sequence[str]], is_allowed: bool) -> None:
-    """Name the videos that a split names and its file lacks: all of them in a warning, or some in a ValueError."""
-    if is_allowed:
-        for path, keys in missing.items():
-            log.warning("%s lacks %d videos that the splits name: %s", path.name, len(keys), ", ".join(keys))
-    elif missing:
-        files = "; ".join(f"{p.name}: {len(k)} ({', '.join(k[:NAMED_AT_MOST])})" for p, k in missing.items())
-        raise ValueError(
-            f"{sum(map(len, missing.values()))} videos that the splits name are missing. First of each file: {files}. "
-            "Complete the files, or leave these videos out by --data.allow_missing true."
-        )
-
-
 # ---- packs that describe themselves ---------------------------------------------------------------------------------
 
 
@@ -187,7 +160,7 @@ def _pack_records(config: DataConfig) -> Iterator[Record]:
             clips = clips_in(file)
             for key, clip in clips.items():
                 record = _pack_record(path, key, clip.attrs)
-                yield from _clip_records(record, frame_count(clip), config)
+                yield from clip_records(record, frame_count(clip), config)
             log.info("%s: %d videos", path.name, len(clips))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -96,14 +96,18 @@ def open_clip(source: Path | bytes, name: str = "") -> Clip:
 
 
 def read_frames(clip: Clip, count: int) -> Iterator[Frame]:
-    """Decode `count` evenly spread frames one by one, fewer where the clip has fewer or they are damaged.
+    """Decode `count` evenly spread frames one by one, fewer where the clip has fewer or they are damaged."""
+    return read_numbers(clip, clip.chosen(count))
+
+
+def read_numbers(clip: Clip, numbers: Iterable[int]) -> Iterator[Frame]:
+    """Decode the frames with these rising numbers one by one; fewer where they are damaged.
 
     A damaged frame is replaced by the next sound one. Rotation is undone; pixels are taken as square.
     """
-    chosen = clip.chosen(count)
     with _opened(clip.source, clip.name) as (container, stream):
         decoded, last = _decoded(container, stream), -1
-        for number in chosen:
+        for number in numbers:
             if number <= last:
                 continue
             key = bisect_right(clip.key_stamps, clip.stamps[number]) - 1
