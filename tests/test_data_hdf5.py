@@ -266,7 +266,7 @@ def test_a_handle_is_opened_once_for_each_process(ffpp):
     assert int(files.clip(path, "071")[3, 0, 0, 0]) == 3, "the parent's handle still works"
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.e2e)])
 def test_workers_read_the_same_frames_as_one_process(ffpp, start):
     source = open_source(config(ffpp))
     dataset = DetectionDataset(source, split_of(source, "train"), SMALL, seed=1)
