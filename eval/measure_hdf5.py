@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import h5py
@@ -43,7 +43,7 @@ CLIP_INPUT = InputSpec(size=336, mean=CLIP_MEAN, std=CLIP_STD)
 LAYOUTS = {"published": "whole clips", "raw": "chunks of one frame", "jpeg": "a JPEG per frame"}
 WHOLE_CLIPS = "published pattern, whole clips"
 BATCH = 10
-MEMORY_COLUMNS = ("layout", "first batch", "after a tenth", "middle", "end")
+MEMORY_COLUMNS = ("layout", "first batch", "2nd tenth", "6th tenth", "last tenth")
 Reader = Callable[[int], int]
 
 
@@ -249,18 +249,15 @@ def item_costs(settings: Settings, folder: Path) -> dict[str, float]:
 
 
 def worker_memory(settings: Settings, folder: Path) -> dict[str, list[float]]:
-    """Give the memory of all workers in MB at four batches of an epoch over many frames, for each layout."""
+    """Give the memory of all workers in MB over an epoch of many frames: at the first batch, means of three tenths."""
     found = {}
     for layout in LAYOUTS:
         source = source_of(folder, layout, "scoring", settings.scored)
         dataset = DetectionDataset(source, split_of(source, "test"), {"pixel_values": CLIP_INPUT})
         loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=settings.workers, collate_fn=collate)
-        marks = [0, len(loader) // 10, len(loader) // 2, len(loader) - 1]
-        found[layout] = [
-            sum(anonymous_mb(child.pid) for child in multiprocessing.active_children())
-            for number, _ in enumerate(loader)
-            if number in marks
-        ]
+        samples = [sum(anonymous_mb(child.pid) for child in multiprocessing.active_children()) for _ in loader]
+        tenths = [mean(samples[i * len(samples) // 10 : (i + 1) * len(samples) // 10]) for i in (1, 5, 9)]
+        found[layout] = [samples[0], *tenths]
     return found
 
 
