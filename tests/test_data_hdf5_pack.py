@@ -169,6 +169,44 @@ def test_names_must_be_unique_and_clips_apart(crops, tmp_path):
         pack(settings(tmp_path / "empty"))
 
 
+@pytest.fixture
+def celebdf(tmp_path):
+    """Celeb-DF v2 with one test video and one that its list names and that is not there."""
+    for n, name in enumerate(("Celeb-real/id0_0000", "Celeb-synthesis/id0_id1_0000", "YouTube-real/00000")):
+        path = tmp_path / "celebdf" / f"{name}.mp4"
+        path.parent.mkdir(parents=True)
+        write_clip(path, [grey(50 * n + i) for i in range(4)])
+    listed = "1 YouTube-real/00000.mp4\n1 YouTube-real/00001.mp4\n"
+    (tmp_path / "celebdf" / "List_of_testing_videos.txt").write_text(listed)
+    return tmp_path / "celebdf"
+
+
+def test_a_public_set_is_packed_with_what_its_lists_say(celebdf):
+    asked = {"listing": "celebdf_v2", "form": "raw", "frames": 2}
+    with pytest.raises(Incomplete, match=r"YouTube-real/00001: listed, but not there"):
+        pack(settings(celebdf, **asked))
+    path = pack(settings(celebdf, **asked, skip_unreadable=True))
+    source = Hdf5Source(DataConfig(source="hdf5", path=str(path), frames=1))
+    found = {r.video: (r.label, r.class_name, r.split) for r in source.records}
+    assert found == {
+        "pack/Celeb-real/id0_0000": (0, "real", "train"),
+        "pack/Celeb-synthesis/id0_id1_0000": (1, "Celeb-synthesis", "train"),
+        "pack/YouTube-real/00000": (0, "real", "test"),
+    }
+    groups = {r.video: r.group for r in source.records}
+    assert groups["pack/Celeb-real/id0_0000"] == groups["pack/Celeb-synthesis/id0_id1_0000"]
+    assert groups["pack/YouTube-real/00000"] != groups["pack/Celeb-real/id0_0000"]
+    shown = {source.load(r).image.mean() for r in source.records}
+    assert shown == {3, 53, 103}, "the second of two frames, 1 and 3, of each clip"
+
+
+def test_frames_are_taken_in_the_order_of_their_numbers(tmp_path):
+    (tmp_path / "crops" / "a").mkdir(parents=True)
+    for n in range(12):
+        Image.fromarray(grey(n)).save(tmp_path / "crops" / "a" / f"{n}.png")
+    assert [frame[0, 0, 0] for frame in stored(pack(settings(tmp_path / "crops", form="raw")))["a"]] == list(range(12))
+
+
 # ---- what cannot be read --------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from llava.core.config import setting
 from llava.data.faces import crop_face, find_faces
+from llava.data.frame_reader import frame_files
 from llava.data.frames import spread_frames
-from llava.data.images import UnreadableImage, list_images, read_image
+from llava.data.images import UnreadableImage, read_image
 from llava.data.tracks import link_faces
 from llava.data.video import open_clip, read_frames
 
@@ -77,7 +78,7 @@ def keep_frames(path: Path, config: FrameConfig) -> Kept:
 
 
 def _from_folder(folder: Path, config: FrameConfig, problems: list[str]) -> Iterator[_Picture]:
-    files = [path for path in list_images(folder) if path.parent == folder]
+    files = frame_files(folder)
     is_changed = config.face_crop or config.size is not None
     for number in spread_frames(len(files), config.frames or len(files)):
         path = files[number]

@@ -96,7 +96,8 @@ def _ffpp_records(config: DataConfig) -> Iterator[Record]:
             served = [part for part in parts if part.path == path]
             missing[path] = [key for part in served for key in part.keys if key not in present]
             unnamed = len(present - named[served[0].kind])
-            log.info("%s: %d videos, of which no split names %d", path.name, len(present), unnamed)
+            if unnamed:
+                log.info("%s: no split names %d of its %d videos", path.name, unnamed, len(present))
             for part in served:
                 yield from _part_records(part, file, groups, config)
     report_missing({path.name: keys for path, keys in missing.items()}, config.allow_missing)

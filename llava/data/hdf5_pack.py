@@ -23,6 +23,9 @@ from llava.data.clips import HDF5_SUFFIXES, clips_in
 from llava.data.ffpp import ORIGINAL, Kind, file_name
 from llava.data.images import list_images
 from llava.data.inputs import VIDEO_SUFFIXES
+from llava.data.listings import LISTINGS, ListedVideo
+from llava.data.sources import DataConfig
+from llava.data.video_tree import VideoTree
 
 log = logging.getLogger(__name__)
 SETTINGS = "settings"  # attribute of an unfinished file: how it is packed
@@ -34,8 +37,12 @@ class PackConfig(FrameConfig):
 
     folder: str = setting(help="folder with one sub-folder of pictures per clip, or with video files", positional=True)
     output: str = setting(help="file to write, such as faces.h5; with --kind its folder")
+    listing: Literal["ffpp", "celebdf_v2", "dfdc", "dfdcp"] | None = setting(
+        None, "folder is the root of this public set, whose lists say label, class name, split and group of each clip"
+    )
+    splits: str | None = setting(None, "with --listing ffpp: folder of the official train.json, val.json and test.json")
     kind: Kind | None = setting(None, "kind of FF++ video: the file is named FF++_KIND_COMPRESSION.h5")
-    compression: Literal["c23", "c40"] = setting("c40", "with --kind: the compression in the file's name")
+    compression: Literal["raw", "c23", "c40"] = setting("c40", "of FF++: part of the file's name, or which videos")
     label: Literal["real", "fake"] | None = setting(None, "written beside every clip (default: follows from --kind)")
     class_name: str | None = setting(None, "written beside every clip: the manipulation (default: follows from --kind)")
     split: str | None = setting(None, "written beside every clip: train, val or test")
@@ -80,10 +87,10 @@ def pack(config: PackConfig) -> Path:
     target = config.target()
     if target.exists():
         raise ValueError(f"{str(target)!r} exists already; delete it, or give another --output.")
-    items = folder_items(Path(config.folder), config.attributes())
+    items, absent = listed_items(config) if config.listing else (folder_items(config), [])
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
-    problems = _pack_into(part, items, config)
+    problems = _pack_into(part, items, absent, config)
     for problem in problems:
         log.warning("%s", problem)
     if problems and not config.skip_unreadable:
@@ -96,11 +103,31 @@ def pack(config: PackConfig) -> Path:
     return target
 
 
-def folder_items(folder: Path, attributes: Mapping[str, str]) -> list[PackItem]:
+def listed_items(config: PackConfig) -> tuple[list[PackItem], list[str]]:
+    """List the clips of a public set that are there, with what it says of them; and name those that are not there.
+
+    Raises FileNotFoundError or ValueError naming file and entry.
+    """
+    tree = VideoTree(config.folder)
+    data = DataConfig(path=config.folder, splits=config.splits, compression=config.compression)
+    videos = LISTINGS[config.listing or ""](tree, data)
+    places = tree.locate([video.place for video in videos])
+    items = [PackItem(v.name, places[v.place], _said(v) | config.attributes()) for v in videos if v.place in places]
+    absent = [f"{v.name}: listed, but not there" for v in videos if v.place not in places]
+    return checked(items, config.folder), absent
+
+
+def _said(video: ListedVideo) -> dict[str, str]:
+    names = ("class_name", "split", "group")
+    return {"label": LABEL_NAMES[video.label]} | {name: getattr(video, name) for name in names}
+
+
+def folder_items(config: PackConfig) -> list[PackItem]:
     """List the clips of a folder: every folder that holds pictures, every video file (its name without suffix).
 
     Raises FileNotFoundError, or ValueError for pictures outside sub-folders and for names that are not unique.
     """
+    folder, attributes = Path(config.folder), config.attributes()
     if not folder.is_dir():
         raise FileNotFoundError(f"Folder {str(folder)!r} does not exist; give one with a sub-folder or video per clip.")
     places = {path.parent: path.parent for path in list_images(folder)}
@@ -126,9 +153,9 @@ def checked(items: Iterable[PackItem], where: str) -> list[PackItem]:
     return ordered
 
 
-def _pack_into(part: Path, items: Sequence[PackItem], config: PackConfig) -> list[str]:
-    """Add the clips that are not there yet; gives the problems of those and leaves them out unless they are skipped."""
-    problems, without_face, frames = [], 0, 0
+def _pack_into(part: Path, items: Sequence[PackItem], absent: Sequence[str], config: PackConfig) -> list[str]:
+    """Add the clips that are not there yet; gives all problems, those of `absent` clips first."""
+    problems, without_face, frames = list(absent), 0, 0
     with _opened(part) as file:
         _claim(file, config, part)
         done = clips_in(file).keys()
