@@ -153,6 +153,8 @@ def test_celebdf_says_one_for_real_and_who_is_in_it(tmp_path: Path) -> None:
     assert {name for name, v in videos.items() if v.split != "test"} == set(CELEB_TRAIN)
     assert videos["Celeb-synthesis/id2_id3_0000"].group == videos["Celeb-real/id2_0000"].group == "id2"
     assert videos["Celeb-real/id0_0001"].group == "id0", "the same person as in the test list"
+    lender = celebdf(tmp_path / "lender", train=("Celeb-real/id1_0005",))
+    assert listed("celebdf_v2", lender)["Celeb-real/id1_0005"].group == "id0", "whose face a fake in the list shows"
 
 
 @pytest.mark.parametrize(
@@ -388,14 +390,21 @@ def test_evenly_spread_frames_of_video_files_are_read_in_any_order(celeb_videos:
 
 
 def test_workers_read_the_same_frames_of_video_files_as_one_process(celeb_videos: Path) -> None:
-    source = source_of("celebdf_v2", celeb_videos, frames=8)
+    noise = np.random.default_rng(0)
+    first = celeb_videos / "Celeb-real" / "id0_0000.mp4"
+    write_clip(first, [noise.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(40)], g="10")
+    source, again = (source_of("celebdf_v2", celeb_videos, frames=8) for _ in range(2))
     test = split_of(source, "test")
-    seen(source, test[2])  # workers inherit a file that is being decoded
+    assert test[7].video == "Celeb-real/id0_0000"
+    expected = [again.load(record).image for record in test]
     spec = InputSpec(size=48, mean=(0.0,) * 3, std=(1.0,) * 3)
     dataset = DetectionDataset(source, test, {"pixels": spec})
+    alone = [DetectionDataset(again, test, {"pixels": spec})[i]["pixels"] for i in range(len(test))]
+    source.load(test[5])  # the worker that begins with the next frame inherits a file that is being decoded
     loader = DataLoader(dataset, batch_size=6, num_workers=2, collate_fn=collate)
-    levels = [round(255 * float(x.mean())) for batch in loader for x in batch["pixels"]]
-    assert levels == [5 * int(r.id.rpartition("#")[2]) for r in test]
+    together = [pixels for batch in loader for pixels in batch["pixels"]]
+    assert all((a == b).all() for a, b in zip(together, alone, strict=True))
+    assert all((source.load(test[i]).image == expected[i]).all() for i in (6, 7)), "nobody moved our place in it"
 
 
 def test_any_frame_of_a_training_video_is_drawn(celeb_videos: Path) -> None:

@@ -93,6 +93,13 @@ def test_the_slip_by_hand(tmp_path: Path) -> None:
     assert scores["corrected"] == VideoScores(auc=0.5, best_accuracy=pytest.approx(2 / 3), videos=3)
 
 
+def test_a_mean_at_the_threshold_is_called_real(tmp_path: Path) -> None:
+    """At threshold 0 all are called real, two of three rightly; at any other one fake at most."""
+    frames = {"0_001": [0.0] * 21, "0_002": [0.0] * 21, "1_001_002": [1.0] * 21}
+    scores = published_scores(read_published(write_frames(tmp_path / "p.csv", frames)))
+    assert scores["corrected"].best_accuracy == pytest.approx(2 / 3)
+
+
 def test_the_slip_against_sklearn(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = [f"0_{i:03d}" for i in range(8)] + [f"3_{i:03d}_{i + 1:03d}" for i in range(9)]
@@ -163,6 +170,7 @@ def test_every_score_survives_to_the_last_bit(tmp_path: Path) -> None:
     before = Predictions(tuple(items))
     write_published(tmp_path / "p.csv", before)
     assert read_published(tmp_path / "p.csv").p_fake.tolist() == before.p_fake.tolist()
+    assert (tmp_path / "p.csv").read_text().splitlines()[3] == "0_071_2,1,0.9"
     write_csv(tmp_path / "ours.csv", before)
     assert read_predictions(tmp_path / "ours.csv") == read_csv(tmp_path / "ours.csv") == before
 

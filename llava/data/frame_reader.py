@@ -48,7 +48,7 @@ class _Spread:
     def __init__(self, path: Path, clip: Clip, count: int) -> None:
         self._owner = (os.getpid(), path)
         self._clip = clip
-        self._coming = read_numbers(clip, clip.chosen(count))
+        self._coming = read_numbers(clip, clip.chosen(count), threads=False)
         self._number = -1
         self._frame: Frame | None = None
 

@@ -100,12 +100,14 @@ def read_frames(clip: Clip, count: int) -> Iterator[Frame]:
     return read_numbers(clip, clip.chosen(count))
 
 
-def read_numbers(clip: Clip, numbers: Iterable[int]) -> Iterator[Frame]:
+def read_numbers(clip: Clip, numbers: Iterable[int], threads: bool = True) -> Iterator[Frame]:
     """Decode the frames with these rising numbers one by one; fewer where they are damaged.
 
-    A damaged frame is replaced by the next sound one. Rotation is undone; pixels are taken as square.
+    A damaged frame is replaced by the next sound one. Rotation is undone; pixels are taken as square. threads: let
+    FFmpeg decode in several; a process forked while the iterator is open inherits none and would wait for them.
     """
     with _opened(clip.source, clip.name) as (container, stream):
+        stream.thread_type = "AUTO" if threads else "NONE"
         decoded, last = _decoded(container, stream), -1
         for number in numbers:
             if number <= last:
@@ -134,7 +136,6 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer, V
                 raise UnreadableVideo(f"{name}: has no video stream, only {_kinds(container)}.")
             if streams[0].codec_context is None:
                 raise UnreadableVideo(f"{name}: its video codec is not known here; convert it to H.264.")
-            streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except av.FFmpegError as error:
         raise UnreadableVideo(
@@ -194,4 +195,5 @@ def _until_damage(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[Vid
 
 def _upright(frame: VideoFrame) -> np.ndarray:
     """Give a frame's pixels, turned as the file says they are shown."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+    # In one thread: the frame of an open iterator outlives a fork, its threads do not.
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90)))
