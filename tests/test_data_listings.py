@@ -439,8 +439,9 @@ def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
         source_of("celebdf_v2", celebdf(tmp_path))
 
 
-def test_faces_can_be_cut_out_and_masks_not_asked_for(ffpp: Path) -> None:
+def test_faces_can_be_cut_out_and_what_there_is_not_is_refused(ffpp: Path) -> None:
     source = source_of("ffpp", ffpp, frames=1, face_crop=True)
     assert source.load(split_of(source, "test")[0]).record.tags == {"frame": "2", "face": "none"}
-    with pytest.raises(ValueError, match="masks: the sets of videos"):
-        source_of("ffpp", ffpp, masks=True)
+    for name in ("masks", "cache"):
+        with pytest.raises(ValueError, match=f"{name}: .*give --data.{name} false"):
+            source_of("ffpp", ffpp, **{name: True})

@@ -30,8 +30,12 @@ class ListingSource(ImageSource):
     """
 
     def __init__(self, config: DataConfig) -> None:
-        if config.masks:
-            raise ValueError("masks: the sets of videos are read without; give --data.masks false.")
+        for name, reason in (
+            ("masks", "public sets are read without"),
+            ("cache", "drawn frames would fill the memory"),
+        ):
+            if getattr(config, name):
+                raise ValueError(f"{name}: {reason}; give --data.{name} false.")
         self._reader = FrameReader(config.frames)
         tree = VideoTree(config.path)
         videos = LISTINGS[config.source](tree, config)
