@@ -9,6 +9,7 @@ from scipy.optimize import brentq
 from sklearn import metrics as sk
 
 from llava.evaluation.metrics import (
+    TRIM,
     RankedScores,
     choose_threshold,
     confusion,
@@ -16,7 +17,7 @@ from llava.evaluation.metrics import (
     threshold_from_validation,
 )
 from llava.evaluation.pictures import draw_histogram, draw_roc
-from llava.evaluation.predictions import Prediction, Predictions
+from llava.evaluation.predictions import Prediction, Predictions, by_video
 
 
 def scores_with_ties(seed, n=200):
@@ -125,6 +126,12 @@ def test_report_holds_sklearn_numbers_with_intervals_around_them():
     nt = sk.roc_auc_score(predictions.labels[kept], predictions.p_fake[kept])
     assert report["classes"]["NeuralTextures"]["frame"]["auc"]["value"] == pytest.approx(nt)
     assert report["video"]["auc"]["value"] > frame["auc"]["value"]
+    trimmed = by_video(predictions, 0.25)
+    expected = sk.roc_auc_score(trimmed.labels, trimmed.p_fake)
+    assert expected != report["video"]["auc"]["value"] and report["trim"] == TRIM
+    report = detection_report(predictions, 0.5, n_boot=200, trim=0.25)
+    assert report["video_trimmed"]["auc"]["value"] == pytest.approx(expected)
+    assert report["classes"]["NeuralTextures"]["video_trimmed"]["n"] == 24
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from llava.core.types import Record
-from llava.evaluation.predictions import Prediction, Predictions, by_video, from_records, read_csv, write_csv
+from llava.evaluation.predictions import (
+    Prediction,
+    Predictions,
+    by_video,
+    from_records,
+    read_csv,
+    write_csv,
+    write_videos_csv,
+)
 
 
 def make(id="a", label=0, p_fake=0.25, video="v", group="g", class_name="real", split="test"):
@@ -90,3 +98,14 @@ def test_records_and_scores_join_in_order():
         from_records([unknown], [0.5])
     with pytest.raises(ValueError, match="shorter"):
         from_records([record], [])
+
+
+def test_videos_are_written_with_both_means(tmp_path):
+    frames = [make(id=f"f{i}", p_fake=p) for i, p in enumerate([0.0, 0.25, 0.5, 0.5, 1.0])]
+    frames += [make(id="w", video="w", label=1, p_fake=0.75, group="h", class_name="FaceSwap")]
+    write_videos_csv(tmp_path / "videos.csv", Predictions(tuple(frames)), trim=0.2)
+    assert (tmp_path / "videos.csv").read_text().split() == [
+        "id,label,group,class_name,split,frames,mean,trimmed_mean",
+        f"v,0,g,real,test,5,0.45,{1.25 / 3!r}",
+        "w,1,h,FaceSwap,test,1,0.75,0.75",
+    ]

@@ -2,7 +2,7 @@
 
 What was repaired is compared with the corrected expectation, or with a switch that undoes the repair, by name:
 `as_published` (BatchNorm of the frozen detector on batch statistics, lm_head trained in stage 2), the layout
-`published_train`, `parse_verdict_published`.
+`published_train`, `published_scores`, `parse_verdict_published`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from llava.data.images import read_image
 from llava.detectors.base import load
 from llava.detectors.published import PublishedDetector, bridge_constant
 from llava.detectors.published_sizes import read_clip_config
+from llava.evaluation.published import published_scores, read_predictions
 from llava.evaluation.text import parse_verdict_published
 from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.convert import RULES, PublishedFolder
@@ -435,6 +436,17 @@ def test_tokens_and_training_masks(golden: Path, legacy: bool) -> None:
         assert ids == case["input_ids"], case["conversations"]
         if len(case["conversations"]) == 2 or legacy:
             assert labels == case["labels"]
+
+
+def test_video_scores(golden: Path) -> None:
+    """The published scoring, with its slip as a named switch, and the corrected one."""
+    wanted = json.loads((golden / "metrics.json").read_text(encoding="utf-8"))
+    found = published_scores(read_predictions(golden / wanted["csv"]))
+    for way, name in (("published", "original_parse_auc_score"), ("corrected", "corrected")):
+        assert found[way].auc == pytest.approx(wanted[name]["auc"], abs=1e-12)
+        assert found[way].best_accuracy == pytest.approx(wanted[name]["best_accuracy"], abs=1e-12)
+    assert found["published"].videos == wanted["original_parse_auc_score"]["videos_used"]
+    assert found["corrected"].videos == wanted["n_videos"]
 
 
 def test_verdicts(golden: Path) -> None:

@@ -1,17 +1,13 @@
 """Stage 1: recipes, what is checked before training, and short real trainings on pictures made here."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from killed_run import whole_and_broken
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
@@ -460,20 +456,10 @@ def test_a_killed_run_goes_on_exactly(images, tmp_path):
     changes = {"model": {**TINY_MODEL, "fusion": "bridge"}, "epochs": 5, "eval_steps": 7, "patience": 50}
     changes["collapse"] = {"min_recall": 0.0, "min_sd": 0.0}
     changes["loss"] = {"class_balance": "sampling"}
-    command = [sys.executable, "-m", "llava.train.stage_1", "--config"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = write_recipe(tmp_path / "whole.yaml", settings(images, tmp_path / "whole", **changes))
     broken = write_recipe(tmp_path / "broken.yaml", settings(images, tmp_path / "broken", **changes))
-    subprocess.run([*command, whole], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen([*command, broken], env=environment, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "broken" / "phases" / "0"
-    while process.poll() is None and last_checkpoint(folder) is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
-    again = subprocess.run([*command, broken], env=environment, check=True, capture_output=True, text=True)
-    assert "going on from" in again.stderr
-    assert "test frame AUC" in again.stderr and "chosen on validation" in again.stderr
+    said = whole_and_broken(["--config", whole], ["--config", broken], tmp_path / "broken")
+    assert "test frame AUC" in said and "chosen on validation" in said
     for file in ("model.safetensors", "phases/0/best/model.safetensors"):
         expected, found = load_file(tmp_path / "whole" / file), load_file(tmp_path / "broken" / file)
         assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -8,5 +8,10 @@ SOURCES: Registry[type] = Registry(
         "folder": "llava.data.folder:FolderSource",
         "csv": "llava.data.csv_table:CsvSource",
         "conversations": "llava.data.conversations:ConversationSource",
+        "hdf5": "llava.data.hdf5:Hdf5Source",
+        "ffpp": "llava.data.listing_source:ListingSource",
+        "celebdf_v2": "llava.data.listing_source:ListingSource",
+        "dfdc": "llava.data.listing_source:ListingSource",
+        "dfdcp": "llava.data.listing_source:ListingSource",
     },
 )

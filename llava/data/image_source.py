@@ -57,10 +57,14 @@ class ImageSource:
             raise ValueError(f"{place}: the mask is {mask.shape}, its image {image.shape[:2]}; they must be alike.")
         return mask
 
+    def _read(self, where: str) -> np.ndarray:
+        """Read the pixels of one image, uint8 RGB (H, W, 3)."""
+        return read_image(stored_image(where), name=where)
+
     def _image(self, record: Record) -> tuple[np.ndarray, str]:
         if record.where in self._cache:
             return self._cache[record.where]
-        image = read_image(stored_image(record.where), name=record.where)
+        image = self._read(record.where)
         face = ""
         if self.config.face_crop:
             image, face = _largest_face(image)

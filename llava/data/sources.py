@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -34,8 +34,10 @@ class Source(Protocol):
 class DataConfig:
     """Say which source, where it lies and how its names map to ours."""
 
-    source: str = setting("folder", "kind of source: folder, csv or conversations")
-    path: str = setting(help="the class folder, the csv table or the conversation json")
+    source: str = setting("folder", "kind of source: folder, csv, conversations, hdf5, ffpp, celebdf_v2, dfdc or dfdcp")
+    path: str = setting(
+        help="the class folder, csv table, conversation json, HDF5 file or its folder, root of a public set"
+    )
     root: str | None = setting(None, "folder or zip that relative file names start from (default: folder of the table)")
     train: str = setting("train", "name of the training split")
     val: str = setting("val", "name of the validation split")
@@ -48,6 +50,19 @@ class DataConfig:
         False, "read masks of forged pixels: column or tag `mask`, files like the images; not for crops"
     )
     cache: bool = setting(False, "keep decoded images in memory (per worker process)")
+    splits: str | None = setting(
+        None, "hdf5, ffpp: folder of the official FF++ train.json, val.json and test.json (ffpp: default is the path)"
+    )
+    compression: Literal["raw", "c23", "c40"] = setting(
+        "c40", "ffpp, hdf5 with splits: which videos, of files FF++_*_c23.h5 or FF++_*_c40.h5"
+    )
+    frames: int = setting(32, "videos: evenly spread frames of each clip outside the training split")
+    allow_missing: bool = setting(
+        False, "videos: leave out those that the splits name and the files lack, with a warning"
+    )
+    allow_leaks: bool = setting(
+        False, "train although splits share groups, as the official test list of Celeb-DF makes them, with a warning"
+    )
 
     def __post_init__(self) -> None:
         if self.masks and self.face_crop:

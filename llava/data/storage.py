@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 from zipfile import ZipFile, is_zipfile
 
+log = logging.getLogger(__name__)
 MEMBER_MARK = "::"
+NAMED_AT_MOST = 5
 
 
 class ImageStore(Protocol):
@@ -101,6 +104,20 @@ def require_files(names: Sequence[str], store: ImageStore, what: str) -> list[st
             "check `root`, the folder that relative names start from."
         )
     return [place for place in places if place is not None]
+
+
+def report_missing(missing: Mapping[str, Sequence[str]], is_allowed: bool) -> None:
+    """Name the videos that splits name and a place lacks: all of them in a warning, or some in a ValueError."""
+    lacking = {place: names for place, names in missing.items() if names}
+    if is_allowed:
+        for place, names in lacking.items():
+            log.warning("%s lacks %d videos that the splits name: %s", place, len(names), ", ".join(names))
+    elif lacking:
+        places = "; ".join(f"{p}: {len(n)} ({', '.join(n[:NAMED_AT_MOST])})" for p, n in lacking.items())
+        raise ValueError(
+            f"{sum(map(len, lacking.values()))} videos that the splits name are missing. First of each place: "
+            f"{places}. Complete the files, or leave these videos out by --data.allow_missing true."
+        )
 
 
 @lru_cache(maxsize=8)

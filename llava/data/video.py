@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +20,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from llava.data.frames import spread_frames
 from llava.data.images import UnreadableImage, check_size
 
 # Containers alone: a playlist (HLS, DASH, concat) makes FFmpeg open whatever other files it names.
@@ -59,10 +60,7 @@ class Clip:
 
     def chosen(self, count: int) -> list[int]:
         """Give the numbers of `count` evenly spread frames, the middle of each of `count` equal parts; all if fewer."""
-        if count < 1:
-            raise ValueError(f"frames: {count} is not usable; allowed: 1 or more, such as 16.")
-        total = len(self.stamps)
-        return [(2 * i + 1) * total // (2 * count) for i in range(count)] if total > count else list(range(total))
+        return spread_frames(len(self.stamps), count)
 
     def seconds(self, number: int) -> float:
         """Give when a frame is shown, in seconds since the first one."""
@@ -98,14 +96,20 @@ def open_clip(source: Path | bytes, name: str = "") -> Clip:
 
 
 def read_frames(clip: Clip, count: int) -> Iterator[Frame]:
-    """Decode `count` evenly spread frames one by one, fewer where the clip has fewer or they are damaged.
+    """Decode `count` evenly spread frames one by one, fewer where the clip has fewer or they are damaged."""
+    return read_numbers(clip, clip.chosen(count))
 
-    A damaged frame is replaced by the next sound one. Rotation is undone; pixels are taken as square.
+
+def read_numbers(clip: Clip, numbers: Iterable[int], threads: bool = True) -> Iterator[Frame]:
+    """Decode the frames with these rising numbers one by one; fewer where they are damaged.
+
+    A damaged frame is replaced by the next sound one. Rotation is undone; pixels are taken as square. threads: let
+    FFmpeg decode in several; a process forked while the iterator is open inherits none and would wait for them.
     """
-    chosen = clip.chosen(count)
     with _opened(clip.source, clip.name) as (container, stream):
+        stream.thread_type = "AUTO" if threads else "NONE"
         decoded, last = _decoded(container, stream), -1
-        for number in chosen:
+        for number in numbers:
             if number <= last:
                 continue
             key = bisect_right(clip.key_stamps, clip.stamps[number]) - 1
@@ -132,7 +136,6 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer, V
                 raise UnreadableVideo(f"{name}: has no video stream, only {_kinds(container)}.")
             if streams[0].codec_context is None:
                 raise UnreadableVideo(f"{name}: its video codec is not known here; convert it to H.264.")
-            streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except av.FFmpegError as error:
         raise UnreadableVideo(
@@ -192,4 +195,5 @@ def _until_damage(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[Vid
 
 def _upright(frame: VideoFrame) -> np.ndarray:
     """Give a frame's pixels, turned as the file says they are shown."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+    # In one thread: the frame of an open iterator outlives a fork, its threads do not.
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90)))

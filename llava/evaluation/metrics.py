@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,8 @@ from llava.evaluation.predictions import Predictions, by_video, refuse_shared_gr
 from llava.evaluation.statistics import Interval, group_bootstrap, group_bootstraps
 
 ThresholdRule = Literal["youden", "eer", "accuracy"]
+LEVELS = ("frame", "video", "video_trimmed")
+TRIM = 0.1  # as published, which drops the 10 lowest and the 10 highest of 100 frames
 METRICS = ("auc", "ap", "eer", "accuracy", "balanced_accuracy", "recall_real", "recall_fake", "precision", "f1")
 
 
@@ -158,29 +161,29 @@ def threshold_from_validation(validation: Predictions, test: Predictions, rule: 
 
 
 def detection_report(
-    predictions: Predictions, threshold: float = 0.5, n_boot: int = 2000, seed: int = 0, trim: float = 0.0
+    predictions: Predictions, threshold: float = 0.5, n_boot: int = 2000, seed: int = 0, trim: float = TRIM
 ) -> dict[str, Any]:
-    """Give every number of METRICS per frame and per video, with 95 % group-bootstrap intervals, as plain values.
+    """Give every number of METRICS on each of LEVELS, with 95 % group-bootstrap intervals, as plain values.
 
-    Videos keep the mean (trimmed by `trim`) of their frames. `classes`: AUC of each kind of fake against all
-    reals, and its recall. An item is called fake when p_fake >= threshold.
+    A video's score is the mean of its frames, or (`video_trimmed`) that without the share `trim` at each end.
+    `classes`: AUC of each kind of fake against all reals, and its recall. Fake is what has p_fake >= threshold.
     """
-    videos = by_video(predictions, trim)
+    levels = dict(zip(LEVELS, (predictions, by_video(predictions), by_video(predictions, trim)), strict=True))
     return {
         "threshold": threshold,
+        "trim": trim,
         "bootstrap": {"n_boot": n_boot, "seed": seed, "level": 0.95, "unit": "group"},
         "n": {
             "frames": len(predictions),
-            "videos": len(videos),
+            "videos": len(levels["video"]),
             "groups": len(set(predictions.groups)),
             "real": int((predictions.labels == 0).sum()),
             "fake": int((predictions.labels == 1).sum()),
             "classes": dict(sorted(Counter(predictions.class_names.tolist()).items())),
         },
-        "frame": _level_report(predictions, threshold, n_boot, seed),
-        "video": _level_report(videos, threshold, n_boot, seed),
+        **{level: _level_report(items, threshold, n_boot, seed) for level, items in levels.items()},
         "classes": {
-            str(name): _class_report(str(name), predictions, videos, threshold, n_boot, seed)
+            str(name): _class_report(str(name), levels, threshold, n_boot, seed)
             for name in sorted(set(predictions.class_names[predictions.labels == 1]))
         },
     }
@@ -202,10 +205,10 @@ def _level_report(items: Predictions, threshold: float, n_boot: int, seed: int) 
 
 
 def _class_report(
-    name: str, frames: Predictions, videos: Predictions, threshold: float, n_boot: int, seed: int
+    name: str, levels: Mapping[str, Predictions], threshold: float, n_boot: int, seed: int
 ) -> dict[str, Any]:
     report: dict[str, Any] = {}
-    for level, items in (("frame", frames), ("video", videos)):
+    for level, items in levels.items():
         is_class = (items.class_names == name) & (items.labels == 1)
         kept = is_class | (items.labels == 0)
         auc = auc_interval(items.labels[kept], items.p_fake[kept], items.groups[kept], n_boot, seed)

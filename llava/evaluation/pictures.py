@@ -34,7 +34,6 @@ def draw_roc(
     predictions: Predictions,
     n_boot: int = 2000,
     seed: int = 0,
-    trim: float = 0.0,
     threshold: float | None = None,
 ) -> None:
     """Draw the ROC curves of frames and videos, with AUC and its 95 % group-bootstrap interval, into a picture.
@@ -44,7 +43,7 @@ def draw_roc(
     figure = Figure(figsize=(5.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    levels = {"frames": predictions, "videos": by_video(predictions, trim)}
+    levels = {"frames": predictions, "videos": by_video(predictions)}
     if len(levels["videos"]) == len(predictions):
         del levels["videos"]
     for level, items in levels.items():

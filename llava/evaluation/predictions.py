@@ -17,6 +17,7 @@ from llava.core.runtime import atomic_path
 from llava.core.types import Record
 
 NAMED_AT_MOST = 5
+VIDEO_COLUMNS = ("id", "label", "group", "class_name", "split", "frames", "mean", "trimmed_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,19 @@ def write_csv(path: str | Path, predictions: Predictions) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(asdict(p) for p in predictions)
+
+
+def write_videos_csv(path: str | Path, predictions: Predictions, trim: float) -> None:
+    """Write one row per video: its fields, how many frames it has, their mean p_fake and the mean trimmed by `trim`."""
+    frames = Counter(predictions.videos.tolist())
+    pairs = zip(by_video(predictions), by_video(predictions, trim), strict=True)
+    with atomic_path(path) as staged, staged.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(VIDEO_COLUMNS)
+        writer.writerows(
+            (v.id, v.label, v.group, v.class_name, v.split, frames[v.id], v.p_fake, trimmed.p_fake)
+            for v, trimmed in pairs
+        )
 
 
 def read_csv(path: str | Path) -> Predictions:

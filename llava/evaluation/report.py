@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llava.evaluation.metrics import LEVELS
+from llava.evaluation.published import VideoScores
+
 CAPTION_ROWS = (
     *((f"bleu_{i}", f"BLEU-{i}") for i in range(1, 5)),
     ("bleu_mean", "BLEU mean"),
@@ -72,21 +75,36 @@ def interval_text(interval: Mapping[str, Any]) -> str:
 
 def detection_tables(report: Mapping[str, Any]) -> list[Table]:
     """Give a table of frame and video numbers, and one of kinds of fakes."""
-    n = report["n"]
+    n, trimmed = report["n"], f"videos (mean without {100 * report['trim']:g} % at each end)"
     levels = titled_table(
         f"{n['frames']} frames ({n['real']} real, {n['fake']} fake), {n['videos']} videos, {n['groups']} groups; "
         f"fake from p_fake {report['threshold']:.4f} on; 95 % intervals by group bootstrap",
         "",
-        "frame",
-        "video",
+        "frames",
+        "videos (mean)",
+        trimmed,
     )
     for key, title in DETECTION_ROWS:
-        levels.add_row(title, *(interval_text(report[level][key]) for level in ("frame", "video")))
-    classes = titled_table("Each kind of fake against all reals", "class", "frames", "videos", "frame AUC", "video AUC")
+        levels.add_row(title, *(interval_text(report[level][key]) for level in LEVELS))
+    titles = ("class", "n frames", "n videos", "AUC of frames", "of videos", "of trimmed videos")
+    classes = titled_table("Each kind of fake against all reals", *titles)
     for name, row in report["classes"].items():
         counts = (str(row[level]["n"]) for level in ("frame", "video"))
-        classes.add_row(name, *counts, *(interval_text(row[level]["auc"]) for level in ("frame", "video")))
+        classes.add_row(name, *counts, *(interval_text(row[level]["auc"]) for level in LEVELS))
     return [levels, classes]
+
+
+def published_table(scores: Mapping[str, VideoScores]) -> Table:
+    """Put the published way of scoring videos beside the same without its slip."""
+    table = titled_table(
+        "Trimmed means of videos as published (each with the truth of the next, the last dropped) and corrected",
+        "",
+        *scores,
+    )
+    table.add_row("AUC", *(f"{s.auc:.4f}" for s in scores.values()))
+    table.add_row("accuracy, threshold sought on these videos", *(f"{s.best_accuracy:.4f}" for s in scores.values()))
+    table.add_row("videos", *(str(s.videos) for s in scores.values()))
+    return table
 
 
 def calibration_tables(report: Mapping[str, Any]) -> list[Table]:

@@ -18,9 +18,10 @@ from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import require_both_classes
 from llava.detectors.base import load
 from llava.detectors.published import ready_detector
-from llava.evaluation.metrics import detection_report
+from llava.evaluation.metrics import LEVELS, TRIM, detection_report
 from llava.evaluation.pictures import draw_roc
-from llava.evaluation.predictions import write_csv
+from llava.evaluation.predictions import write_csv, write_videos_csv
+from llava.evaluation.published import published_ids, write_published
 from llava.train.calibrate import measured
 from llava.train.robustness import degraded_scores, rule_lines, write_robustness
 from llava.train.scoring import score
@@ -38,10 +39,14 @@ class ScoreConfig:
     )
     data: DataConfig | None = setting(None, "where images come from (default: what the detector was trained on)")
     split: str = setting("test", "split to score; all = every image")
-    output_dir: str = setting("outputs/stage_1", "folder of predictions.csv, report.json and roc.png")
+    output_dir: str = setting("outputs/stage_1", "folder of predictions.csv, videos.csv, report.json and roc.png")
     batch_size: int = setting(32, "images per batch")
     workers: int = setting(0, "processes that prepare images; 0 = none beside the scoring")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where it runs")
+    trim: float = setting(TRIM, "part of a video's frames dropped at each end for the trimmed mean")
+    published: bool = setting(
+        False, "write published.csv too, of FaceForensics++: image_id, ground_truth (1 = real), prediction (P(real))"
+    )
     resamples: int = setting(2000, "bootstrap resamples behind each interval")
     robustness: bool = setting(
         False, "score JPEG, resized, cropped, blurred and noisy copies too, 30 times the work: robustness.json and .png"
@@ -55,9 +60,10 @@ def evaluate(config: ScoreConfig) -> str:
 
 
 def score_split(config: ScoreConfig) -> dict[str, Any]:
-    """Write predictions.csv, report.json and roc.png into `config.output_dir` and give the report.
+    """Write predictions.csv, videos.csv, report.json and roc.png into `config.output_dir` and give the report.
 
-    With `robustness` also robustness.json and robustness.png. Raises ValueError or FileNotFoundError.
+    With `published` also published.csv, with `robustness` robustness.json and robustness.png. Raises ValueError or
+    FileNotFoundError.
     """
     folder = ready_detector(config.model)
     data = config.data or _data_of_training(folder)
@@ -66,6 +72,8 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
         source, {"train": data.train, "val": data.val, "test": data.test}.get(config.split, config.split)
     )
     require_both_classes(records, f"Split {config.split!r} of {data.path!r}")
+    if config.published:
+        published_ids(records)  # what has none is refused before anything is scored
     detector = load(folder)
     output = Path(config.output_dir)
     write_run(output, asdict(config), config.seed)
@@ -76,10 +84,13 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
         "detector": detector.name,
         "decision": asdict(detector.decision),
         "split": config.split,
-        **detection_report(predictions, detector.decision.threshold, config.resamples, config.seed),
+        **detection_report(predictions, detector.decision.threshold, config.resamples, config.seed, config.trim),
         "calibration": measured(detector.calibration, predictions, config.resamples),
     }
     write_csv(output / "predictions.csv", predictions)
+    write_videos_csv(output / "videos.csv", predictions, config.trim)
+    if config.published:
+        write_published(output / "published.csv", predictions)
     write_json(output / "report.json", report)
     draw_roc(output / "roc.png", predictions, config.resamples, config.seed, threshold=detector.decision.threshold)
     if config.robustness:
@@ -103,7 +114,7 @@ def _data_of_training(folder: Path) -> DataConfig:
 
 def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:
     """Yield the main numbers of a report, and where the rest of it is."""
-    for level in ("frame", "video"):
+    for level in LEVELS:
         yield describe_level(f"{report['split']} {level}", report[level])
     for name, numbers in report["classes"].items():
         auc, recall = (numbers["frame"][metric]["value"] for metric in ("auc", "recall"))
@@ -112,7 +123,9 @@ def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:
     yield f"threshold {decision['threshold']:.3f}, chosen on {decision['chosen_on']}"
     if decision["chosen_on"] == "default":
         log.warning("no threshold was chosen on validation: 0.5 is only a convention")
-    files = ["predictions.csv", "report.json", "roc.png"]
+    files = ["predictions.csv", "videos.csv", "report.json", "roc.png"]
+    if (output / "published.csv").is_file():
+        files.append("published.csv")
     if "robustness" in report:
         yield from rule_lines(report["robustness"])
         files += ["robustness.json", "robustness.png"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava.core.types import Record
 from llava.data.sources import DataConfig, Source, open_source, split_of
-from llava.data.splits import check_leaks, choose_groups, near_duplicates, require_both_classes, summary
+from llava.data.splits import LeakError, check_leaks, choose_groups, near_duplicates, require_both_classes, summary
 
 log = logging.getLogger(__name__)
 OWN_FRACTION = 0.15  # of the images, for validation and for test, when the data come without splits
@@ -32,7 +32,8 @@ class PhaseData:
 def open_data(config: DataConfig, seed: int) -> PhaseData:
     """Open a source and pick its splits; data without splits are divided by groups, 70 : 15 : 15.
 
-    Raises LeakError when splits share a group, ValueError when one lacks a class, is empty, or has unknown labels.
+    Raises LeakError when splits share a group (with `allow_leaks` it is a warning), ValueError when one lacks a class,
+    is empty, or has unknown labels.
     """
     source = open_source(config)
     names = {config.train, config.val, config.test}
@@ -45,7 +46,12 @@ def open_data(config: DataConfig, seed: int) -> PhaseData:
     for name, records in splits.items():
         if records or name != config.test:
             require_both_classes(records, f"Split {name!r} of {config.path!r}")
-    check_leaks(splits)
+    try:
+        check_leaks(splits)
+    except LeakError as error:
+        if not config.allow_leaks:
+            raise
+        log.warning("trained all the same, by data.allow_leaks: %s", error)
     return PhaseData(source, train, val, test)
 
 

@@ -23,7 +23,7 @@ from llava.core.types import Decision
 from llava.core.weights import CONFIG_NAME, load_strictly
 from llava.detectors.base import Detector, create, load
 from llava.detectors.published import ready_detector
-from llava.evaluation.metrics import choose_threshold, detection_report
+from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
 from llava.evaluation.predictions import write_csv
 from llava.train.calibrate import calibrate, measured
 from llava.train.callbacks import CollapseError
@@ -164,9 +164,8 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
 def log_results(results: dict[str, Any], folder: Path) -> None:
     """Log the numbers of validation and test, one line per level."""
     for split in ("val", "test"):
-        for level in ("frame", "video"):
-            if split in results:
-                log.info("%s", describe_level(f"{split} {level}", results[split][level]))
+        for level in LEVELS if split in results else ():
+            log.info("%s", describe_level(f"{split} {level}", results[split][level]))
     plain = ", ".join(f"{name} {p:.2f}" for name, p in results["plain_images"].items())
     log.info("p_fake of plain images: %s", plain)
     decision = results["decision"]
@@ -181,7 +180,7 @@ def describe_level(title: str, numbers: dict[str, Any]) -> str:
         interval = numbers[name]
         bounds = "" if interval["low"] is None else f" [{interval['low']:.3f}, {interval['high']:.3f}]"
         parts.append(f"{name.upper() if len(name) < 4 else name} {interval['value']:.3f}{bounds}")
-    return f"{title:<10} {'  '.join(parts)}  ({numbers['auc']['n']} groups)"
+    return f"{title.replace('_', ' '):<18} {'  '.join(parts)}  ({numbers['auc']['n']} groups)"
 
 
 def _run_phase(recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path, previous: Path | None) -> Path:
