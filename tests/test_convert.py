@@ -28,6 +28,7 @@ from transformers import CLIPVisionModel
 
 from llava.core.conversion import Move, Rules, plan, write_shards
 from llava.core.tensor_files import TensorFiles, read_pickled
+from llava.core.weights import read_config
 from llava.detectors.base import load
 from llava.detectors.m2f2det import M2F2Det
 from llava.detectors.m2f2det_config import M2F2DetConfig
@@ -260,6 +261,9 @@ def test_a_detector_file_is_converted_where_a_detector_is_asked_for(tmp_path: Pa
     torch.save(dict(random_tensors(flat, torch.float16)), tmp_path / "M2F2_Det_densenet121.pth")
     alone = PublishedDetector(tmp_path / "M2F2_Det_densenet121.pth")
     assert not alone.config.own_vision and len(alone.tensors) == 938
+    bare = ready_detector(tmp_path / "M2F2_Det_densenet121.pth")
+    with pytest.raises(FileNotFoundError, match=r"or the published file itself, such as .*M2F2_Det"):
+        read_config(tmp_path)
     stem = "clip_vision_encoder.model."
     tower = {name.replace(stem, "vision_tower."): shape for name, shape in shapes.items() if is_tower[name]}
     torch.save(dict(random_tensors(tower, torch.float16)), tmp_path / "vision_tower.pth")

@@ -63,7 +63,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the config.json of a saved module. Raises FileNotFoundError when the folder has none."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{str(folder)!r} holds no {CONFIG_NAME}; give the folder that training wrote.")
+        pickled = sorted(Path(folder).glob("*.pth"))
+        also = f", or the published file itself, such as {str(pickled[0])!r}" if pickled else ""
+        raise FileNotFoundError(f"{str(folder)!r} holds no {CONFIG_NAME}; give the folder that training wrote{also}.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

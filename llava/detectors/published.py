@@ -42,6 +42,7 @@ PUBLISHED_PREFIXES: Final = {
     "text_proj.": "text_proj.",
     "vision_proj.": "vision_proj.",
 }
+TOWER_NAME: Final = "vision_tower.pth"
 TOWER_PREFIX: Final = "vision_tower.vision_model."
 POSITION_IDS: Final = {"*.position_ids": "a constant that transformers makes itself"}
 _CONSTANT = "the bridge's output, a constant"
@@ -119,7 +120,7 @@ class PublishedDetector:
     def __init__(self, file: Path, vision_tower: Path | None = None, clip: Mapping[str, Any] | None = None) -> None:
         self.file = file
         self.tensors = TensorFiles([file], lambda name: name.removeprefix("module."))
-        beside = file.with_name("vision_tower.pth")
+        beside = file.with_name(TOWER_NAME)
         has_tower = any(name.startswith("clip_vision_encoder.") for name in self.tensors.shapes)
         tower = vision_tower or (beside if beside.is_file() else None)
         if not has_tower and tower is not None:
@@ -180,11 +181,18 @@ def ready_detector(name: str | Path) -> Path:
     file = Path(name)
     if not (file.is_file() and file.suffix in PICKLED):
         return resolve(name)
-    folder = converted_folder(file, [file])
+    tower = file.with_name(TOWER_NAME)
+    folder = converted_folder(file, [file, tower] if tower.is_file() else [file])
     if not folder.is_dir():
         published = PublishedDetector(file)
         published.write(folder)
         log.info("%s is a published detector: %s; written to %s", file, published.plan.counts(), folder)
+        if not published.config.own_vision:
+            log.warning(
+                "it has no CLIP vision tower, so it can only be merged into a LLaVA; for use on its own put "
+                "%s beside it",
+                TOWER_NAME,
+            )
     return folder
 
 
