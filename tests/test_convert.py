@@ -268,9 +268,8 @@ def test_a_detector_file_is_converted_where_a_detector_is_asked_for(tmp_path: Pa
     tower = {name.replace(stem, "vision_tower."): shape for name, shape in shapes.items() if is_tower[name]}
     torch.save(dict(random_tensors(tower, torch.float16)), tmp_path / "vision_tower.pth")
     folder = ready_detector(tmp_path / "M2F2_Det_densenet121.pth")
-    assert folder.parent == checkpoints / "converted" and folder == ready_detector(
-        tmp_path / "M2F2_Det_densenet121.pth"
-    )
+    assert folder.parent == checkpoints / "converted" and folder != bare, "a tower beside it is another detector"
+    assert folder == ready_detector(tmp_path / "M2F2_Det_densenet121.pth"), "the second time it is there already"
     both = load(folder)
     assert both.config.own_vision and both.config.backbone == "densenet121" and len(both.state_dict()) == 1329
     assert ready_detector(folder) == folder
