@@ -20,14 +20,14 @@ DIFFERENCES = pytest.StashKey[dict[tuple[str, str], tuple[float, float]]]()
 
 
 def generator(root: Path) -> ModuleType:
-    """Load gen_weights.py, which lies in the folder or above it."""
-    for folder in (root, *root.resolve().parents[:2]):
+    """Load gen_weights.py, which lies in the folder, above it, or beside the development fixtures."""
+    for folder in (root, *root.resolve().parents[:2], DEFAULT.parent):
         if (folder / "gen_weights.py").is_file():
             spec = importlib.util.spec_from_file_location("gen_weights", folder / "gen_weights.py")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
-    raise FileNotFoundError(f"gen_weights.py lies neither in {root} nor in the two folders above it.")
+    raise FileNotFoundError(f"gen_weights.py lies neither in {root} nor in the two folders above it; copy it there.")
 
 
 class Fixture:

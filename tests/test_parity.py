@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import Fixture, find
+from golden import DEFAULT, Fixture, find
 from torch import Tensor
 
 from llava.core.config import parse
 from llava.core.types import Turn
+from llava.core.weights import sha256_of
 from llava.data.images import read_image
 from llava.detectors.base import load
 from llava.detectors.published import PublishedDetector, bridge_constant
@@ -214,7 +215,7 @@ def test_the_explainer(llm: Fixture, opened: Any) -> None:
     assert plain.tolist() == llm.expected["textonly.input_ids"].tolist()
     with torch.no_grad():
         llm.compare("textonly.logits", model(input_ids=plain).logits, LOGITS)
-    padded_batch(llm, model, pixels(processor, pictures))
+    padded_batch(llm, model, processor, pictures)
 
 
 def one_prompt(llm: Fixture, i: int, model: Any, ids: list[int], seen: dict[str, Any]) -> None:
@@ -243,18 +244,18 @@ def one_prompt(llm: Fixture, i: int, model: Any, ids: list[int], seen: dict[str,
     )
 
 
-def padded_batch(llm: Fixture, model: Any, seen: dict[str, Any]) -> None:
-    """Compare loss and logits of a right-padded batch, padding left out."""
-    rows = [
-        expand(model.config, ids, labels)
-        for ids, labels in zip(llm.expected["batch.input_ids"], llm.expected["batch.labels_in"], strict=True)
-    ]
-    tokens, labels = (torch.tensor([row[part] for row in rows]) for part in (0, 1))
-    attended = (tokens != 0).long()
+def padded_batch(llm: Fixture, model: Any, processor: ExplainerProcessor, pictures: list[np.ndarray]) -> None:
+    """Compare loss and logits of a padded batch, padding left out."""
+    seen = pixels(processor, pictures)
+    rows = []
+    for ids, labels in zip(llm.expected["batch.input_ids"], llm.expected["batch.labels_in"], strict=True):
+        long_ids, long_labels = expand(model.config, ids[ids != 0], labels[ids != 0])
+        rows.append({"input_ids": long_ids, "labels": long_labels})
+    batch = processor.collate(rows, side=llm.manifest["llm_config"].get("tokenizer_padding_side", "right"))
     with torch.no_grad():
-        output = model(input_ids=tokens, attention_mask=attended, labels=labels, **seen)
+        output = model(**batch, **seen)
     llm.compare("batch.loss", output.loss, 1e-5)
-    kept = attended[..., None].expand(output.logits.shape).bool()
+    kept = batch["attention_mask"][..., None].expand(output.logits.shape).bool()
     llm.compare("batch.logits", output.logits, LOGITS, kept=kept.numpy())
 
 
@@ -400,10 +401,10 @@ def test_pictures(pictures: Fixture, golden: Path) -> None:
 
 def stored_picture(item: dict[str, Any], golden: Path) -> np.ndarray | None:
     """Read a picture that the fixture names; it lies in the DD-VQA images, if these are beside the checkout."""
-    for folder in golden.resolve().parents:
-        found = folder / "data" / "ddvqa" / "images" / "c40" / "test" / item["file"]
-        if found.is_file():
-            return read_image(found)
+    for folder in (*golden.resolve().parents, DEFAULT.parents[1]):
+        for found in (folder / "data" / "ddvqa" / "images").rglob(item["file"]):
+            if sha256_of(found) == item["sha256"]:
+                return read_image(found)
     return None
 
 
