@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.detectors.clip_prompt import ClipTextSizes, ClipVisionSizes
+from llava.detectors.clip_prompt import ClipVisionSizes
 from llava.detectors.m2f2det import M2F2Det
 from llava.detectors.m2f2det_config import M2F2DetConfig
 from llava.explainer.configuration import join_config
@@ -70,16 +70,10 @@ MM = {
 
 def tiny_detector_config(own_vision: bool = False) -> M2F2DetConfig:
     """Give a detector of published form that fits `TINY_CLIP`: a real DenseNet-121, the rest small."""
-    text = ClipTextSizes(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-    )
     vision = ClipVisionSizes(**{k: v for k, v in TINY_CLIP["vision_config"].items() if k != "hidden_act"})
-    return M2F2DetConfig(text=text, vision=vision, hidden_size=16, prompt_tokens=3, own_vision=own_vision)
+    return M2F2DetConfig(
+        text=M2F2DetConfig.tiny().text, vision=vision, hidden_size=16, prompt_tokens=3, own_vision=own_vision
+    )
 
 
 def published_shapes(
