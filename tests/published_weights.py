@@ -135,7 +135,8 @@ def write_folder(
         "model_type": "llava" if detector is None else "llava_llama",
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    (folder / "config.json").write_text(json.dumps(MM | llama | kind))
+    feature = {} if detector else {"mm_vision_select_feature": "patch"}  # as LLaVA-1.5's own config says
+    (folder / "config.json").write_text(json.dumps(MM | llama | kind | feature))
     return shapes
 
 

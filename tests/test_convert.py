@@ -326,13 +326,14 @@ def test_the_merged_folder_works_where_a_model_is_asked_for(tmp_path: Path, clip
     from llava.pipeline import Pipeline
     from llava.pipeline.settings import FaceSettings
 
-    source = publish(tmp_path / "llava-m2f2", clip, tiny_detector_config(), torch.bfloat16)
+    source = publish(tmp_path / "llava-v1.5-m2f2", clip, tiny_detector_config(), torch.bfloat16)
     assert len(list(source.glob("*.safetensors"))) > 1
     pipeline = Pipeline.from_pretrained(source, faces=FaceSettings(face="off"))
     picture = np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8)
     assert 0 < pipeline.detect(picture)[0].p_fake < 1
     assert pipeline.explain(picture).text is not None
     (converted,) = (checkpoints / "converted").iterdir()
+    assert converted.name.startswith("llava-v1.5-m2f2-")
     stamp = (converted / "config.json").stat().st_mtime_ns
     model = load_model(source, dtype="stored")
     assert (converted / "config.json").stat().st_mtime_ns == stamp, "the second time it is there already"

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -147,7 +149,7 @@ def write_shards(
     waiting: dict[str, Tensor] = dict(extra or {})
     size = total = sum(tensor.nbytes for tensor in waiting.values())
     shards: list[list[str]] = []
-    for source, target in ways:
+    for source, target in track(ways, "converting", console=Console(stderr=True), transient=True):
         tensor = files[source]
         if waiting and size + tensor.nbytes > shard_bytes:
             shards.append(_write(folder, len(shards), waiting))

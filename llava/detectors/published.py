@@ -200,4 +200,7 @@ def converted_folder(origin: Path, files: Sequence[Path]) -> Path:
     """Give where the converted copy of some files belongs; another file, size or time is another folder."""
     seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
-    return checkpoints_dir() / "converted" / f"{origin.resolve().stem}-{digest}"
+    place = origin.resolve()
+    if place.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/commit
+        place = place.parents[1]
+    return checkpoints_dir() / "converted" / f"{place.stem if place.is_file() else place.name}-{digest}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from llava.core.weights import read_config
 from llava.detectors.backbones import BACKBONES, DENSENETS, EFFICIENTNETS, make_backbone
@@ -15,6 +16,7 @@ from llava.detectors.clip_prompt import ClipTextSizes, ClipVisionSizes
 from llava.detectors.m2f2det_config import M2F2DetConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
+_CLIP_PARTS = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
 
 
 def has_constant_bridge(shapes: Shapes) -> bool:
@@ -92,7 +94,9 @@ def _tower(shapes: Shapes, prefix: str, width: int) -> dict[str, int]:
 def _with_heads(kind: type[Any], found: dict[str, int], clip: Mapping[str, Any] | None, part: str) -> Any:
     """Add what shapes do not show: from the CLIP's config, else from ViT-L/14-336 if it is that one."""
     if clip is not None:
-        return kind(**found, num_attention_heads=clip[part]["num_attention_heads"])
+        if not clip.get(part):
+            raise ValueError(f"The CLIP's config.json has no {part}; name the folder of a whole CLIP (--clip FOLDER).")
+        return kind(**found, num_attention_heads=_CLIP_PARTS[part](**clip[part]).num_attention_heads)
     known = kind()
     if any(getattr(known, name) != value for name, value in found.items()):
         raise ValueError(

@@ -72,8 +72,8 @@ class PublishedFolder:
     def __init__(self, folder: Path, vision_tower: str | None = None, clip: str | None = None) -> None:
         self.folder, self.settings = folder, read_config(folder)
         if not is_published(self.settings):
-            kind = self.settings.get("model_type") or self.settings.get("detector")
-            raise ValueError(f"{str(folder)!r} holds {kind!r} in a layout that needs no conversion; use it as it is.")
+            held = self.settings.get("model_type") or self.settings.get("detector")
+            raise ValueError(f"{str(folder)!r} holds {held!r} in a layout that needs no conversion; use it as it is.")
         self.tensors = TensorFiles(tensor_files_in(folder))
         named = str(self.settings.get("mm_vision_tower", ""))
         if f"{TOWER}embeddings.patch_embedding.weight" not in self.tensors:
@@ -93,7 +93,7 @@ class PublishedFolder:
         with atomic_path(out) as staged:
             write_shards(staged, self.plan.moves, self.tensors)
             self.config.save_pretrained(staged)
-            AutoTokenizer.from_pretrained(self.folder).save_pretrained(staged)
+            AutoTokenizer.from_pretrained(self.folder, config=self.config.text_config).save_pretrained(staged)
             write_json(staged / REPORT_NAME, self.plan.to_dict() | {"from": self.folder.name})
 
     def _config(self, clip: Mapping[str, Any] | None) -> LlavaConfig:
@@ -134,12 +134,12 @@ def _tower_name(stored: str) -> str:
 def _llava_config(settings: Mapping[str, Any], vision: ClipVisionSizes) -> LlavaConfig:
     tower = {name: value for name, value in vision.__dict__.items() if name != "select_layer"}
     text = {name: settings[name] for name in _LLAMA_KEYS if name in settings}
-    kept = ("image_aspect_ratio", "deepfake_model_name", "deepfake_model_path", "mm_vision_select_feature")
+    kept = ("image_aspect_ratio", "deepfake_model_name", "deepfake_model_path")
     return LlavaConfig(
         text_config=LlamaConfig(**text),
         vision_config=CLIPVisionConfig(**tower),
         image_token_index=settings["vocab_size"],
-        vision_feature_layer=settings.get("mm_vision_select_layer", -2),
+        vision_feature_layer=vision.select_layer,
         vision_feature_select_strategy="default",
         image_seq_length=vision.grid**2,
         tie_word_embeddings=False,
@@ -150,7 +150,12 @@ def _llava_config(settings: Mapping[str, Any], vision: ClipVisionSizes) -> Llava
 
 def _refuse_unknown(settings: Mapping[str, Any], folder: str) -> None:
     """Refuse a published config that this layout can not express."""
-    wanted = {"mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False, "mm_use_im_patch_token": False}
+    wanted = {
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_vision_select_layer": -2,
+    }
     for name, value in wanted.items():
         if settings.get(name, value) != value:
             raise ValueError(

@@ -30,6 +30,7 @@ from llava.explainer.modeling import ForgeryLlava
 log = logging.getLogger(__name__)
 WRAPPED: Final = "base_model.model."
 ADAPTER_FILE, PROJECTOR_FILE, OTHERS_FILE = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
+LORA_FILES: Final = (LORA_WEIGHTS, "adapter_model.bin")
 _LEAKED: Final = dict.fromkeys(
     (f"{WRAPPED}model.vision_tower.", f"{WRAPPED}deepfake_encoder."),
     "LoRA round a frozen CLIP tower, never trained: its B is zero",
@@ -48,9 +49,7 @@ def ready_delta(name: str | Path, base: Path) -> Path:
     folder = resolve(name)
     if (folder / RECORD).is_file():
         return folder
-    files = [
-        folder / n for n in (PROJECTOR_FILE, OTHERS_FILE, LORA_WEIGHTS, "adapter_model.bin") if (folder / n).is_file()
-    ]
+    files = [folder / name for name in (PROJECTOR_FILE, OTHERS_FILE, *LORA_FILES) if (folder / name).is_file()]
     if not files:
         return folder
     target = converted_folder(folder, [*files, *sorted(base.glob("*.safetensors"))])
@@ -97,7 +96,7 @@ class PublishedDelta:
             write_json(staged / REPORT_NAME, {what: found.to_dict() for what, found in self.plans.items()})
 
     def _lora_files(self) -> Mapping[str, Tensor]:
-        files = [self.folder / name for name in (LORA_WEIGHTS, "adapter_model.bin")]
+        files = [self.folder / name for name in LORA_FILES]
         present = [file for file in files if file.is_file()]
         return TensorFiles(present[:1]) if present else {}
 
