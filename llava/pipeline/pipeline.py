@@ -175,7 +175,7 @@ class Pipeline:
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
         explainer = self.needed_explainer()
-        (finding,), encoded = self.look([next(self._faces([image]))], self.stability)
+        (finding,), encoded = self.look([self.face_of(image)], self.stability)
         return Chat(explainer, finding.verdict, encoded, settings)
 
     def needed_explainer(self) -> Explainer:
@@ -208,6 +208,10 @@ class Pipeline:
             verdict = judge(self.detector, face, scores, self.prior)
             found.append(Finding(verdict=verdict, pixels=face.pixels, evidence_map=evidence_map, seen=seen))
         return found, encoded
+
+    def face_of(self, image: Image) -> Face:
+        """Give the largest face of an image, without pixels where there is none."""
+        return next(self._faces([image]))
 
     def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
         for number, image in enumerate(images):

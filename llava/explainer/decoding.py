@@ -1,0 +1,167 @@
+"""Answers written side by side: rows join and leave a running batch, and rows about one image share its prefix.
+
+What stands before a question (system text, image and evidence tokens) is run once per image; its keys and values are
+kept and copied into every row that asks about it. Positions are explicit, so gaps in a row's cache are only masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList
+
+from llava.core.types import Turn
+from llava.explainer.generation import GenerationSettings
+from llava.explainer.modeling import Encoded, ForgeryLlava
+from llava.explainer.processing import ExplainerProcessor
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The ids up to the last image or evidence token, and the keys and values (1, heads, P, D) of each layer."""
+
+    ids: tuple[int, ...]
+    layers: Layers
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer on its way: `ids` so far, without the end; `is_done` once it ended or reached its limit."""
+
+    settings: GenerationSettings
+    suffix: list[int]
+    prefix: Prefix | None
+    ids: list[int] = field(default_factory=list)
+    is_done: bool = False
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+
+    def __post_init__(self) -> None:
+        self.processors = self.settings.for_generate().get("logits_processor", self.processors)
+
+    @property
+    def position(self) -> int:
+        """Give the position of the newest token."""
+        return len(self.prefix.ids if self.prefix else ()) + len(self.suffix) + len(self.ids) - 1
+
+
+class Decoder:
+    """A running batch of rows. One thread at a time may use it."""
+
+    def __init__(self, model: ForgeryLlava, processor: ExplainerProcessor) -> None:
+        self.model, self.processor = model, processor
+        self.rows: list[Row] = []
+        self._layers: Layers = []
+        self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (rows, cached tokens)
+
+    def split(self, turns: Sequence[Turn], settings: GenerationSettings) -> tuple[tuple[int, ...], list[int]]:
+        """Give the ids of a conversation up to its last tag, and those behind it. Raises ValueError."""
+        ids, _ = self.processor.encode(turns, settings.layout)
+        config = self.processor.config
+        tags = [i for i, token in enumerate(ids) if token in (config.image_token_id, config.deepfake_token_index)]
+        cut = tags[-1] + 1 if tags else 0
+        return tuple(ids[:cut]), ids[cut:]
+
+    @torch.inference_mode()
+    def prefixes(self, ids: tuple[int, ...], images: Sequence[Encoded]) -> list[Prefix]:
+        """Run the same prefix ids for each image, encoded on its own, as one batch."""
+        tokens = torch.tensor([ids] * len(images), device=self.model.device)
+        features = torch.cat([image.image_features for image in images])
+        evidence = torch.cat([image.evidence for image in images])
+        cache = DynamicCache()
+        given = {"image_features": features, "evidence": evidence}
+        self.model(input_ids=tokens, **given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return [Prefix(ids, [(k[i : i + 1], v[i : i + 1]) for k, v in layers]) for i in range(len(tokens))]
+
+    @torch.inference_mode()
+    def join(self, rows: Sequence[Row]) -> None:
+        """Read the rows' questions as one batch, write the first token of each answer, and let them into the batch."""
+        if not rows:
+            return
+        device, pad = self.model.device, self.processor.pad_id
+        kept = [len(row.prefix.ids) if row.prefix else 0 for row in rows]
+        width, longest = max(kept), max(len(row.suffix) for row in rows)
+        tokens = torch.tensor([row.suffix + [pad] * (longest - len(row.suffix)) for row in rows], device=device)
+        lengths = torch.tensor([len(row.suffix) for row in rows], device=device)
+        steps = torch.arange(longest, device=device)
+        mask = torch.cat([_ones(kept, width, device), (steps < lengths[:, None]).long()], dim=1)
+        positions = torch.tensor(kept, device=device)[:, None] + torch.minimum(steps, lengths[:, None] - 1)
+        cache = DynamicCache(_stack([row.prefix for row in rows], width)) if width else DynamicCache()
+        logits = self.model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+        last = logits[torch.arange(len(rows), device=device), lengths - 1]
+        self._append([(layer.keys, layer.values) for layer in cache.layers], mask)
+        self.rows += rows
+        self._write(rows, last)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Write one more token of every answer that is not done."""
+        tokens = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.model.device)
+        positions = torch.tensor([[row.position] for row in self.rows], device=self.model.device)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
+        cache = DynamicCache(self._layers)
+        logits = self.model(
+            input_ids=tokens, attention_mask=self._mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+        self._layers = [(layer.keys, layer.values) for layer in cache.layers]
+        self._write(self.rows, logits[:, -1])
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Take rows out of the batch, and the cache that only they used."""
+        stays = [i for i, row in enumerate(self.rows) if row not in rows]
+        self.rows = [self.rows[i] for i in stays]
+        mask = self._mask[stays]
+        used = mask.any(dim=0)
+        self._mask = mask[:, used]
+        self._layers = [(k[stays][:, :, used], v[stays][:, :, used]) for k, v in self._layers] if stays else []
+
+    def _write(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """Choose the next token of each row from its logits (rows, vocabulary)."""
+        end = self.processor.tokenizer.eos_token_id
+        for row, scores in zip(rows, logits.float(), strict=True):
+            chosen = row.processors(torch.tensor([row.ids]), scores[None])[0] if row.processors else scores
+            token = int(chosen.argmax())
+            if token != end:
+                row.ids.append(token)
+            row.is_done = token == end or len(row.ids) >= row.settings.max_new_tokens
+
+    def _append(self, layers: Layers, mask: Tensor) -> None:
+        """Put new rows under the old ones; the shorter of both caches gets a gap at its end."""
+        width = max(self._mask.shape[1], mask.shape[1])
+        if self.rows:
+            old = [(_widen(k, width), _widen(v, width)) for k, v in self._layers]
+            new = [(_widen(k, width), _widen(v, width)) for k, v in layers]
+            layers = [(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(old, new, strict=True)]
+            mask = torch.cat([_gap(self._mask, width), _gap(mask, width)])
+        self._layers, self._mask = layers, mask
+
+
+def _stack(prefixes: Sequence[Prefix | None], width: int) -> Layers:
+    """Give the prefixes of all rows as one cache; a row without one gets zeros, which its mask hides."""
+    some = next(prefix for prefix in prefixes if prefix is not None)
+    stacked = []
+    for n, (keys, values) in enumerate(some.layers):
+        rows = [prefix.layers[n] if prefix else (keys * 0, values * 0) for prefix in prefixes]
+        stacked.append(tuple(torch.cat([_widen(row[part], width) for row in rows]) for part in (0, 1)))
+    return stacked  # type: ignore[return-value]
+
+
+def _ones(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
+    return (torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]).long()
+
+
+def _widen(states: Tensor, width: int) -> Tensor:
+    """Fill keys or values (rows, heads, L, D) with zeros up to a width; L wider than that is cut."""
+    states = states[:, :, :width]
+    return torch.nn.functional.pad(states, (0, 0, 0, width - states.shape[2]))
+
+
+def _gap(mask: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))

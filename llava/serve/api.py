@@ -1,0 +1,250 @@
+"""The HTTP API: OpenAI-compatible chat, `/v1/detect` and `/v1/explain`, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Annotated, Any
+
+from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
+
+from llava import __version__
+from llava.core.types import Turn, Verdict
+from llava.data.inputs import NamedImage
+from llava.explainer.generation import GenerationSettings
+from llava.explainer.prompts import VERDICT_QUESTION
+from llava.pipeline.agreement import explanation
+from llava.serve.engine import Engine, Piece
+from llava.serve.fetch import Fetcher
+from llava.serve.guard import Guard, refusal_response
+from llava.serve.keys import KeyRing
+from llava.serve.limits import RequestLimits
+from llava.serve.measures import Measures
+from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
+from llava.serve.refusals import Refused
+from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_upload
+
+log = logging.getLogger(__name__)
+OPEN_PATHS = ("/health", "/docs", "/openapi.json")
+MAX_FILES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What the API works with."""
+
+    engine: Engine
+    model: str
+    keys: KeyRing | None = None
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    uploads: UploadLimits = field(default_factory=UploadLimits)
+    fetcher: Fetcher | None = None
+
+
+def build_app(service: Service) -> FastAPI:
+    """Make the application; it holds no other state than `service` and its counters."""
+    fetcher, measures = service.fetcher or Fetcher(), Measures()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await fetcher.aclose()
+
+    app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, redoc_url=None)
+    app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=lambda path: path not in OPEN_PATHS)
+    app.add_middleware(measures.middleware)
+    app.add_exception_handler(Refused, refusal_response)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    _add_basics(app, service, measures)
+    _add_faces(app, service, measures)
+    _add_chat(app, service, fetcher, measures)
+    return app
+
+
+def _add_basics(app: FastAPI, service: Service, measures: Measures) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Say that the server answers."""
+        return {"status": "ok", "model": service.model, "version": __version__}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> str:
+        """Give the counters in Prometheus' text form."""
+        return generate_latest(measures.registry).decode()
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """List the one model."""
+        return {"object": "list", "data": [{"id": service.model, "object": "model", "created": 0, "owned_by": "m2f2"}]}
+
+
+def _add_faces(app: FastAPI, service: Service, measures: Measures) -> None:
+    @app.post("/v1/detect")
+    async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
+        """Give a verdict for every face of the images that are sent, largest first."""
+        images = [await _image(file, service) for file in files]
+        found = await asyncio.to_thread(service.engine.findings, images)
+        measures.judged([finding.verdict for finding in found])
+        return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
+
+    @app.post("/v1/explain")
+    async def explain(
+        files: Annotated[list[UploadFile], File(max_length=MAX_FILES)],
+        question: Annotated[str, Form(max_length=2000)] = VERDICT_QUESTION,
+        max_tokens: Annotated[int, Form(ge=1, le=MAX_TOKENS)] = 256,
+    ) -> dict[str, Any]:
+        """Give the verdict on the largest face of each image, and the answer to one question about it."""
+        images = [await _image(file, service) for file in files]
+        settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
+        answers = await asyncio.gather(*(_answer(service, measures, image, turns, settings) for image in images))
+        said = [explanation(one.verdict, question, one.text) for one in answers]
+        return {"model": service.model, "explanations": [one.to_dict() for one in said]}
+
+
+def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher, measures: Measures) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(asked: ChatRequest) -> dict[str, Any] | StreamingResponse:
+        """Answer a conversation about one image, as OpenAI's clients ask it; `verdict` is an extra key."""
+        if asked.model != service.model:
+            raise Refused(400, f"There is no model {asked.model[:80]!r} here; ask {service.model!r}.")
+        address, turns, notes = asked.conversation()
+        image = await _fetched(address, service, fetcher)
+        settings, reply = asked.generation(), ChatReply(service.model, notes)
+        if asked.stream:
+            wants_usage = bool((asked.stream_options or {}).get("include_usage"))
+            lines = _lines(service, measures, image, turns, settings, reply, wants_usage)
+            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        said = await _answer(service, measures, image, turns, settings)
+        return reply.whole(said.verdict, said.text, said.usage, said.finish(settings))
+
+
+async def _lines(
+    service: Service,
+    measures: Measures,
+    image: NamedImage,
+    turns: Sequence[Turn],
+    settings: GenerationSettings,
+    reply: ChatReply,
+    wants_usage: bool,
+) -> AsyncIterator[str]:
+    """Yield the events of a stream; a failure after the first one is the last event, in a sentence."""
+    said = _Said()
+    try:
+        async for piece in _pieces(service, measures, image, turns, settings):
+            said.add(piece)
+            yield _event(reply.first(piece.verdict) if piece.verdict is not None else reply.later(piece.text))
+    except ValueError as error:
+        yield _event(Refused(400, str(error)).content)
+    else:
+        for event in reply.last(said.finish(settings), said.usage if wants_usage else None):
+            yield _event(event)
+    yield "data: [DONE]\n\n"
+
+
+class _Said:
+    """What an answer has come to."""
+
+    def __init__(self) -> None:
+        self.verdict: Verdict | None = None
+        self._texts: list[str] = []
+        self._tokens = self._prompt_tokens = 0
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
+        self.verdict = piece.verdict or self.verdict
+        self._texts.append(piece.text)
+        self._tokens = max(self._tokens, piece.tokens)
+        self._prompt_tokens = max(self._prompt_tokens, piece.prompt_tokens)
+
+    @property
+    def text(self) -> str:
+        """Give the words."""
+        return "".join(self._texts).strip()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Count tokens as OpenAI's clients expect it."""
+        read, written = self._prompt_tokens, self._tokens
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def finish(self, settings: GenerationSettings) -> str:
+        """Say why the answer ended."""
+        return "length" if self._tokens >= settings.max_new_tokens else "stop"
+
+
+async def _answer(
+    service: Service, measures: Measures, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
+) -> _Said:
+    """Give the whole answer. Raises Refused (400) for what can not be answered."""
+    said = _Said()
+    try:
+        async for piece in _pieces(service, measures, image, turns, settings):
+            said.add(piece)
+    except ValueError as error:
+        raise Refused(400, str(error)) from None
+    return said
+
+
+async def _pieces(
+    service: Service, measures: Measures, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
+) -> AsyncIterator[Piece]:
+    """Ask the engine from this event loop; a client that leaves stops the answer."""
+    stop, started, tokens = Event(), time.monotonic(), 0
+    pieces = service.engine.ask(image.pixels, turns, settings, stop)
+    try:
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            if piece.verdict is not None:
+                measures.judged([piece.verdict])
+            tokens = max(tokens, piece.tokens)
+            yield piece
+    finally:
+        stop.set()
+        measures.wrote(tokens, time.monotonic() - started)
+
+
+async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedImage:
+    """Read the image of a data URI or a public https address. Raises Refused."""
+    content = (
+        decode_data_uri(address, "image", service.uploads) if is_data_uri(address) else await fetcher.fetch(address)
+    )
+    return await _read(content, "image", service)
+
+
+async def _image(file: UploadFile, service: Service) -> NamedImage:
+    return await _read(await file.read(), file.filename or "", service)
+
+
+async def _read(content: bytes, name: str, service: Service) -> NamedImage:
+    found = await asyncio.to_thread(read_upload, content, name, service.uploads)
+    if not isinstance(found, NamedImage):
+        raise Refused(415, f"{found.name}: a video; this address takes images.")
+    return found
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Name the field that does not fit; never what was sent, which may be an image."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    return refusal_response(request, Refused(400, f"{where}: {first['msg']}."))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    content = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}}
+    return JSONResponse(content, error.status_code, headers=error.headers)

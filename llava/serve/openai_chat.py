@@ -1,0 +1,123 @@
+"""What OpenAI's chat clients send and expect: a conversation about one image, an answer in one piece or a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llava.core.types import Turn, Verdict
+from llava.explainer.generation import GenerationSettings
+from llava.serve.refusals import Refused
+
+MAX_TEXT = 8_000  # characters of one message
+MAX_TOKENS = 1_024
+SYSTEM_NOTE = "The system message was not used: the model has one of its own."
+
+
+class ImageUrl(BaseModel):
+    """Where a picture is: a data URI or a public https address."""
+
+    url: str = Field(max_length=40_000_000)
+
+
+class Part(BaseModel):
+    """A piece of a message."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = Field(None, max_length=MAX_TEXT)
+    image_url: ImageUrl | None = None
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part] = Field(max_length=MAX_TEXT)
+
+
+class ChatRequest(BaseModel):
+    """A request to /v1/chat/completions; settings that would change the answer and are not known are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(max_length=200)
+    messages: list[Message] = Field(min_length=1, max_length=64)
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    temperature: float = Field(0.0, ge=0, le=2, description="0, the default here, writes the same answer every time")
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    n: Literal[1] = 1
+    user: str | None = Field(None, max_length=200)
+
+    def generation(self, limit: int = 256) -> GenerationSettings:
+        """Give the settings of the answer; `limit` tokens where the request says none."""
+        tokens = self.max_completion_tokens or self.max_tokens or limit
+        return GenerationSettings(max_new_tokens=tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+    def conversation(self) -> tuple[str, list[Turn], list[str]]:
+        """Give the address of the one image, the turns without it, and notes on what was not used.
+
+        Raises Refused (400) unless user and assistant alternate, a user asks last and there is exactly one image.
+        """
+        notes = [SYSTEM_NOTE] if any(message.role == "system" for message in self.messages) else []
+        said = [message for message in self.messages if message.role != "system"]
+        images = [part.image_url.url for message in said for part in _parts(message) if part.image_url is not None]
+        if len(images) != 1:
+            raise Refused(400, f"The conversation holds {len(images)} images; send exactly one, as an image_url.")
+        expected = ["user", "assistant"] * len(said)
+        if [message.role for message in said] != expected[: len(said)] or said[-1].role != "user":
+            raise Refused(400, "The messages must alternate, user first, and end with a question of the user.")
+        turns = []
+        for message in said:
+            text = " ".join(part.text.strip() for part in _parts(message) if part.text).strip()
+            if not text:
+                raise Refused(400, "A message has no text; ask something, such as: Is this image real or fake?")
+            turns.append(Turn(role="human" if message.role == "user" else "assistant", text=text))
+        return images[0], turns, notes
+
+
+class ChatReply:
+    """The pieces of one reply in the form of OpenAI's API, with the verdict as an extra key."""
+
+    def __init__(self, model: str, notes: list[str]) -> None:
+        self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
+        self._notes = notes
+
+    def whole(self, verdict: Verdict, text: str, usage: Mapping[str, int], finish: str) -> dict[str, Any]:
+        """Give the reply to a request without streaming."""
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        return self._with_verdict("chat.completion", choice, verdict) | {"usage": dict(usage)}
+
+    def first(self, verdict: Verdict) -> dict[str, Any]:
+        """Give the first chunk of a stream: the verdict, before any word."""
+        return self._with_verdict("chat.completion.chunk", _delta({"role": "assistant", "content": ""}), verdict)
+
+    def later(self, text: str) -> dict[str, Any]:
+        """Give a chunk with more words."""
+        return self._head | {"object": "chat.completion.chunk", "choices": [_delta({"content": text})]}
+
+    def last(self, finish: str, usage: Mapping[str, int] | None) -> Iterator[dict[str, Any]]:
+        """Yield the chunk that says how the answer ended, and one with the usage if it was asked for."""
+        yield self._head | {"object": "chat.completion.chunk", "choices": [_delta({}, finish)]}
+        if usage is not None:
+            yield self._head | {"object": "chat.completion.chunk", "choices": [], "usage": dict(usage)}
+
+    def _with_verdict(self, kind: str, choice: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+        notes = {"notes": self._notes} if self._notes else {}
+        return self._head | {"object": kind, "choices": [choice], "verdict": verdict.to_dict(), **notes}
+
+
+def _parts(message: Message) -> list[Part]:
+    return [Part(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+
+
+def _delta(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "finish_reason": finish}

@@ -1,0 +1,113 @@
+"""Questions that come together are answered together, and each as it would be alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_world import draw
+
+from llava.core.types import Turn, VerdictLabel
+from llava.explainer.generation import GenerationSettings
+from llava.explainer.prompts import VERDICT_QUESTION
+from llava.pipeline import Pipeline
+from llava.pipeline.settings import FaceSettings
+from llava.serve.batching import BatchConfig, BatchingEngine
+
+QUESTIONS = (VERDICT_QUESTION, "Does the nose look real or fake?", "Why?")
+SHORT = GenerationSettings(max_new_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_explainer: Path) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_explainer, faces=FaceSettings(face="off"), stability=False)
+
+
+@pytest.fixture
+def engine(pipeline: Pipeline) -> Iterator[BatchingEngine]:
+    engine = BatchingEngine(pipeline, BatchConfig(rows=4, images=2))
+    yield engine
+    engine.close()
+
+
+def ask(
+    engine: BatchingEngine, image: np.ndarray, question: str, settings: GenerationSettings = SHORT
+) -> tuple[Any, str]:
+    first, *rest = engine.ask(image, [Turn(role="human", text=question)], settings, Event())
+    assert first.text == "" and all(piece.verdict is None for piece in rest)
+    return first.verdict, "".join(piece.text for piece in rest)
+
+
+def alone(pipeline: Pipeline, image: np.ndarray, question: str) -> tuple[Any, str]:
+    (finding,) = pipeline.explained_findings([image], question, SHORT)
+    return finding.verdict, finding.explanation.text
+
+
+def test_many_at_once_are_answered_as_one_alone(engine: BatchingEngine, pipeline: Pipeline) -> None:
+    asked = [(draw(n % 2, n), QUESTIONS[n % 3]) for n in (0, 1, 2, 0, 3, 1, 2, 2, 0)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda pair: ask(engine, *pair), asked))
+    for (verdict, text), (image, question) in zip(found, asked, strict=True):
+        wanted, words = alone(pipeline, image, question)
+        assert text == words
+        assert verdict.label == wanted.label and verdict.p_fake == pytest.approx(wanted.p_fake, abs=1e-6)
+    assert len(engine._seen) == 2, "only the newest images are kept"
+
+
+def test_an_image_is_looked_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    real = pipeline.look
+    monkeypatch.setattr(pipeline, "look", lambda faces, *rest: looks.append(len(faces)) or real(faces, *rest))
+    engine = BatchingEngine(pipeline)
+    for question in QUESTIONS:
+        ask(engine, draw(1, 5), question)
+    assert looks == [1]
+    (seen,) = engine._seen.values()
+    assert len(seen.prefixes) == 1
+    engine.close()
+
+
+def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
+    long = GenerationSettings(max_new_tokens=400)
+    answers = [engine.ask(draw(1, n), [Turn(role="human", text="Why?")], long, Event()) for n in range(4)]
+    for answer in answers:
+        next(answer), next(answer)
+    for answer in answers:
+        answer.close()
+    _, text = ask(engine, draw(1, 9), "Why?")
+    assert text and not engine.decoder.rows and not engine._active
+    stop = Event()
+    stopped = engine.ask(draw(1, 2), [Turn(role="human", text="Why?")], long, stop)
+    next(stopped)
+    stop.set()
+    assert len(list(stopped)) <= 2
+
+
+def test_a_bad_question_fails_alone(engine: BatchingEngine) -> None:
+    with pytest.raises(ValueError, match="must be by the human"):
+        list(engine.ask(draw(1, 1), [Turn(role="assistant", text="Fake.")], SHORT, Event()))
+    with pytest.raises(ValueError, match="there is none; send one"):
+        list(engine.ask(None, [Turn(role="human", text="Why?")], SHORT, Event()))
+    with pytest.raises(ValueError, match="temperature"):
+        ask(engine, draw(1, 1), "Why?", GenerationSettings(temperature=-1))
+    assert ask(engine, draw(1, 1), "Why?")[1]
+
+
+def test_no_face_is_a_verdict_without_words(tiny_explainer: Path) -> None:
+    engine = BatchingEngine(Pipeline.from_pretrained(tiny_explainer, stability=False))
+    (only,) = engine.ask(np.zeros((64, 64, 3), np.uint8), [Turn(role="human", text="Why?")], SHORT, Event())
+    assert only.verdict is not None and only.verdict.label == VerdictLabel.INCONCLUSIVE
+    engine.close()
+
+
+def test_a_failing_model_tells_everyone_and_goes_on(engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.decoder, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ask(engine, draw(1, 1), "Why?", GenerationSettings(max_new_tokens=50))
+    monkeypatch.undo()
+    assert ask(engine, draw(1, 1), "Why?")[1]
