@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -23,26 +24,32 @@ class UnreadableImage(ValueError):
     """An image that is refused; the message names the file and the reason."""
 
 
-def read_image(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+class ImageTooLarge(UnreadableImage):
+    """An image with more pixels than are decoded."""
+
+
+def read_image(
+    source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> np.ndarray:
     """Read a picture as uint8 RGB (H, W, 3), upright, first frame, transparency laid on white.
 
     Grey, palette, CMYK and 16-bit or float pictures are converted; colour profiles are not applied. Size limits
-    (16 px a side, `max_pixels`) are checked on the header, before decoding. Raises UnreadableImage or
-    FileNotFoundError.
+    (16 px a side, `max_pixels`) are checked on the header, before decoding. formats: Pillow's names of those that are
+    tried; None = all it knows. Raises UnreadableImage or FileNotFoundError.
     """
     _register_heif()
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"Image {str(source)!r} does not exist.")
     name = name or (str(source) if isinstance(source, Path) else "uploaded bytes")
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
             check_size(image.size, name, max_pixels)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:
-        raise UnreadableImage(f"{name}: more pixels than can be decoded safely; the limit is {max_pixels:,}.") from None
+        raise ImageTooLarge(f"{name}: more pixels than can be decoded safely; the limit is {max_pixels:,}.") from None
     except UnidentifiedImageError:
         raise UnreadableImage(f"{name}: not an image in a format that is known here; send JPEG, PNG or WebP.") from None
     except _DECODE_ERRORS as error:
@@ -64,7 +71,7 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int = MAX_PIXELS) -
     if min(width, height) < MIN_SIDE:
         raise UnreadableImage(f"{name}: {width}x{height} pixels is too small; each side needs at least {MIN_SIDE}.")
     if width * height > max_pixels:
-        raise UnreadableImage(f"{name}: {width}x{height} pixels is too large; the limit is {max_pixels:,} in all.")
+        raise ImageTooLarge(f"{name}: {width}x{height} pixels is too large; the limit is {max_pixels:,} in all.")
 
 
 @cache

@@ -21,7 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from llava.data.frames import spread_frames
-from llava.data.images import UnreadableImage, check_size
+from llava.data.images import MAX_PIXELS, UnreadableImage, check_size
 
 # Containers alone: a playlist (HLS, DASH, concat) makes FFmpeg open whatever other files it names.
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg"
@@ -67,7 +67,7 @@ class Clip:
         return float((self.stamps[number] - self.stamps[0]) * self.time_base)
 
 
-def open_clip(source: Path | bytes, name: str = "") -> Clip:
+def open_clip(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Clip:
     """Read when the frames of a video file are shown; none is decoded.
 
     Pictures inside sound files are no video. The limits on pixels are those of images. Raises FileNotFoundError, or
@@ -77,7 +77,7 @@ def open_clip(source: Path | bytes, name: str = "") -> Clip:
         raise FileNotFoundError(f"Video {str(source)!r} does not exist.")
     name = name or (str(source) if isinstance(source, Path) else "uploaded bytes")
     with _opened(source, name) as (container, stream):
-        check_size((stream.width, stream.height), name)
+        check_size((stream.width, stream.height), name, max_pixels)
         packets, is_broken = _scan(container, stream)
         if not packets or stream.time_base is None:
             raise UnreadableVideo(f"{name}: a video without a frame that has a time.")

@@ -1,0 +1,102 @@
+"""What strangers send (bytes, base64, data URIs) as checked images and videos; names that come along are only shown."""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import re
+from dataclasses import dataclass
+
+from llava.core.config import setting
+from llava.data.images import ImageTooLarge, UnreadableImage, read_image
+from llava.data.inputs import NamedImage, NamedVideo
+from llava.data.video import open_clip
+from llava.serve.media import PILLOW_FORMATS, media_type, unknown_format
+from llava.serve.refusals import Refused
+
+NAMELESS = "upload"
+MAX_NAME = 80
+# RFC 2397, with base64 required; the media type is not believed.
+DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+\"-]*)*;base64,", re.IGNORECASE | re.ASCII)
+MAX_HEAD = 200
+WHITESPACE = str.maketrans("", "", " \t\r\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadLimits:
+    """What one image or video that is sent may cost."""
+
+    max_bytes: int = setting(20_000_000, "largest image or video, in bytes")
+    max_pixels: int = setting(50_000_000, "largest image, or frame of a video, in pixels")
+    max_seconds: float = setting(300.0, "longest video, in seconds")
+    max_frames: int = setting(20_000, "most frames of a video")
+
+
+def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = None) -> NamedImage | NamedVideo:
+    """Read an image, or check a video, that its bytes show it to be.
+
+    Raises Refused with a sentence for people: 400 damaged or too small, 413 too large, 415 no known format. Decodes,
+    so a server calls it in a thread.
+    """
+    limits, name = limits or UploadLimits(), display_name(name)
+    _check_length(len(content), name, limits)
+    if not content:
+        raise Refused(400, f"{name}: empty; nothing was sent.")
+    kind = media_type(content)
+    if kind is None:
+        raise unknown_format(name)
+    known = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "byte_count": len(content)}
+    try:
+        if kind in PILLOW_FORMATS:
+            pixels = read_image(content, name, limits.max_pixels, formats=[PILLOW_FORMATS[kind]])
+            return NamedImage(pixels=pixels, **known)
+        _check_clip(content, name, limits)
+        return NamedVideo(source=content, **known)
+    except ImageTooLarge as error:
+        raise Refused(413, str(error)) from None
+    except UnreadableImage as error:
+        raise Refused(400, str(error)) from None
+
+
+def decode_base64(text: str, name: str = "", limits: UploadLimits | None = None) -> bytes:
+    """Decode base64 (RFC 4648, line breaks allowed, nothing else); the length is checked first. Raises Refused."""
+    limits, name = limits or UploadLimits(), display_name(name)
+    text = text.translate(WHITESPACE)
+    _check_length(len(text) // 4 * 3 - text[-2:].count("="), name, limits)
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise Refused(400, f"{name}: not base64; encode the file's bytes with the letters A-Z a-z 0-9 + / =.") from None
+
+
+def decode_data_uri(uri: str, name: str = "", limits: UploadLimits | None = None) -> bytes:
+    """Decode `data:<media type>;base64,<data>`. Raises Refused."""
+    head = DATA_URI.match(uri[:MAX_HEAD])
+    if head is None:
+        raise Refused(400, f"{display_name(name)}: not a data URI; give data:image/jpeg;base64,<data>.")
+    return decode_base64(uri[head.end() :], name, limits)
+
+
+def is_data_uri(uri: str) -> bool:
+    """Say whether an address carries its content itself."""
+    return uri[:5].lower() == "data:"
+
+
+def display_name(name: str) -> str:
+    """Give the last part of a file name, without control characters and cut: to be shown, never to be opened."""
+    last = re.split(r"[/\\]", name)[-1]
+    kept = "".join(character for character in last if character.isprintable()).strip()
+    return (kept if len(kept) <= MAX_NAME else f"{kept[: MAX_NAME - 3]}...") or NAMELESS
+
+
+def _check_length(byte_count: int, name: str, limits: UploadLimits) -> None:
+    if byte_count > limits.max_bytes:
+        raise Refused(413, f"{name}: larger than {limits.max_bytes:,} bytes, the limit; send a smaller file.")
+
+
+def _check_clip(content: bytes, name: str, limits: UploadLimits) -> None:
+    clip = open_clip(content, name, limits.max_pixels)
+    seconds, frames = clip.seconds(len(clip.stamps) - 1), len(clip.stamps)
+    if seconds > limits.max_seconds or frames > limits.max_frames:
+        allowed = f"{limits.max_seconds:g} s and {limits.max_frames:,} frames"
+        raise Refused(413, f"{name}: {seconds:.0f} s with {frames:,} frames; at most {allowed} are looked at.")
