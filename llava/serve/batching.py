@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -152,7 +152,9 @@ class BatchingEngine:
         for job, seen in zip(jobs, self._look(jobs), strict=True):
             try:
                 ids, suffix = self.decoder.split(job.turns, job.settings)
-                row = Row(settings=job.settings, suffix=suffix, prefix=None)
+                row = Row(
+                    settings=self._within_context(job.settings, len(ids) + len(suffix)), suffix=suffix, prefix=None
+                )
             except ValueError as error:
                 job.pieces.put(error)
                 continue
@@ -167,6 +169,13 @@ class BatchingEngine:
             row.prefix, job.row = seen.prefixes[ids], row
         self.decoder.join([job.row for job, *_ in asked if job.row is not None])
         self._active += [job for job, *_ in asked]
+
+    def _within_context(self, settings: GenerationSettings, length: int) -> GenerationSettings:
+        """Shorten an answer to what the model has room for. Raises ValueError when the conversation fills it."""
+        room = self.decoder.model.config.text_config.max_position_embeddings - length
+        if room < 1:
+            raise ValueError(f"The conversation has {length} tokens, more than the model reads; begin a new one.")
+        return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
     def _run_prefixes(self, wanted: Sequence[tuple[_Seen, tuple[int, ...]]]) -> None:
         """Run the prefixes that no earlier question needed, one batch for all images with the same ids."""

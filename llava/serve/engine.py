@@ -1,0 +1,47 @@
+"""What answers questions behind every door of the server; `llava.serve.batching` holds the one of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Event
+from typing import TYPE_CHECKING, Protocol
+
+from llava.core.types import Turn, Verdict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llava.explainer.generation import GenerationSettings
+    from llava.pipeline.findings import Finding
+    from llava.pipeline.pipeline import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of an answer: the verdict, before any text; then text to append.
+
+    tokens: written so far. prompt_tokens: read, with the verdict; 0 where there is nothing to be asked about.
+    """
+
+    text: str = ""
+    verdict: Verdict | None = None
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+
+class Engine(Protocol):
+    """Answers one conversation about one face image; may be asked from several threads at once."""
+
+    def ask(
+        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+    ) -> Iterator[Piece]:
+        """Yield the verdict on the largest face of an image (H, W, 3) uint8 RGB, then the text; `stop` ends it soon.
+
+        There is no text where there is no verdict. Raises ValueError for what can not be answered.
+        """
+        ...
+
+    def findings(self, images: Sequence[Image]) -> list[Finding]:
+        """Give a finding for each face of images, largest first, without words."""
+        ...

@@ -1,0 +1,104 @@
+"""Which workers there are, which of them live, and which one is asked next; in memory alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from llava.serve.protocol import WorkerStatus
+from llava.serve.registration import WorkerAddress
+
+MAX_WORKERS = 256
+Dispatch: TypeAlias = Literal["lottery", "shortest_queue"]
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """A registered worker. queue: its requests, as last told, and what was sent there since; seen: seconds, of `Pool`'s
+    clock."""
+
+    address: WorkerAddress
+    status: WorkerStatus
+    expires: bool
+    is_multimodal: bool
+    queue: int
+    seen: float
+
+
+class Pool:
+    """The workers that registered and were heard of within `expiry_seconds`.
+
+    lottery draws one, the faster the likelier; shortest_queue takes the one with the least to do for its speed.
+    """
+
+    def __init__(
+        self,
+        dispatch: Dispatch = "shortest_queue",
+        expiry_seconds: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._dispatch = dispatch
+        self._expiry_seconds = expiry_seconds
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._workers: dict[str, Worker] = {}
+
+    def add(self, address: WorkerAddress, status: WorkerStatus, expires: bool, is_multimodal: bool) -> None:
+        """Take a worker in, or what it says anew. Raises ValueError when there are too many."""
+        if address.name not in self._workers and len(self.workers()) >= MAX_WORKERS:
+            raise ValueError(f"There are {MAX_WORKERS} workers, which is the limit.")
+        self._workers[address.name] = Worker(
+            address=address,
+            status=status,
+            expires=expires,
+            is_multimodal=is_multimodal,
+            queue=status.queue_length,
+            seen=self._clock(),
+        )
+
+    def beat(self, name: str, queue_length: int) -> bool:
+        """Note that a worker lives; False when it is not known and has to register."""
+        worker = self._alive().get(name)
+        if worker is None:
+            return False
+        worker.seen, worker.queue = self._clock(), queue_length
+        return True
+
+    def drop(self, name: str) -> None:
+        """Forget a worker that failed; if it lives, its next heartbeat brings it back."""
+        self._workers.pop(name, None)
+
+    def workers(self) -> list[Worker]:
+        """List the workers that live."""
+        return list(self._alive().values())
+
+    def models(self, is_multimodal: bool | None = None) -> list[str]:
+        """List the models that are served, sorted; None = of every kind."""
+        chosen = (w for w in self.workers() if is_multimodal is None or w.is_multimodal == is_multimodal)
+        return sorted({name for worker in chosen for name in worker.status.model_names})
+
+    def choose(self, model: str, without: Collection[str] = ()) -> Worker | None:
+        """Pick a worker for one more request, which counts as waiting there; None when there is none."""
+        able = [w for w in self.workers() if model in w.status.model_names and w.address.name not in without]
+        if not able:
+            return None
+        if self._dispatch == "lottery":
+            (chosen,) = self._rng.choices(able, weights=[worker.status.speed for worker in able])
+        else:
+            chosen = min(able, key=lambda worker: worker.queue / worker.status.speed)
+        chosen.queue += 1
+        return chosen
+
+    def done(self, name: str) -> None:
+        """Note that a request that was sent to a worker is over."""
+        if name in self._workers:
+            self._workers[name].queue = max(0, self._workers[name].queue - 1)
+
+    def _alive(self) -> dict[str, Worker]:
+        oldest = self._clock() - self._expiry_seconds
+        self._workers = {n: w for n, w in self._workers.items() if w.seen >= oldest or not w.expires}
+        return self._workers

@@ -1,0 +1,103 @@
+"""What every HTTP door of ours shares: bodies with a limit, refusals as sentences, and how it is run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import TypeVar
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from llava.core.logs import setup_logging
+from llava.serve.protocol import ErrorCode, error_chunk
+
+M = TypeVar("M", bound=BaseModel)
+BODY_SECONDS = 30.0
+MAX_CONNECTIONS = 1000
+SHUTDOWN_SECONDS = 10
+
+
+class Refused(ValueError):
+    """A request that is not served; the message says why, `status` is that of HTTP."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read a JSON body. Raises Refused for another kind, one that is too large, and one that comes too slowly.
+
+    Another kind is refused because a browser sends JSON to a foreign site only after asking, and we never agree.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(415, "Send application/json.")
+    too_large = Refused(413, f"The body is larger than {max_bytes:,} bytes, the limit.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for data in request.stream():
+                body += data
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise Refused(408, f"The body was not there after {BODY_SECONDS:g} seconds.") from None
+    except ClientDisconnect:
+        raise Refused(400, "The connection broke off within the body.") from None
+    return bytes(body)
+
+
+def parse_body(kind: type[M], body: bytes) -> M:
+    """Read a message from JSON. Raises Refused that names the first wrong field."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Refused(422, f"{where}: {first['msg']}.") from None
+
+
+async def read_json(request: Request, kind: type[M], max_bytes: int = 100_000) -> M:
+    """Read a message from a request's body. Raises Refused."""
+    return parse_body(kind, await read_body(request, max_bytes))
+
+
+def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+    """Give an app that answers refusals with a sentence: a chunk where clients read chunks, else JSON."""
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(Refused)
+    async def refuse(request: Request, error: Refused) -> Response:
+        if request.url.path.endswith("_stream"):
+            return Response(error_chunk(ErrorCode.FAILED, str(error)), error.status)
+        return JSONResponse({"detail": str(error)}, error.status)
+
+    return app
+
+
+def serve(app: FastAPI, host: str, port: int) -> None:
+    """Run an app until it is told to stop; requests under way then have a few seconds to end."""
+    setup_logging()
+    logging.getLogger("uvicorn.error").setLevel(logging.INFO)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        http="h11",  # limits the size of headers
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # who registers is the real peer, whatever a header says
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
