@@ -43,6 +43,7 @@ COMMANDS = {
     "data forge": Command(
         "llava.pipeline.forge:build_forgeries", "forge real faces so that region and artefact are known"
     ),
+    "serve": Command("llava.serve.command:serve", "serve a model: an HTTP API that OpenAI's clients speak"),
     "keys create": Command("llava.serve.keys:create_key", "make an API key for a server and show it, once"),
     "keys list": Command("llava.serve.keys:list_keys", "list the API keys by name, without the keys"),
     "keys revoke": Command("llava.serve.keys:revoke_key", "withdraw an API key; a running server follows at once"),

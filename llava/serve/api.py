@@ -156,16 +156,22 @@ class _Said:
     """What an answer has come to."""
 
     def __init__(self) -> None:
-        self.verdict: Verdict | None = None
+        self._verdict: Verdict | None = None
         self._texts: list[str] = []
         self._tokens = self._prompt_tokens = 0
 
     def add(self, piece: Piece) -> None:
         """Take the next piece."""
-        self.verdict = piece.verdict or self.verdict
+        self._verdict = piece.verdict or self._verdict
         self._texts.append(piece.text)
         self._tokens = max(self._tokens, piece.tokens)
         self._prompt_tokens = max(self._prompt_tokens, piece.prompt_tokens)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Give the verdict, which every answer begins with."""
+        assert self._verdict is not None
+        return self._verdict
 
     @property
     def text(self) -> str:

@@ -21,12 +21,12 @@ class Measures:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        options = {"registry": self.registry}
-        self._requests = Counter("m2f2_requests", "requests by path and status", ("path", "status"), **options)
-        self._seconds = Histogram("m2f2_request_seconds", "seconds of a request by path", ("path",), **options)
-        self._verdicts = Counter("m2f2_verdicts", "verdicts by label", ("label",), **options)
-        self._tokens = Counter("m2f2_tokens", "tokens written", **options)
-        self._answer = Histogram("m2f2_answer_seconds", "seconds of an answer in words", **options)
+        kept = self.registry
+        self._requests = Counter("m2f2_requests", "requests by path and status", ("path", "status"), registry=kept)
+        self._seconds = Histogram("m2f2_request_seconds", "seconds of a request by path", ("path",), registry=kept)
+        self._verdicts = Counter("m2f2_verdicts", "verdicts by label", ("label",), registry=kept)
+        self._tokens = Counter("m2f2_tokens", "tokens written", registry=kept)
+        self._answer = Histogram("m2f2_answer_seconds", "seconds of an answer in words", registry=kept)
 
     def judged(self, verdicts: Sequence[Verdict]) -> None:
         """Count verdicts."""
@@ -51,7 +51,7 @@ class Measures:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = message["status"]
-                    message = message | {"headers": [*message["headers"], (b"x-request-id", name.encode())]}
+                    message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
                 await send(message)
 
             try:
