@@ -303,6 +303,7 @@ def test_any_bytes_are_read_or_refused(content: bytes) -> None:
     outcome(content)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @QUICK
 @given(st.sampled_from([start for start, _ in BEGINNINGS]), st.binary(max_size=400))
 @example(b"GIF89a", b"")
@@ -310,6 +311,7 @@ def test_any_bytes_behind_a_known_beginning_are_read_or_refused(start: bytes, re
     outcome(start + rest)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on damaged TIFF tags
 @QUICK
 @pytest.mark.parametrize("kind", PICTURES)
 @given(data=st.data())
