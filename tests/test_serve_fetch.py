@@ -105,6 +105,16 @@ def test_an_unknown_host_and_an_inner_one_cannot_be_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
+    "host", ["134744072", "0x08080808", "8.8.2056", "010.8.8.8", f"{HOST}.", "intranet", "8.8.8.8."]
+)
+def test_odd_spellings_are_refused_wherever_they_lead(host: str) -> None:
+    async def anywhere(host: str, port: int) -> Sequence[str]:
+        return [PUBLIC]
+
+    assert refused(f"https://{host}/a.png", resolver=anywhere).status == 400
+
+
+@pytest.mark.parametrize(
     ("url", "words"),
     [
         (f"http://{HOST}/a.png", "only https://"),

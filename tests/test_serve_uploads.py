@@ -112,6 +112,15 @@ def test_other_formats_are_415(content: bytes) -> None:
     assert error.status == 415 and str(error).startswith("photo.png: not an image or video")
 
 
+def test_pillow_opens_no_other_format_than_the_bytes_show() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "IM")
+    both = b"GIF89a: x\r\n" + buffer.getvalue().replace(bytes(11) + b"\x1a", b"\x1a", 1)
+    with Image.open(io.BytesIO(both)) as image:
+        assert image.format == "IM"  # once the bytes are no GIF after all
+    assert media_type(both) == "image/gif" and refused(both).status == 400
+
+
 def test_damage_is_400_with_the_name() -> None:
     for kind, content in PICTURES.items():
         if kind != "image/gif":  # half a GIF shows what it has

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from llava.core.config import setting
 from llava.data.images import ImageTooLarge, UnreadableImage, read_image
@@ -46,10 +47,10 @@ def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = No
     kind = media_type(content)
     if kind is None:
         raise unknown_format(name)
-    known = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "byte_count": len(content)}
+    known: dict[str, Any] = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "byte_count": len(content)}
     try:
         if kind in PILLOW_FORMATS:
-            pixels = read_image(content, name, limits.max_pixels, formats=[PILLOW_FORMATS[kind]])
+            pixels = read_image(content, name, limits.max_pixels, formats=(PILLOW_FORMATS[kind],))
             return NamedImage(pixels=pixels, **known)
         _check_clip(content, name, limits)
         return NamedVideo(source=content, **known)
