@@ -306,7 +306,7 @@ def test_work_and_sending_have_a_time_limit() -> None:
         )
         return sent[0]["status"]
 
-    assert asyncio.run(drip()) == 400
+    assert asyncio.run(drip()) == 408
 
 
 @pytest.mark.parametrize("field", [f for f in RequestLimits.__dataclass_fields__ if f != "max_waiting"])

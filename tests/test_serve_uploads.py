@@ -82,9 +82,9 @@ def test_pictures_are_known_by_their_bytes(kind: str) -> None:
     assert image.sha256 == hashlib.sha256(PICTURES[kind]).hexdigest() and image.byte_count == len(PICTURES[kind])
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm", "avi", "mpg", "ts", "flv"])
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm", "avi", "mpg", "ts", "flv", "wmv", "ogv"])
 def test_videos_are_known_by_their_bytes(suffix: str, tmp_path: Path) -> None:
-    codec = {"webm": "libvpx", "mpg": "mpeg2video"}.get(suffix, "libx264")
+    codec = {"webm": "libvpx", "mpg": "mpeg2video", "wmv": "wmv2", "ogv": "libvpx"}.get(suffix, "libx264")
     path = tmp_path / f"a.{suffix}"
     write_clip(str(path), [grey(n) for n in range(10)], codec=codec)
     video = read_upload(path.read_bytes(), "face.jpg")
@@ -112,6 +112,7 @@ def test_other_formats_are_415(content: bytes) -> None:
     assert error.status == 415 and str(error).startswith("photo.png: not an image or video")
 
 
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
 def test_pillow_opens_no_other_format_than_the_bytes_show() -> None:
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "IM")
@@ -173,10 +174,10 @@ def tiff_of(width: int, height: int) -> bytes:
 ZEROS = zlib.compress(bytes(150_000_000), 9)
 BOMBS = {
     "png-sides": (png_of(2**31 - 1, 2**31 - 1), 413),
-    "png-area": (png_of(8000, 8000), 413),
-    "png-area-deflated": (png_of(7100, 7100, rows=bytes(7100)), 413),
+    "png-area": (png_of(5001, 5000), 413),
+    "png-area-deflated": (png_of(5100, 5100, rows=bytes(5100)), 413),
     "png-strip": (png_of(2**31 - 1, 16), 413),
-    "png-truncated": (png_of(7000, 7000), 400),
+    "png-truncated": (png_of(5000, 5000), 400),
     "png-profile": (png_of(32, 32, chunk(b"iCCP", b"x\0\0" + ZEROS), rows=bytes(97 * 32)), None),
     "png-text": (png_of(32, 32, *[chunk(b"zTXt", b"x\0\0" + ZEROS)] * 20, rows=bytes(97 * 32)), None),
     "png-surplus": (png_of(32, 32, rows=bytes(150_000_000)), None),
