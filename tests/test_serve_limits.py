@@ -8,16 +8,18 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from llava.serve.guard import Guard
+from llava.serve.guard import Guard, refusal_response
 from llava.serve.keys import KeyRing, NewKey, create_key
 from llava.serve.limits import Gate, RateLimiter, RequestLimits, address_identity, check_head
 from llava.serve.refusals import KINDS, Refused
@@ -369,6 +371,45 @@ def test_a_client_that_hangs_up_frees_its_slot_at_once() -> None:
             assert last.recv(99).startswith(b"HTTP/1.1 200 ") and time.perf_counter() - start < 2
             time.sleep(0.2)
     assert seen == ["begun", "stopped", "after the answer"]
+
+
+def test_fastapi_behind_the_guard_reads_streams_and_refuses() -> None:
+    api, closed = FastAPI(), []
+
+    @api.post("/json")
+    async def count(request: Request) -> int:
+        return len(await request.json())
+
+    @api.post("/refuse")
+    def refuse() -> None:
+        raise Refused(415, "face.txt: not an image.")
+
+    @api.get("/stream")
+    def stream() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[str]:
+            try:
+                for number in range(1000):
+                    yield f"{number} "
+                    await asyncio.sleep(0.01)
+            finally:
+                closed.append(True)
+
+        return StreamingResponse(pieces())
+
+    api.add_exception_handler(Refused, refusal_response)
+    with (
+        served(Guard(api, None, RequestLimits(max_active=1, max_waiting=1))) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+    ):
+        assert client.post("/json", json=list(range(30_000))).json() == 30_000
+        refusal = client.post("/refuse")
+        assert refusal.status_code == 415 and refusal.json()["error"]["message"] == "face.txt: not an image."
+        with client.stream("GET", "/stream") as reply:
+            assert next(reply.iter_text()).startswith("0 ") and not closed
+        deadline = time.monotonic() + 2
+        while not closed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert closed and client.post("/json", json=[1]).json() == 1  # the only slot is free again
 
 
 def test_a_real_server_refuses_floods_and_goes_on(keys: tuple[KeyRing, str, str]) -> None:
