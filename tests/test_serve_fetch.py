@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+import socket
 import ssl
 import threading
 import time
@@ -102,6 +103,16 @@ def test_what_is_not_public_is_not_asked(url: str) -> None:
 def test_an_unknown_host_and_an_inner_one_cannot_be_told_apart() -> None:
     first, second = (str(refused(f"https://{name}.example.org/x")) for name in ("unknown", "inside"))
     assert first.replace("unknown", "") == second.replace("inside", "") and "10.0.0.7" not in second
+
+
+@pytest.mark.parametrize(
+    "host", ["134744072", "0x08080808", "8.8.2056", "010.8.8.8", f"{HOST}.", "intranet", "8.8.8.8."]
+)
+def test_odd_spellings_are_refused_wherever_they_lead(host: str) -> None:
+    async def anywhere(host: str, port: int) -> Sequence[str]:
+        return [PUBLIC]
+
+    assert refused(f"https://{host}/a.png", resolver=anywhere).status == 400
 
 
 @pytest.mark.parametrize(
@@ -303,6 +314,25 @@ def test_the_next_address_is_tried_when_one_does_not_answer(wire: Loopback) -> N
 def test_the_certificate_has_to_be_that_of_the_name(wire: Loopback) -> None:
     with pytest.raises(Refused, match="cannot be downloaded over https"):
         fetched(wire, "https://both.example.org/good")
+    assert Site.asked == []
+
+
+def test_the_system_s_connection_trusts_no_stranger_and_uses_no_proxy(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def here(host: str, port: int) -> Sequence[str]:
+        return ["127.0.0.1"]
+
+    Site.asked.clear()
+    monkeypatch.setattr("llava.serve.fetch.is_public", lambda address: address == "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        with pytest.raises(Refused, match="cannot be downloaded over https"):
+            asyncio.run(Fetcher(resolver=here, ports=(port,)).fetch(f"https://{HOST}:{port}/good"))
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
     assert Site.asked == []
 
 

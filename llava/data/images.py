@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +28,7 @@ class ImageTooLarge(UnreadableImage):
 
 
 def read_image(
-    source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> np.ndarray:
     """Read a picture as uint8 RGB (H, W, 3), upright, first frame, transparency laid on white.
 

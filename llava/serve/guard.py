@@ -24,7 +24,7 @@ def refusal_response(request: Request | None, error: Exception) -> JSONResponse:
 
 
 class Guard:
-    """ASGI middleware that answers 401, 413, 414, 429, 431, 500 and 503 itself, in JSON, and lets the rest through.
+    """ASGI middleware that answers 401, 408, 413, 414, 429, 431, 500 and 503 in JSON and lets the rest through.
 
     keys: None lets everybody in. is_guarded: tells by path what needs a key, a place and a turn (default: everything);
     head and body are limited everywhere. The body is read before a turn is taken, so that slow senders hold up nobody;
@@ -104,7 +104,7 @@ class Guard:
                 raise Refused(503, "The answer took too long and was broken off.", 10.0) from None
 
     async def _body(self, receive: Receive) -> bytes:
-        """Read the whole body. Raises Refused (400) when it arrives too slowly."""
+        """Read the whole body. Raises Refused (408) when it arrives too slowly."""
         body, is_whole = bytearray(), False
         try:
             async with asyncio.timeout(self._limits.body_seconds):
@@ -115,7 +115,7 @@ class Guard:
                     body += message.get("body", b"")
                     is_whole = not message.get("more_body", False)
         except TimeoutError:
-            raise Refused(400, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
+            raise Refused(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
         return bytes(body)
 
     def _counted(self, scope: Scope, receive: Receive) -> Receive:

@@ -8,6 +8,7 @@ from typing import Any
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    408: "request_timeout",
     413: "request_too_large",
     414: "request_too_large",
     415: "unsupported_media_type",
