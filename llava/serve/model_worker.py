@@ -100,14 +100,16 @@ def build_app(settings: WorkerSettings, engine: Engine) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        beats = stay_registered(controller, settings.address, secret, status, settings.heartbeat_seconds)
-        task = None if settings.no_register else asyncio.create_task(beats)
-        yield
-        answers.close()
-        if task is not None:
+        if settings.no_register:
+            yield
+        else:
+            beats = stay_registered(controller, settings.address, secret, status, settings.heartbeat_seconds)
+            task = asyncio.create_task(beats)
+            yield
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        answers.close()
 
     app = make_app(lifespan)
 
@@ -123,7 +125,6 @@ def build_app(settings: WorkerSettings, engine: Engine) -> FastAPI:
             turns = asked.turns()
         except ValueError as error:
             raise Refused(400, str(error)) from None
-        answers.require_room()
         given = request.headers.get(REQUEST_HEADER, "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex[:12]
         return StreamingResponse(answers.answer(asked, turns, request_id))
