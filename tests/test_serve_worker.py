@@ -289,7 +289,7 @@ def test_a_reader_that_leaves_stops_the_thread_at_once() -> None:
 
 
 def test_published_flags_are_taken_mapped_or_refused() -> None:
-    words = "--controller http://c:1 --worker=http://w:2 --model-path p --load-4bit --multi-modal".split()
+    words = ["--controller", "http://c:1", "--worker=http://w:2", "--model-path", "p", "--load-4bit", "--multi-modal"]
     assert list(translate(words))[:3] == ["--controller-address", "http://c:1", "--worker-address=http://w:2"]
     with pytest.raises(ValueError, match="--model-base is not accepted"):
         list(translate(["--model-base", "x"]))
