@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from llava.serve.registration import SecretSettings, read_secret, require_secret
 from llava.serve.web import Refused, make_app, read_json, serve
 
 if TYPE_CHECKING:
+    from llava.serve.answers import Answers
     from llava.serve.engine import Engine
 
-log = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 500_000
 REQUEST_ID = re.compile(r"[\w-]{1,64}")
 # How the published command lines and FastChat write two flags.
@@ -112,7 +111,11 @@ def build_app(settings: WorkerSettings, engine: Engine) -> FastAPI:
         answers.close()
 
     app = make_app(lifespan)
+    _add_routes(app, answers, status)
+    return app
 
+
+def _add_routes(app: FastAPI, answers: Answers, status: Callable[[], WorkerStatus]) -> None:
     @app.post("/worker_get_status")
     async def worker_get_status() -> WorkerStatus:
         return status()
@@ -128,8 +131,6 @@ def build_app(settings: WorkerSettings, engine: Engine) -> FastAPI:
         given = request.headers.get(REQUEST_HEADER, "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex[:12]
         return StreamingResponse(answers.answer(asked, turns, request_id))
-
-    return app
 
 
 def translate(argv: Sequence[str]) -> Iterator[str]:
