@@ -11,7 +11,6 @@ from contextlib import aclosing
 from threading import Event
 
 from llava.core.types import Turn, Verdict
-from llava.data.images import read_image
 from llava.explainer.generation import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.wording import meaning
@@ -25,11 +24,12 @@ from llava.serve.protocol import (
     encode_chunk,
     error_chunk,
 )
+from llava.serve.refusals import Refused
 from llava.serve.streams import StopAt, from_thread
-from llava.serve.web import Refused
+from llava.serve.uploads import read_still
 
 log = logging.getLogger(__name__)
-MAX_PIXELS = 50_000_000
+BUSY = "Too many requests wait here; please try again in a minute."
 
 
 class Answers:
@@ -49,16 +49,19 @@ class Answers:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def require_room(self) -> None:
-        """Raise Refused when too many requests wait."""
+        """Raise Refused when so many requests run and wait that there is no room for one more."""
         if self.queue_length >= self._most:
-            raise Refused(503, "Too many requests wait here; please try again in a minute.")
+            raise Refused(503, BUSY)
 
     async def answer(self, asked: GenerateRequest, turns: Sequence[Turn], request_id: str) -> AsyncIterator[bytes]:
         """Yield the chunks of an answer: the verdict, then the text as it grows; an error is the last chunk."""
+        if self.queue_length >= self._most:  # asked again, because others came while the body was read
+            yield error_chunk(ErrorCode.FAILED, BUSY)
+            return
         started = time.monotonic()
         writer = _Writer(asked.prompt if asked.echo else "", asked.stops, turns[-1].text)
-        self.queue_length += 1
         outcome = "client left"
+        self.queue_length += 1
         try:
             async with aclosing(self._chunks(asked, turns, writer, started)) as chunks:
                 async for chunk in chunks:
@@ -105,7 +108,7 @@ class Answers:
     def _pieces(self, asked: GenerateRequest, turns: Sequence[Turn], stop: Event) -> Iterator[Piece]:
         """Read the image, then ask the engine; runs in a thread."""
         content = asked.image()
-        image = None if content is None else read_image(content, "the image", MAX_PIXELS)
+        image = None if content is None else read_still(content, "the image").pixels
         settings = GenerationSettings(
             max_new_tokens=min(asked.max_new_tokens, MAX_NEW_TOKENS),
             temperature=asked.temperature if asked.temperature > GREEDY_UP_TO else 0.0,
@@ -145,7 +148,7 @@ class _Writer:
     def finish(self) -> Iterator[Chunk]:
         """Yield the last chunk, if there is more to say: held back text, or what there is to know beside it."""
         text, remark = self._text.shown(is_last=True), ""
-        if self._verdict is not None and not text:
+        if self._verdict is not None and self._verdict.p_fake is None:
             text = meaning(self._verdict)
         elif self._verdict is not None:
             remark = explanation(self._verdict, self._question, text).remark

@@ -32,7 +32,7 @@ from llava.serve.limits import RequestLimits
 from llava.serve.measures import Measures
 from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
 from llava.serve.refusals import Refused
-from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_upload
+from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_still
 
 log = logging.getLogger(__name__)
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")
@@ -221,21 +221,15 @@ async def _pieces(
 
 async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedImage:
     """Read the image of a data URI or a public https address. Raises Refused."""
-    content = (
-        decode_data_uri(address, "image", service.uploads) if is_data_uri(address) else await fetcher.fetch(address)
-    )
-    return await _read(content, "image", service)
+    if is_data_uri(address):
+        content = decode_data_uri(address, "image", service.uploads)
+    else:
+        content = await fetcher.fetch(address)
+    return await asyncio.to_thread(read_still, content, "image", service.uploads)
 
 
 async def _image(file: UploadFile, service: Service) -> NamedImage:
-    return await _read(await file.read(), file.filename or "", service)
-
-
-async def _read(content: bytes, name: str, service: Service) -> NamedImage:
-    found = await asyncio.to_thread(read_upload, content, name, service.uploads)
-    if not isinstance(found, NamedImage):
-        raise Refused(415, f"{found.name}: a video; this address takes images.")
-    return found
+    return await asyncio.to_thread(read_still, await file.read(), file.filename or "", service.uploads)
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from llava.serve.protocol import (
     Registration,
     error_chunk,
 )
+from llava.serve.refusals import Refused
 from llava.serve.registration import (
     SecretSettings,
     checked_address,
@@ -35,7 +36,7 @@ from llava.serve.registration import (
     read_secret,
     require_secret,
 )
-from llava.serve.web import Refused, make_app, parse_body, read_body, read_json, serve
+from llava.serve.web import make_app, parse_body, read_body, read_json, serve
 from llava.serve.worker_client import WorkerClient
 
 log = logging.getLogger(__name__)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ from llava.core.logs import setup_logging
 from llava.pipeline.settings import FaceSettings, ModelSettings, Quantization
 from llava.serve.heartbeat import stay_registered
 from llava.serve.protocol import MAX_IMAGE_BYTES, REQUEST_HEADER, GenerateRequest, WorkerStatus
+from llava.serve.refusals import Refused
 from llava.serve.registration import SecretSettings, read_secret, require_secret
-from llava.serve.web import Refused, make_app, read_json, serve
+from llava.serve.web import make_app, read_json, serve
 
 if TYPE_CHECKING:
+    from llava.serve.answers import Answers
     from llava.serve.engine import Engine
 
-log = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 500_000
 REQUEST_ID = re.compile(r"[\w-]{1,64}")
 # How the published command lines and FastChat write two flags.
@@ -100,17 +100,23 @@ def build_app(settings: WorkerSettings, engine: Engine) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        beats = stay_registered(controller, settings.address, secret, status, settings.heartbeat_seconds)
-        task = None if settings.no_register else asyncio.create_task(beats)
-        yield
-        answers.close()
-        if task is not None:
+        if settings.no_register:
+            yield
+        else:
+            beats = stay_registered(controller, settings.address, secret, status, settings.heartbeat_seconds)
+            task = asyncio.create_task(beats)
+            yield
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        answers.close()
 
     app = make_app(lifespan)
+    _add_routes(app, answers, status)
+    return app
 
+
+def _add_routes(app: FastAPI, answers: Answers, status: Callable[[], WorkerStatus]) -> None:
     @app.post("/worker_get_status")
     async def worker_get_status() -> WorkerStatus:
         return status()
@@ -123,12 +129,9 @@ def build_app(settings: WorkerSettings, engine: Engine) -> FastAPI:
             turns = asked.turns()
         except ValueError as error:
             raise Refused(400, str(error)) from None
-        answers.require_room()
         given = request.headers.get(REQUEST_HEADER, "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex[:12]
         return StreamingResponse(answers.answer(asked, turns, request_id))
-
-    return app
 
 
 def translate(argv: Sequence[str]) -> Iterator[str]:

@@ -8,10 +8,12 @@ from typing import Any
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     408: "request_timeout",
     413: "request_too_large",
     414: "request_too_large",
     415: "unsupported_media_type",
+    422: "invalid_request_error",
     429: "rate_limit_exceeded",
     431: "request_too_large",
     500: "server_error",

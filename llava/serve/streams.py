@@ -16,7 +16,8 @@ async def from_thread(
 ) -> AsyncGenerator[T, None]:
     """Yield what `produce` yields in a thread, as it comes.
 
-    Raises what is raised there, and TimeoutError after `seconds`. A reader that leaves sets `stop` and does not wait for the thread, which is to look at it.
+    Raises what is raised there, and TimeoutError after `seconds`. A reader that leaves sets `stop`, which the thread is
+    to look at, and does not wait for it.
     """
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     items: list[T] = []

@@ -61,6 +61,14 @@ def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = No
         raise Refused(400, str(error)) from None
 
 
+def read_still(content: bytes, name: str = "", limits: UploadLimits | None = None) -> NamedImage:
+    """Read an image as `read_upload` does. Raises Refused for a video, too (415)."""
+    found = read_upload(content, name, limits)
+    if not isinstance(found, NamedImage):
+        raise Refused(415, f"{found.name}: a video; an image is wanted here.")
+    return found
+
+
 def decode_base64(text: str, name: str = "", limits: UploadLimits | None = None) -> bytes:
     """Decode base64 (RFC 4648, line breaks allowed, nothing else); the length is checked first. Raises Refused."""
     limits, name = limits or UploadLimits(), display_name(name)

@@ -16,19 +16,12 @@ from starlette.requests import ClientDisconnect
 
 from llava.core.logs import setup_logging
 from llava.serve.protocol import ErrorCode, error_chunk
+from llava.serve.refusals import Refused
 
 M = TypeVar("M", bound=BaseModel)
 BODY_SECONDS = 30.0
 MAX_CONNECTIONS = 1000
 SHUTDOWN_SECONDS = 10
-
-
-class Refused(ValueError):
-    """A request that is not served; the message says why, `status` is that of HTTP."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
