@@ -36,7 +36,7 @@ from llava.train.arguments import ExplainArguments, translate
 from llava.train.explain import ExplainTrainer, prepare
 
 pytestmark = pytest.mark.e2e
-LOGITS = 2e-5  # the fixtures allow 2e-4
+LOGITS = 1e-4  # the fixtures allow 2e-4; other processors add up in another order
 INNER = {"atol": 1e-3, "rtol": 1e-3}
 IMAGE, EVIDENCE = -200, -300
 
@@ -236,7 +236,8 @@ def one_prompt(llm: Fixture, i: int, model: Any, ids: list[int], seen: dict[str,
         llm.compare(f"p{i}.logsumexp_per_position", logits.logsumexp(dim=-1), LOGITS)
         options = {k: v for k, v in llm.manifest["generate"].items() if k != "note"}
         written = model.generate(input_ids=tokens, **seen, **options, pad_token_id=0)[0, len(ids) :]
-    assert logits.argmax(dim=-1).tolist() == llm.expected[f"p{i}.argmax_per_position"].tolist()
+    likeliest = torch.from_numpy(llm.expected[f"p{i}.argmax_per_position"])[:, None]
+    llm.close(f"p{i}.below the likeliest", logits.max(dim=-1).values, logits.gather(1, likeliest)[:, 0], LOGITS)
     wanted = llm.expected[f"p{i}.generated_sequences"][0, 1:].tolist()  # without the old transformers' first BOS
     assert written.tolist() == wanted[: len(written)] and len(wanted) == len(written)
     llm.close(
@@ -286,7 +287,7 @@ def test_one_step_of_training(train: Fixture, mode: str, opened: Any, tmp_path: 
     output.loss.backward()
     kept = batch["attention_mask"][..., None].expand(output.logits.shape).bool().numpy()
     train.compare(f"{mode}.loss", output.loss, 1e-5)
-    train.compare(f"{mode}.logits", output.logits, LOGITS * 5, kept=kept)
+    train.compare(f"{mode}.logits", output.logits, LOGITS, kept=kept)
     trained = {foreign(name): parameter for name, parameter in own.items() if parameter.requires_grad}
     wanted = train.manifest["results"][mode]["grad_norms"]
     assert trained.keys() == {name for name in wanted if mode == "train" or name != "lm_head.weight"}
