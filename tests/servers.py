@@ -56,11 +56,12 @@ def running(app: FastAPI) -> Iterator[str]:
 
 
 class Peer:
-    """A server that answers every connection with prepared bytes and closes it, or keeps silent; counts connections."""
+    """A server that answers every connection with prepared bytes and closes it, or is silent; keeps what it heard."""
 
     def __init__(self, answer: bytes | None) -> None:
         self.answer = answer
         self.connections = 0
+        self.heard = b""
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._kept: list[socket.socket] = []
@@ -77,7 +78,7 @@ class Peer:
             if self.answer is not None:
                 self._kept.pop()
                 with connection:
-                    connection.recv(1 << 20)
+                    self.heard = connection.recv(1 << 20)
                     connection.sendall(self.answer)
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import Peer, free_port, running, wait_for
 
+from llava.serve import web
 from llava.serve.controller import ControllerSettings, build_app
-from llava.serve.protocol import Chunk, decode_chunk, encode_chunk, split_chunks
+from llava.serve.heartbeat import stay_registered
+from llava.serve.protocol import Chunk, WorkerStatus, decode_chunk, encode_chunk, split_chunks
 from llava.serve.registration import SECRET_HEADER, SECRET_VARIABLE
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -129,6 +133,15 @@ def test_a_redirect_of_a_worker_is_not_followed(address: str, peers: list[Peer])
     assert chunk.error_code == 2 and target.connections == 0
 
 
+def test_a_worker_is_called_by_its_name_at_the_address_that_was_checked(address: str, peers: list[Peer]) -> None:
+    peers.append(Peer(http(ANSWER)))
+    name = peers[0].address.replace("127.0.0.1", "localhost")
+    assert register(address, name, "named").status_code == 200
+    assert [c.text for c in ask(address, "named")] == ["a", "ab"]
+    head = peers[0].heard.partition(b"\r\n\r\n")[0].lower().decode()
+    assert f"host: {name.removeprefix('http://')}\r\n" in head and "x-request-id: " in head
+
+
 def test_a_silent_heart_is_forgotten_and_comes_back(address: str, peers: list[Peer]) -> None:
     peers.append(Peer(http(json.dumps(STATUS).encode())))
     name = peers[0].address
@@ -213,6 +226,28 @@ def test_the_secret_is_asked_of_everybody(monkeypatch: pytest.MonkeyPatch) -> No
         assert httpx.post(f"{url}/list_models").json() == {"models": ["m"]}
 
 
+def test_a_worker_registers_again_until_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    status = WorkerStatus(model_names=["m"])
+
+    async def live(url: str, secret: str, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await stay_registered(url, "http://127.0.0.1:1", secret, lambda: status, 0.05)
+
+    with running(build_app(ControllerSettings(host="127.0.0.1", expiry_seconds=0.5))) as url:
+        asyncio.run(live(url, "wrong" * 8, 0.3))
+        assert httpx.post(f"{url}/list_models").json() == {"models": []}
+        assert "refuses this worker: 403" in caplog.text
+        asyncio.run(live(url, SECRET, 1.0))  # longer than a worker without heartbeats would be known
+        assert httpx.post(f"{url}/list_models").json() == {"models": ["m"]}
+    asyncio.run(live(f"http://127.0.0.1:{free_port()}", SECRET, 0.2))
+    assert "does not answer (ConnectError); trying again" in caplog.text
+    assert SECRET not in caplog.text
+
+
 def test_an_open_controller_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv(SECRET_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="need a secret"):
@@ -235,7 +270,7 @@ fields = st.sampled_from(["worker_name", "check_heart_beat", "worker_status", "q
 @given(
     st.sampled_from(PATHS), st.dictionaries(fields, json_values) | json_values, st.booleans(), st.binary(max_size=40)
 )
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_body_gives_a_traceback(address: str, path: str, asked: object, is_json: bool, raw: bytes) -> None:
     body = json.dumps(asked).encode() if is_json else raw
     kind = {"content-type": "application/json"}
@@ -252,3 +287,12 @@ def test_too_large_a_body_and_head_are_refused(address: str) -> None:
     with suppress(httpx.NetworkError):  # refused while it was still being sent
         assert httpx.post(f"{address}/list_models", headers={"X": "x" * 2_000_000}).status_code == 400
     assert httpx.post(f"{address}/list_models").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "BODY_SECONDS", 0.2)
+    kind = "Content-Type: application/json\r\nContent-Length: 9"
+    head = f"POST /receive_heart_beat HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n{{"
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=5) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")

@@ -70,6 +70,7 @@ class Controller:
         self.secret = secret
         self.pool = Pool(settings.dispatch_method, settings.expiry_seconds)
         self.client = WorkerClient(settings.worker_seconds)
+        self._refreshing = asyncio.Lock()
 
     def admit(self, request: Request) -> None:
         """Raise Refused unless the request may speak for a worker."""
@@ -97,6 +98,10 @@ class Controller:
 
     async def refresh(self) -> None:
         """Ask every worker for its status; those that give none are forgotten."""
+        async with self._refreshing:  # anybody may ask for this, and each time every worker is called
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         workers = self.pool.workers()
         said = await asyncio.gather(*(self.client.status(worker.address) for worker in workers))
         for worker, status in zip(workers, said, strict=True):
