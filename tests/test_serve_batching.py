@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,14 @@ def engine(pipeline: Pipeline) -> Iterator[BatchingEngine]:
     engine.close()
 
 
+def human(text: str) -> list[Turn]:
+    return [Turn(role="human", text=text)]
+
+
 def ask(
     engine: BatchingEngine, image: np.ndarray, question: str, settings: GenerationSettings = SHORT
 ) -> tuple[Any, str]:
-    first, *rest = engine.ask(image, [Turn(role="human", text=question)], settings, Event())
+    first, *rest = engine.ask(image, human(question), settings, Event())
     assert first.text == "" and all(piece.verdict is None for piece in rest)
     return first.verdict, "".join(piece.text for piece in rest)
 
@@ -74,7 +79,7 @@ def test_an_image_is_looked_at_once(pipeline: Pipeline, monkeypatch: pytest.Monk
 
 def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     long = GenerationSettings(max_new_tokens=400)
-    answers = [engine.ask(draw(1, n), [Turn(role="human", text="Why?")], long, Event()) for n in range(4)]
+    answers = [engine.ask(draw(1, n), human("Why?"), long, Event()) for n in range(4)]
     for answer in answers:
         next(answer), next(answer)
     for answer in answers:
@@ -82,25 +87,58 @@ def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     _, text = ask(engine, draw(1, 9), "Why?")
     assert text and not engine.decoder.rows and not engine._active
     stop = Event()
-    stopped = engine.ask(draw(1, 2), [Turn(role="human", text="Why?")], long, stop)
+    stopped = engine.ask(draw(1, 2), human("Why?"), long, stop)
     next(stopped)
     stop.set()
     assert len(list(stopped)) <= 2
+
+
+def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline) -> None:
+    engine, stop = BatchingEngine(pipeline, BatchConfig(rows=1)), Event()
+    long = GenerationSettings(max_new_tokens=400, temperature=10.0)
+    running = engine.ask(draw(1, 5), human("Why?"), long, Event())
+    next(running), next(running)
+    found: list[Any] = []
+    waiting = Thread(target=lambda: found.extend(engine.ask(draw(0, 5), human("Why?"), SHORT, stop)))
+    waiting.start()
+    sleep(0.2)
+    assert waiting.is_alive() and not found
+    stop.set()
+    waiting.join(2)
+    assert not waiting.is_alive() and not found
+    running.close()
+    assert ask(engine, draw(0, 5), "Why?")[1]
+    engine.close()
+
+
+def test_the_words_are_those_of_a_chat(engine: BatchingEngine, pipeline: Pipeline) -> None:
+    for label in (0, 1):
+        chat = pipeline.chat(draw(label, 5))
+        first, second = "".join(chat.ask(VERDICT_QUESTION)), "".join(chat.ask(QUESTIONS[1]))
+        turns = [*human(VERDICT_QUESTION), Turn(role="assistant", text=first), *human(QUESTIONS[1])]
+        for asked, text in ((turns[:1], first), (turns, second)):
+            start, *rest = engine.ask(draw(label, 5), asked, GenerationSettings(), Event())
+            assert start.verdict.label == chat.verdict.label and start.prompt_tokens > 0
+            assert "".join(piece.text for piece in rest) == text and rest[-1].tokens > 3
 
 
 def test_a_bad_question_fails_alone(engine: BatchingEngine) -> None:
     with pytest.raises(ValueError, match="must be by the human"):
         list(engine.ask(draw(1, 1), [Turn(role="assistant", text="Fake.")], SHORT, Event()))
     with pytest.raises(ValueError, match="there is none; send one"):
-        list(engine.ask(None, [Turn(role="human", text="Why?")], SHORT, Event()))
+        list(engine.ask(None, human("Why?"), SHORT, Event()))
+    with pytest.raises(ValueError, match="more than the model reads"):
+        ask(engine, draw(1, 1), "why " * 3000)
     with pytest.raises(ValueError, match="temperature"):
         ask(engine, draw(1, 1), "Why?", GenerationSettings(temperature=-1))
     assert ask(engine, draw(1, 1), "Why?")[1]
 
 
 def test_no_face_is_a_verdict_without_words(tiny_explainer: Path) -> None:
+    with pytest.raises(ValueError, match="gives verdicts and no words"):
+        BatchingEngine(Pipeline.from_pretrained(tiny_explainer.parent / "detector"))
     engine = BatchingEngine(Pipeline.from_pretrained(tiny_explainer, stability=False))
-    (only,) = engine.ask(np.zeros((64, 64, 3), np.uint8), [Turn(role="human", text="Why?")], SHORT, Event())
+    (only,) = engine.ask(np.zeros((64, 64, 3), np.uint8), human("Why?"), SHORT, Event())
     assert only.verdict is not None and only.verdict.label == VerdictLabel.INCONCLUSIVE
     engine.close()
 

@@ -28,6 +28,7 @@ from llava.pipeline.pipeline import Image, Pipeline
 from llava.serve.engine import Piece
 
 log = logging.getLogger(__name__)
+WAIT_SECONDS = 0.1
 UNFINISHED = "\ufffd"  # what a tokeniser gives for the first bytes of a character
 
 
@@ -99,7 +100,7 @@ class BatchingEngine:
         job = _Job(image, turns, settings, stop)
         self._waiting.put(job)
         try:
-            while (piece := job.pieces.get()) is not None:
+            while (piece := _next(job)) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
@@ -227,6 +228,16 @@ class BatchingEngine:
         self.decoder.leave(list(self.decoder.rows))
         for job in jobs:
             job.pieces.put(error)
+
+
+def _next(job: _Job) -> Piece | BaseException | None:
+    """Wait for a question's next piece; None also when it is given up before it was begun."""
+    while True:
+        try:
+            return job.pieces.get(timeout=WAIT_SECONDS)
+        except Empty:
+            if job.stop.is_set() and job.row is None:
+                return None
 
 
 def _digest(image: np.ndarray) -> str:
