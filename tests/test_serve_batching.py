@@ -93,10 +93,11 @@ def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     assert len(list(stopped)) <= 2
 
 
-def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline) -> None:
-    engine, stop = BatchingEngine(pipeline, BatchConfig(rows=1)), Event()
-    long = GenerationSettings(max_new_tokens=400, temperature=10.0)
-    running = engine.ask(draw(1, 5), human("Why?"), long, Event())
+def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, stop, gate = BatchingEngine(pipeline, BatchConfig(rows=1)), Event(), Event()
+    step = engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda: gate.wait(20) and step())
+    running = engine.ask(draw(1, 5), human("Why?"), SHORT, Event())
     next(running), next(running)
     found: list[Any] = []
     waiting = Thread(target=lambda: found.extend(engine.ask(draw(0, 5), human("Why?"), SHORT, stop)))
@@ -107,6 +108,7 @@ def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline) -> None:
     waiting.join(2)
     assert not waiting.is_alive() and not found
     running.close()
+    gate.set()
     assert ask(engine, draw(0, 5), "Why?")[1]
     engine.close()
 
