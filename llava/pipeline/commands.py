@@ -18,7 +18,7 @@ from llava.core.runtime import batched, write_json
 from llava.core.types import VerdictLabel, VideoVerdict
 from llava.data.inputs import FetchLimits, NamedImage, NamedInput, NamedVideo, expand, open_input
 from llava.pipeline.findings import Finding
-from llava.pipeline.settings import FaceSettings, ModelSettings, VideoSettings, WordSettings
+from llava.pipeline.settings import JudgeSettings, VideoSettings, WordSettings
 from llava.pipeline.tables import table_text, write_csv
 
 if TYPE_CHECKING:
@@ -29,16 +29,10 @@ FILES = ("csv", "html", "json_file")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskSettings(FaceSettings, ModelSettings):
+class AskSettings(JudgeSettings):
     """Which model is asked."""
 
     model: str = setting("m2f2", "folder, name in checkpoints/, or hub id")
-    prior: float | None = setting(
-        None, "share of forgeries expected among such images, 0.1 = one in ten; none = as in the calibration data"
-    )
-    stability: bool = setting(
-        True, "judge delivered versions of each face too (JPEG, resized, cropped); one that turns it makes it UNCERTAIN"
-    )
     fetch: FetchLimits = setting(FetchLimits())
 
 
@@ -76,7 +70,7 @@ AskVideo = Callable[[NamedVideo], Finding]
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
     names = _checked_inputs(settings)
-    pipeline = load_pipeline(settings)
+    pipeline = settings.load(settings.model)
 
     def ask_video(video: NamedVideo) -> Finding:
         return pipeline.video_finding(video, settings.video)
@@ -87,7 +81,7 @@ def detect(settings: DetectSettings) -> Iterator[str]:
 def explain(settings: ExplainSettings) -> Iterator[str]:
     """Yield the verdicts with their reasons, like `detect`."""
     names = _checked_inputs(settings)
-    pipeline = load_pipeline(settings)
+    pipeline = settings.load(settings.model)
     from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
@@ -109,7 +103,7 @@ def chat(settings: ChatSettings) -> Iterator[str]:
         raise ValueError(f"{name}: a conversation is about one image; ask about a video with `m2f2 explain`.")
     if image.problem:
         raise ValueError(f"{name}: {image.problem}")
-    pipeline = load_pipeline(settings)
+    pipeline = settings.load(settings.model)
     from llava.pipeline.pipeline import generation_settings
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
@@ -121,26 +115,6 @@ def chat(settings: ChatSettings) -> Iterator[str]:
         yield from session.ask(question)
         assert session.last is not None
         yield "\n" + (f"{session.last.remark}\n" if session.last.remark else "")
-
-
-def load_pipeline(settings: AskSettings) -> Pipeline:
-    """Load the model that the settings name."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from llava.pipeline.pipeline import Pipeline
-
-    disable_progress_bar()
-    faces = FaceSettings(face=settings.face, margin=settings.margin, whole_from=settings.whole_from)
-    return Pipeline.from_pretrained(
-        settings.model,
-        settings.device,
-        settings.precision,
-        settings.quantization,
-        faces,
-        settings.batch_size,
-        settings.prior,
-        settings.stability,
-    )
 
 
 def _checked_inputs(settings: DetectSettings) -> list[str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from llava.core.config import setting
+
+if TYPE_CHECKING:
+    from llava.pipeline.pipeline import Pipeline
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization: TypeAlias = Literal["none", "8bit", "4bit"]
@@ -50,6 +53,31 @@ class ModelSettings:
     precision: Precision = setting("auto", "of the explainer; auto = bf16 on a GPU, else fp32")
     quantization: Quantization = setting("none", "of the language model alone, so p_fake stays as it is")
     batch_size: int = setting(8, "faces that are looked at together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings(FaceSettings, ModelSettings):
+    """Everything that a pipeline is loaded with, except the model's name."""
+
+    prior: float | None = setting(
+        None, "share of forgeries expected among such images, 0.1 = one in ten; none = as in the calibration data"
+    )
+    stability: bool = setting(
+        True, "judge delivered versions of each face too (JPEG, resized, cropped); one that turns it makes it UNCERTAIN"
+    )
+
+    def load(self, name: str, quantization: Quantization | None = None) -> Pipeline:
+        """Load a model; `quantization` where it was spelled in another way. Raises ValueError or FileNotFoundError."""
+        from transformers.utils.logging import disable_progress_bar
+
+        from llava.pipeline.pipeline import Pipeline
+
+        disable_progress_bar()
+        faces = FaceSettings(face=self.face, margin=self.margin, whole_from=self.whole_from)
+        words = quantization or self.quantization
+        return Pipeline.from_pretrained(
+            name, self.device, self.precision, words, faces, self.batch_size, self.prior, self.stability
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import uvicorn
-
 from llava.core.config import setting
-from llava.pipeline.settings import FaceSettings, ModelSettings
+from llava.pipeline.settings import JudgeSettings
+from llava.serve.web import server_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from llava.serve.batching import BatchingEngine
 
-log = logging.getLogger(__name__)
-SHUTDOWN_SECONDS = 20
-
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(FaceSettings, ModelSettings):
+class ServeSettings(JudgeSettings):
     """What is served, where, and to whom."""
 
     model_path: str = setting("outputs/demo/explainer", "merged explainer: folder, name in checkpoints/, or hub id")
@@ -37,8 +30,6 @@ class ServeSettings(FaceSettings, ModelSettings):
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
-    prior: float | None = setting(None, "share of forgeries expected; none = as in the calibration data")
-    stability: bool = setting(True, "judge delivered versions of each face too")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a server that would stand open to the network."""
@@ -54,35 +45,12 @@ class ServeSettings(FaceSettings, ModelSettings):
         return self.model_name or Path(self.model_path).name
 
 
-class _Server(uvicorn.Server):
-    """A server that ends in order on Ctrl+C and SIGTERM; uvicorn's own raises the signal again when it has ended."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Take the signals over for as long as it runs."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
-    engine = load_engine(settings)
-    server = _Server(
-        uvicorn.Config(
-            build(settings, engine),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        )
-    )
+    from llava.serve.batching import BatchConfig, BatchingEngine
+
+    engine = BatchingEngine(settings.load(settings.model_path), BatchConfig(rows=settings.rows))
+    server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
     host, port = listener.getsockname()[:2]
     yield f"ready: http://{host}:{port}/docs (model {settings.name}; stop with Ctrl+C)\n"
@@ -110,25 +78,6 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
             ),
         )
     )
-
-
-def load_engine(settings: ServeSettings) -> BatchingEngine:
-    """Load the model behind an engine of this process."""
-    from llava.pipeline import Pipeline
-    from llava.serve.batching import BatchConfig, BatchingEngine
-
-    faces = FaceSettings(face=settings.face, margin=settings.margin, whole_from=settings.whole_from)
-    pipeline = Pipeline.from_pretrained(
-        settings.model_path,
-        settings.device,
-        settings.precision,
-        settings.quantization,
-        faces,
-        settings.batch_size,
-        settings.prior,
-        settings.stability,
-    )
-    return BatchingEngine(pipeline, BatchConfig(rows=settings.rows))
 
 
 def is_loopback(host: str) -> bool:

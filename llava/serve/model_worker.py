@@ -18,7 +18,7 @@ from fastapi.responses import StreamingResponse
 
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
-from llava.pipeline.settings import FaceSettings, ModelSettings, Quantization
+from llava.pipeline.settings import JudgeSettings, Quantization
 from llava.serve.heartbeat import stay_registered
 from llava.serve.protocol import MAX_IMAGE_BYTES, REQUEST_HEADER, GenerateRequest, WorkerStatus
 from llava.serve.refusals import Refused
@@ -37,7 +37,7 @@ REFUSED = {"--model-base": "a merged explainer (the output of stage 3) is served
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerSettings(SecretSettings, FaceSettings, ModelSettings):
+class WorkerSettings(SecretSettings, JudgeSettings):
     """Where the worker listens, which controller it belongs to, and what it serves."""
 
     model_path: str = setting(help="merged explainer: folder, name in checkpoints/, or hub id")
@@ -51,8 +51,6 @@ class WorkerSettings(SecretSettings, FaceSettings, ModelSettings):
     limit_waiting: int = setting(32, "requests that may wait; more are refused")
     limit_seconds: float = setting(300.0, "longest time for one request, its waiting included")
     heartbeat_seconds: float = setting(15.0, "time between two heartbeats")
-    prior: float | None = setting(None, "share of forgeries expected; none = as in the calibration data")
-    stability: bool = setting(True, "judge delivered versions of each face too")
     load_8bit: bool = setting(False, "published spelling of --quantization 8bit")
     load_4bit: bool = setting(False, "published spelling of --quantization 4bit")
     multi_modal: bool = setting(True, "accepted; the model always sees the image")
@@ -146,23 +144,9 @@ def translate(argv: Sequence[str]) -> Iterator[str]:
 
 def load_engine(settings: WorkerSettings) -> Engine:
     """Load the model behind an engine of this process."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from llava.pipeline import Pipeline
     from llava.serve.batching import BatchConfig, BatchingEngine
 
-    disable_progress_bar()
-    faces = FaceSettings(face=settings.face, margin=settings.margin, whole_from=settings.whole_from)
-    pipeline = Pipeline.from_pretrained(
-        settings.model_path,
-        settings.device,
-        settings.precision,
-        settings.bits,
-        faces,
-        settings.batch_size,
-        settings.prior,
-        settings.stability,
-    )
+    pipeline = settings.load(settings.model_path, settings.bits)
     return BatchingEngine(pipeline, BatchConfig(rows=settings.limit_model_concurrency))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TypeVar
 
 import uvicorn
@@ -78,19 +79,40 @@ def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
     return app
 
 
+class Server(uvicorn.Server):
+    """A server that ends in order on Ctrl+C and SIGTERM; uvicorn's own raises the signal again when it has ended."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals over for as long as it runs."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def server_of(app: FastAPI, host: str, port: int) -> Server:
+    """Give the server of an app; when it is told to stop, requests under way have a few seconds to end."""
+    return Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http="h11",  # limits the size of headers
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # who registers is the real peer, whatever a header says
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        )
+    )
+
+
 def serve(app: FastAPI, host: str, port: int) -> None:
-    """Run an app until it is told to stop; requests under way then have a few seconds to end."""
+    """Run an app until it is told to stop."""
     setup_logging()
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        http="h11",  # limits the size of headers
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # who registers is the real peer, whatever a header says
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
+    server_of(app, host, port).run()
