@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import uvicorn
 from PIL import Image
 from tiny_world import draw
 
+from llava.explainer.decoding import Decoder
 from llava.explainer.generation import GenerationSettings
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Pipeline
@@ -53,7 +55,9 @@ def pipeline(tiny_explainer: Path) -> Pipeline:
 @pytest.fixture(scope="module")
 def server(pipeline: Pipeline) -> Iterator[str]:
     engine = BatchingEngine(pipeline)
-    app = build_app(Service(engine=engine, model="tiny", limits=RequestLimits(requests_per_minute=10_000)))
+    app = build_app(
+        Service(engine=engine, model="tiny", limits=RequestLimits(requests_per_minute=10_000, max_active=16))
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -116,6 +120,19 @@ def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
     assert reply.notes == ["The system message was not used: the model has one of its own."]
     cut = client.chat.completions.create(model="tiny", messages=first, max_tokens=2)
     assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 2
+
+
+def test_sixteen_at_once_are_one_batch(server: str, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    widest: list[int] = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self: (widest.append(len(self.rows)), step(self)))
+    asked = [{"model": "tiny", "messages": messages(draw(n % 2, n)), "max_tokens": 40} for n in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda body: httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60), asked))
+    assert [reply.status_code for reply in found] == [200] * 16
+    for n, reply in enumerate(found):
+        assert reply.json()["choices"][0]["message"]["content"] == said_alone(pipeline, draw(n % 2, n)).text
+    assert max(widest) > 8
 
 
 BAD = {

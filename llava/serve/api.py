@@ -7,8 +7,10 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Event
 from typing import Annotated, Any
 
@@ -50,6 +52,11 @@ class Service:
     uploads: UploadLimits = field(default_factory=UploadLimits)
     fetcher: Fetcher | None = None
 
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        """Give the threads that wait for the engine, one for each request that is worked on."""
+        return ThreadPoolExecutor(self.limits.max_active, thread_name_prefix="answer")
+
 
 def build_app(service: Service) -> FastAPI:
     """Make the application; it holds no other state than `service` and its counters."""
@@ -59,6 +66,7 @@ def build_app(service: Service) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await fetcher.aclose()
+        service.threads.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, redoc_url=None)
     app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=lambda path: path not in OPEN_PATHS)
@@ -209,7 +217,8 @@ async def _pieces(
     stop, started, tokens = Event(), time.monotonic(), 0
     pieces = service.engine.ask(image.pixels, turns, settings, stop)
     try:
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        loop = asyncio.get_running_loop()
+        while (piece := await loop.run_in_executor(service.threads, next, pieces, None)) is not None:
             if piece.verdict is not None:
                 measures.judged([piece.verdict])
             tokens = max(tokens, piece.tokens)
