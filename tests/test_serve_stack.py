@@ -213,7 +213,7 @@ def test_a_secret_keeps_strangers_out(stack: Stack, tmp_path: Path) -> None:
         assert httpx.post(f"{address}/register_worker", json=forged).status_code == 403
         assert httpx.post(f"{address}/list_models").json() == {"models": ["with"]}
         for process in (controller, worker):
-            assert process.stop() == -signal.SIGTERM  # uvicorn ends in good order, then by the signal that it got
+            assert process.stop() == 0
             assert "Application shutdown complete" in process.log.read_text()
     finally:
         controller.kill()
