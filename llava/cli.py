@@ -67,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"m2f2: {_one_line(error)}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if is_debug or (error.name or "").partition(".")[0] == "llava":
+            raise
+        extras = "pip install 'm2f2-det[train,eval,serve]'"
+        print(f"m2f2: the package {error.name!r} is not installed; the extras bring it: {extras}", file=sys.stderr)
+        return 2
     except Incomplete as error:
         print(f"m2f2: {_one_line(error)}", file=sys.stderr)
         return 1

@@ -144,3 +144,13 @@ def test_detectors_are_listed_with_their_classes() -> None:
     lines = cli.list_detectors().splitlines()
     assert [line.split()[0] for line in lines] == list(DETECTORS)
     assert all("real | fake" in line for line in lines if line.startswith("m2f2det"))
+
+
+def test_a_missing_package_is_named_with_the_extras(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "limits", None)
+    monkeypatch.delitem(sys.modules, "llava.serve.limits", raising=False)
+    monkeypatch.setitem(COMMANDS, "broken", Command("llava.serve.limits:RateLimiter", "needs a package"))
+    assert main(["broken"]) == 2
+    assert "the package 'limits' is not installed; the extras bring it: pip install" in capsys.readouterr().err

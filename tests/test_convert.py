@@ -363,7 +363,9 @@ def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.e2e
-def test_llava_with_and_without_its_tower_becomes_a_base(tmp_path: Path, clip: str, checkpoints: Path) -> None:
+def test_llava_with_and_without_its_tower_becomes_a_base(
+    tmp_path: Path, clip: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = publish(tmp_path / "llava", clip, None)
     PublishedFolder(source).write(tmp_path / "whole")
     tensors = TensorFiles(sorted(source.glob("*.safetensors")))
@@ -379,6 +381,14 @@ def test_llava_with_and_without_its_tower_becomes_a_base(tmp_path: Path, clip: s
     torch.save(bare, source / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"holds no \*\.safetensors"):
         PublishedFolder(source)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"mm_vision_tower": "owner/clip"}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        FileNotFoundError, match=r"without a CLIP vision tower\. No model at 'owner/clip'.*--vision_tower"
+    ):
+        PublishedFolder(source)
+    (source / "config.json").write_text(json.dumps(settings))
     PublishedFolder(source, vision_tower=str(tmp_path / "vision_tower.pth")).write(tmp_path / "joined")
     whole, joined = (
         TensorFiles([folder / "model.safetensors"]) for folder in (tmp_path / "whole", tmp_path / "joined")

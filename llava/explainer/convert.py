@@ -79,7 +79,7 @@ class PublishedFolder:
         if f"{TOWER}embeddings.patch_embedding.weight" not in self.tensors:
             tower = vision_tower or named
             log.info("%s holds no CLIP vision tower; taking %s", folder, tower)
-            self.tensors.add([Path(tower)] if Path(tower).is_file() else tensor_files_in(resolve(tower)), _tower_name)
+            self.tensors.add(_tower_files(tower), _tower_name)
         clip = clip or (named if (Path(named) / CONFIG_NAME).is_file() else None)
         self.config = self._config(None if clip is None else read_clip_config(clip))
         with torch.device("meta"):
@@ -123,6 +123,19 @@ def ready(name: str | Path) -> Path:
         log.info("%s has the published layout (%s); writing %s", folder, published.plan.counts(), target)
         published.write(target)
     return target
+
+
+def _tower_files(tower: str) -> list[Path]:
+    """Find the files of a CLIP vision tower. Raises FileNotFoundError that says how to name another."""
+    if Path(tower).is_file():
+        return [Path(tower)]
+    try:
+        return tensor_files_in(resolve(tower))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"These weights come without a CLIP vision tower. {error} With such a copy, or a vision_tower.pth, run: "
+            "python scripts/convert_m2f2.py --model_path FOLDER --vision_tower COPY --save_path OUT"
+        ) from error
 
 
 def _tower_name(stored: str) -> str:
