@@ -151,6 +151,6 @@ def test_a_missing_package_is_named_with_the_extras(
 ) -> None:
     monkeypatch.setitem(sys.modules, "limits", None)
     monkeypatch.delitem(sys.modules, "llava.serve.limits", raising=False)
-    monkeypatch.setitem(COMMANDS, "broken", Command("llava.serve.limits:RateLimiter", "needs a package"))
-    assert main(["broken"]) == 2
+    monkeypatch.setitem(cli.COMMANDS, "broken", cli.Command("llava.serve.limits:RateLimiter", "needs a package"))
+    assert cli.main(["broken"]) == 2
     assert "the package 'limits' is not installed; the extras bring it: pip install" in capsys.readouterr().err
