@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from time import sleep
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_world import draw
 
 from llava.core.types import Turn, VerdictLabel
@@ -20,6 +22,7 @@ from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.batching import BatchConfig, BatchingEngine
 
+ROOT = Path(__file__).parents[1]
 QUESTIONS = (VERDICT_QUESTION, "Does the nose look real or fake?", "Why?")
 SHORT = GenerationSettings(max_new_tokens=16)
 
@@ -61,7 +64,7 @@ def test_many_at_once_are_answered_as_one_alone(engine: BatchingEngine, pipeline
         wanted, words = alone(pipeline, image, question)
         assert text == words
         assert verdict.label == wanted.label and verdict.p_fake == pytest.approx(wanted.p_fake, abs=1e-6)
-    assert len(engine._seen) == 2, "only the newest images are kept"
+    assert len(engine.looks.images) == 2, "only the newest images are kept"
 
 
 def test_an_image_is_looked_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +75,39 @@ def test_an_image_is_looked_at_once(pipeline: Pipeline, monkeypatch: pytest.Monk
     for question in QUESTIONS:
         ask(engine, draw(1, 5), question)
     assert looks == [1]
-    (seen,) = engine._seen.values()
+    (seen,) = engine.looks.images.values()
     assert len(seen.prefixes) == 1
     engine.close()
+
+
+def test_a_face_that_was_found_is_not_looked_at_again(tiny_explainer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The crop is asked about, then the photo it was cut from; each answer is the one without a memory."""
+    pipeline = Pipeline.from_pretrained(tiny_explainer)
+    photo = np.asarray(Image.open(ROOT / "utils" / "demo_faces" / "grace_hopper.jpg").convert("RGB"))
+    crops = [finding.pixels for finding in pipeline.findings([photo])]
+    fresh = BatchingEngine(pipeline)
+    wanted = [ask(fresh, picture, "Why?") for picture in (crops[0], photo)]
+    fresh.close()
+    passes: list[int] = []
+    real = pipeline.detector.forward
+    monkeypatch.setattr(pipeline.detector, "forward", lambda *a, **k: passes.append(1) or real(*a, **k))
+    engine = BatchingEngine(pipeline)
+    found = engine.findings([photo])
+    looked = len(passes)
+    assert looked > 0 and [finding.verdict.face for finding in found] == list(range(1, len(crops) + 1))
+    for picture, (verdict, text) in zip((crops[0], photo), wanted, strict=True):
+        again, words = ask(engine, picture, "Why?")
+        assert words == text
+        assert replace(again, p_fake=None) == replace(
+            verdict, p_fake=None, raw_p_fake=again.raw_p_fake, stability=again.stability, **numbers(again)
+        )
+        assert again.p_fake == pytest.approx(verdict.p_fake, abs=1e-6)
+    assert len(passes) == looked, "the detector ran for the finding alone"
+    engine.close()
+
+
+def numbers(verdict: Any) -> dict[str, Any]:
+    return {"probabilities": verdict.probabilities, "evidence": verdict.evidence}
 
 
 def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:

@@ -66,16 +66,26 @@ def entry_of(finding: Finding, source: NamedInput) -> Facts:
 
 def case_of(pipeline: Pipeline, entries: Sequence[Facts], settings: Mapping[str, Any] | None = None) -> Facts:
     """Give the facts of a whole case file: when, by which model and software, how it was asked, and the entries."""
+    return case_about(model_facts(pipeline), entries, settings)
+
+
+def model_facts(pipeline: Pipeline) -> Facts:
+    """Give what a case file says of a model; reads its weight files once for their SHA-256."""
     detector = pipeline.detector
     return {
+        "name": pipeline.name,
+        "detector": detector.name,
+        "detector_sha256": detector.fingerprint(),
+        "explainer_sha256": _explainer_sha256(pipeline),
+        "calibration": None if detector.calibration is None else to_dict(detector.calibration),
+    }
+
+
+def case_about(model: Facts, entries: Sequence[Facts], settings: Mapping[str, Any] | None = None) -> Facts:
+    """Give the facts of a whole case file as `case_of` does, for a model of which the facts are known."""
+    return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "name": pipeline.name,
-            "detector": detector.name,
-            "detector_sha256": detector.fingerprint(),
-            "explainer_sha256": _explainer_sha256(pipeline),
-            "calibration": None if detector.calibration is None else to_dict(detector.calibration),
-        },
+        "model": model,
         "software": {"m2f2": __version__, **software()},
         "settings": dict(settings or {}),
         "limits": list(LIMITS),

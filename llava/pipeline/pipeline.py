@@ -126,16 +126,20 @@ class Pipeline:
 
     def findings(self, images: Sequence[Image]) -> Iterator[Finding]:
         """Yield the verdicts as `detect` gives them, each beside the crop and the map that it rests on."""
+        for found, _ in self.looks(images):
+            yield from found
+
+    def looks(self, images: Sequence[Image]) -> Iterator[tuple[list[Finding], Encoded | None]]:
+        """Yield what `look` gives for the faces of images, batch by batch."""
         for batch in batched(self._faces(images), self.batch_size):
-            yield from self.look(batch, self.stability)[0]
+            yield self.look(batch, self.stability)
 
     def explained_findings(
         self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
     ) -> Iterator[Finding]:
         """Yield the explanations as `explain_all` gives them, each beside the crop and the map."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
-        for batch in batched(self._faces(images), self.batch_size):
-            found, encoded = self.look(batch, self.stability)
+        for found, encoded in self.looks(images):
             conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
             texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
             for finding in found:

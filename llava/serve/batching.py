@@ -6,27 +6,28 @@ the newest images are kept in memory for the next question.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llava.core.config import setting
-from llava.core.types import Turn, Verdict
-from llava.explainer.decoding import Decoder, Prefix, Row
+from llava.core.types import Turn
+from llava.data.inputs import NamedVideo
+from llava.explainer.decoding import Decoder, Row
 from llava.explainer.generation import GenerationSettings
-from llava.explainer.modeling import Encoded
-from llava.pipeline.findings import Finding
+from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.pipeline import Image, Pipeline
 from llava.serve.engine import Piece
+from llava.serve.looks import Looks, Seen
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
 UNFINISHED = "\ufffd"  # what a tokeniser gives for the first bytes of a character
@@ -69,15 +70,6 @@ class _Call:
                 self.result.set_exception(error)
 
 
-@dataclass(eq=False)
-class _Seen:
-    """An image that was looked at: its verdict, what the words need, and the prefixes that were run for it."""
-
-    verdict: Verdict
-    encoded: Encoded | None
-    prefixes: dict[tuple[int, ...], Prefix] = field(default_factory=dict)
-
-
 class BatchingEngine:
     """Answers questions about images; `ask` may be called from any thread. Close it to end its own thread."""
 
@@ -87,7 +79,7 @@ class BatchingEngine:
         self.decoder = Decoder(explainer.model, explainer.processor)
         self._waiting: SimpleQueue[_Job | _Call | None] = SimpleQueue()
         self._active: list[_Job] = []
-        self._seen: OrderedDict[str, _Seen] = OrderedDict()
+        self.looks = Looks(pipeline, self.config.images)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -109,15 +101,33 @@ class BatchingEngine:
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face of images, without words, as `Engine.findings` says."""
-        call = _Call(lambda: list(self.pipeline.findings(images)))
-        self._waiting.put(call)
-        result: list[Finding] = call.result.result()
-        return result
+        return self._call(lambda: self.looks.findings(images))
+
+    def video_finding(self, video: NamedVideo) -> VideoFinding:
+        """Give the finding on a video, as `Engine.video_finding` says."""
+        return self._call(lambda: self.pipeline.video_finding(video))
+
+    def model_facts(self) -> dict[str, Any]:
+        """Give what a case file says of the model; its weight files are read at the first call alone."""
+        return self._facts
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        from llava.pipeline.cases import model_facts  # here, because only a case file needs matplotlib and Jinja
+
+        return model_facts(self.pipeline)
 
     def close(self) -> None:
         """End the thread; questions on their way are not finished."""
         self._waiting.put(None)
         self._thread.join()
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Have the engine's thread do something between two tokens, and wait for what it gives or raises."""
+        call = _Call(work)
+        self._waiting.put(call)
+        result: T = call.result.result()
+        return result
 
     def _run(self) -> None:
         while (jobs := self._take()) is not None:
@@ -150,7 +160,7 @@ class BatchingEngine:
     def _begin(self, jobs: Sequence[_Job]) -> None:
         """Look at the images of new questions, tell their verdicts, and let them into the batch."""
         asked = []
-        for job, seen in zip(jobs, self._look(jobs), strict=True):
+        for job, seen in zip(jobs, self.looks.at([job.image for job in jobs]), strict=True):
             try:
                 ids, suffix = self.decoder.split(job.turns, job.settings)
                 row = Row(
@@ -178,7 +188,7 @@ class BatchingEngine:
             raise ValueError(f"The conversation has {length} tokens, more than the model reads; begin a new one.")
         return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
-    def _run_prefixes(self, wanted: Sequence[tuple[_Seen, tuple[int, ...]]]) -> None:
+    def _run_prefixes(self, wanted: Sequence[tuple[Seen, tuple[int, ...]]]) -> None:
         """Run the prefixes that no earlier question needed, one batch for all images with the same ids."""
         for ids in dict.fromkeys(ids for _, ids in wanted):
             new = list(dict.fromkeys(seen for seen, other in wanted if other == ids and ids not in seen.prefixes))
@@ -186,24 +196,6 @@ class BatchingEngine:
             if images:
                 for seen, prefix in zip(new, self.decoder.prefixes(ids, images), strict=True):
                     seen.prefixes[ids] = prefix
-
-    def _look(self, jobs: Sequence[_Job]) -> list[_Seen]:
-        """Give what was seen in each question's image; new images are looked at as one batch."""
-        names = [_digest(job.image) for job in jobs]
-        new = {name: job.image for name, job in zip(names, jobs, strict=True) if name not in self._seen}
-        if new:
-            faces = [self.pipeline.face_of(image) for image in new.values()]
-            found, encoded = self.pipeline.look(faces, self.pipeline.stability)
-            places = iter(range(len(new)))
-            for name, finding in zip(new, found, strict=True):
-                row = encoded.take([next(places)]) if encoded is not None and finding.pixels is not None else None
-                self._seen[name] = _Seen(finding.verdict, row)
-        seen = [self._seen[name] for name in names]
-        for name in names:
-            self._seen.move_to_end(name)
-        while len(self._seen) > self.config.images:
-            self._seen.popitem(last=False)
-        return seen
 
     def _tell(self) -> None:
         """Hand out what was written, and let go of answers that are done or that nobody waits for."""
@@ -238,9 +230,3 @@ def _next(job: _Job) -> Piece | BaseException | None:
         except Empty:
             if job.stop.is_set() and job.row is None:
                 return None
-
-
-def _digest(image: np.ndarray) -> str:
-    digest = hashlib.sha256(repr(image.shape).encode())
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.hexdigest()

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llava.core.types import Turn, Verdict
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from llava.data.inputs import NamedVideo
     from llava.explainer.generation import GenerationSettings
-    from llava.pipeline.findings import Finding
+    from llava.pipeline.findings import Finding, VideoFinding
     from llava.pipeline.pipeline import Image
 
 
@@ -44,4 +45,12 @@ class Engine(Protocol):
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face of images, largest first, without words."""
+        ...
+
+    def video_finding(self, video: NamedVideo) -> VideoFinding:
+        """Give the finding on the face that a video shows longest, without words. Raises ValueError where it cannot."""
+        ...
+
+    def model_facts(self) -> dict[str, Any]:
+        """Give what a case file says of the model; see `llava.pipeline.cases.model_facts`."""
         ...
