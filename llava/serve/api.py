@@ -8,11 +8,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Event
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,9 @@ from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
 from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_still
 
+if TYPE_CHECKING:
+    from llava.serve.page.door import PageDoor
+
 log = logging.getLogger(__name__)
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")
 MAX_FILES = 16
@@ -51,6 +54,11 @@ class Service:
     limits: RequestLimits = field(default_factory=RequestLimits)
     uploads: UploadLimits = field(default_factory=UploadLimits)
     fetcher: Fetcher | None = None
+    page: PageDoor | None = None
+
+    def is_guarded(self, path: str) -> bool:
+        """Say whether a path needs a key and a turn; the page has a login and rates of its own."""
+        return path not in OPEN_PATHS and not (self.page is not None and self.page.owns(path))
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
@@ -64,12 +72,13 @@ def build_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with service.page.lifespan() if service.page else nullcontext():
+            yield
         await fetcher.aclose()
         service.threads.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=lambda path: path not in OPEN_PATHS)
+    app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=service.is_guarded)
     app.add_middleware(measures.middleware)
     app.add_exception_handler(Refused, refusal_response)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -77,6 +86,9 @@ def build_app(service: Service) -> FastAPI:
     _add_basics(app, service, measures)
     _add_faces(app, service, measures)
     _add_chat(app, service, fetcher, measures)
+    if service.page is not None:
+        app.mount("/", service.page)
+        app.state.close_streams = service.page.close
     return app
 
 

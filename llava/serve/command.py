@@ -1,4 +1,4 @@
-"""`m2f2 serve`: one model, its API and documentation, in one process."""
+"""`m2f2 serve`: one model, its page, its API and documentation, in one process."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class ServeSettings(JudgeSettings):
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
+    page: bool = setting(True, "serve the web page, too; false = the API alone")
+    examples: str | None = setting("utils/demo_faces", "folder of the photos that the page offers; none = none")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a server that would stand open to the network."""
@@ -53,7 +55,8 @@ def serve(settings: ServeSettings) -> Iterator[str]:
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
     host, port = listener.getsockname()[:2]
-    yield f"ready: http://{host}:{port}/docs (model {settings.name}; stop with Ctrl+C)\n"
+    where = "" if settings.page else "/docs"
+    yield f"ready: http://{host}:{port}{where} (model {settings.name}; stop with Ctrl+C)\n"
     try:
         server.run(sockets=[listener])
     finally:
@@ -66,18 +69,15 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
     from llava.serve.keys import KeyRing
     from llava.serve.limits import RequestLimits
 
-    return build_app(
-        Service(
-            engine=engine,
-            model=settings.name,
-            keys=KeyRing(settings.keys) if settings.keys else None,
-            limits=RequestLimits(
-                requests_per_minute=settings.requests_per_minute,
-                max_active=settings.rows,
-                max_waiting=4 * settings.rows,
-            ),
-        )
-    )
+    keys = KeyRing(settings.keys) if settings.keys else None
+    per_minute, rows = settings.requests_per_minute, settings.rows
+    limits = RequestLimits(requests_per_minute=per_minute, max_active=rows, max_waiting=4 * rows)
+    page = None
+    if settings.page:
+        from llava.serve.page.mount import open_page
+
+        page = open_page(engine, limits, keys=keys, examples=settings.examples)
+    return build_app(Service(engine=engine, model=settings.name, keys=keys, limits=limits, page=page))
 
 
 def is_loopback(host: str) -> bool:

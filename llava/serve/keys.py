@@ -93,6 +93,16 @@ class KeyRing:
                 found = key
         return found if found is not None and found.is_valid(now or datetime.now(UTC)) else None
 
+    def is_of(self, presented: str, name: str) -> bool:
+        """Say whether the valid key that was presented has this name."""
+        key = self.find(presented)
+        return key is not None and key.name == name
+
+    def has(self, name: str) -> bool:
+        """Say whether a key of this name is valid now."""
+        self._read_again()
+        return any(key.name == name and key.is_valid(datetime.now(UTC)) for key in self._keys)
+
     def _read_again(self) -> None:
         """Follow the file; while it is missing or damaged no key is valid."""
         state = _state(self._path)

@@ -1,0 +1,179 @@
+"""What stands between the network and the page: only its own routes, its own files and so many requests pass."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from gradio.utils import get_upload_folder
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from llava.serve.limits import RateLimiter, RequestLimits, address_identity
+from llava.serve.refusals import Refused
+
+FILES = ("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/logout", "/manifest.json")
+FILE_FOLDERS = ("/assets/", "/static/", "/svelte/")
+STREAMS = ("/gradio_api/queue/data", "/gradio_api/upload_progress")
+STREAM_FOLDER = "/gradio_api/heartbeat/"
+UPLOAD, JOIN, LOGIN = "/gradio_api/upload", "/gradio_api/queue/join", "/login"
+SMALL = ("/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/startup-events")
+FILES_PER_MINUTE = 1200  # of one address; the page has about a hundred, which a browser then keeps
+MAX_STREAMS = 500  # every open page holds one or two
+MAX_STEP_BYTES = 100_000
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "media-src 'self' blob:; connect-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class PageDoor:
+    """ASGI application: lets the routes through that the page needs and answers 404 to all others that Gradio has.
+
+    So no file of the server is read, no address fetched and nothing proxied. Steps of the page (uploads, questions,
+    logins) count against `requests_per_minute` of their address, its files and streams have limits of their own.
+    """
+
+    def __init__(self, app: FastAPI, limits: RequestLimits) -> None:
+        self._app, self._limits = app, limits
+        self._rates, self._streams, self._closing = RateLimiter(), 0, asyncio.Event()
+
+    def owns(self, path: str) -> bool:
+        """Say whether a path is the page's, and so has its own login and rates."""
+        known = (*FILES, *STREAMS, UPLOAD, JOIN, LOGIN, *SMALL)
+        return path in known or path.startswith((*FILE_FOLDERS, STREAM_FOLDER))
+
+    def close(self) -> None:
+        """End the streams, which would go on for as long as a page is open."""
+        self._closing.set()
+
+    def lifespan(self) -> AbstractAsyncContextManager[Any]:
+        """Start and end what belongs to the page."""
+        return self._app.router.lifespan_context(self._app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises HTTPException (404) for a path or method that is not the page's."""
+        if scope["type"] != "http":
+            raise HTTPException(404)
+        path, method = scope["path"], scope["method"]
+        try:
+            if method in ("GET", "HEAD") and (path in FILES or path.startswith(FILE_FOLDERS) or path in SMALL):
+                self._count(scope, "files", FILES_PER_MINUTE)
+                await self._app(_without_links(scope), receive, _with_headers(send))
+            elif method == "GET" and (path in STREAMS or path.startswith(STREAM_FOLDER)):
+                await self._stream(scope, receive, send)
+            elif method == "POST" and path in (UPLOAD, JOIN, LOGIN, *SMALL):
+                await self._step(scope, receive, send)
+            else:
+                raise HTTPException(404, f"There is no {method} {path[:80]} here.")
+        except Refused as error:
+            await _refusal(error, path)(scope, receive, send)
+
+    async def _step(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let something through that a person does. Raises Refused (400, 403, 408, 413, 429)."""
+        request = Request(scope, receive)
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise Refused(403, "Another site may not send anything to this page.")
+        if scope["path"] in SMALL:
+            self._count(scope, "files", FILES_PER_MINUTE)
+        else:
+            self._count(scope, "steps", self._limits.requests_per_minute)
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                if scope["path"] == JOIN:
+                    receive = _again(await _checked(request))
+                await self._app(scope, receive, _with_headers(send))
+        except TimeoutError:
+            raise Refused(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a stream through until it ends or the server does. Raises Refused (429, 503)."""
+        self._count(scope, "files", FILES_PER_MINUTE)
+        if self._streams >= MAX_STREAMS:
+            raise Refused(503, "Too many pages are open here; try again in a minute.", 60.0)
+        self._streams += 1
+        answer = asyncio.ensure_future(self._app(scope, receive, send))
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.wait({answer, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                await answer
+            else:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._streams -= 1
+            answer.cancel()
+            closing.cancel()
+            await asyncio.gather(answer, closing, return_exceptions=True)
+
+    def _count(self, scope: Scope, what: str, per_minute: int) -> None:
+        host = (scope.get("client") or ("unknown",))[0]
+        self._rates.hit(f"{what} {address_identity(host)}", per_minute)
+
+
+async def _checked(request: Request) -> bytes:
+    """Read a step. Raises Refused where it is too long, no JSON, or names a file that was not uploaded (400, 413)."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_STEP_BYTES:
+            raise Refused(413, f"A question is larger than {MAX_STEP_BYTES:,} bytes, the limit.")
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, "The request is no JSON.") from None
+    if not _is_harmless(content, Path(get_upload_folder()).resolve()):
+        raise Refused(400, "The request names a file or an address that was not uploaded here.")
+    return bytes(body)
+
+
+def _is_harmless(content: Any, folder: Path) -> bool:
+    """Say whether every file in JSON lies in the folder of uploads: Gradio would fetch or copy any other."""
+    if isinstance(content, Mapping):
+        path = content.get("path")
+        if path is not None and not (isinstance(path, str) and Path(path).resolve().is_relative_to(folder)):
+            return False
+        return all(_is_harmless(value, folder) for value in content.values())
+    return not isinstance(content, list) or all(_is_harmless(value, folder) for value in content)
+
+
+def _without_links(scope: Scope) -> Scope:
+    """Leave out what an address may ask the page to load; only the look of it may be chosen."""
+    kept = [part for part in scope["query_string"].split(b"&") if part.startswith((b"__theme=", b"vite", b"v="))]
+    return {**scope, "query_string": b"&".join(kept)}
+
+
+def _with_headers(send: Send) -> Send:
+    async def headed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+            message["headers"] = [*message["headers"], *added]
+        await send(message)
+
+    return headed
+
+
+def _again(body: bytes) -> Receive:
+    """Give a body that was read."""
+
+    async def received() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return received
+
+
+def _refusal(error: Refused, path: str) -> Response:
+    """Give the reply that Gradio's page shows as a sentence."""
+    if path == UPLOAD:
+        return PlainTextResponse(str(error), error.status, headers=error.headers)
+    return JSONResponse({"detail": str(error), **error.content}, error.status, headers=error.headers)

@@ -1,0 +1,221 @@
+"""What the page does when a person does something: look, choose a face, ask, ask again, stop, clear, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from llava.core.types import Explanation, Turn, VideoVerdict
+from llava.data.inputs import NamedImage
+from llava.explainer.generation import GenerationSettings
+from llava.explainer.prompts import VERDICT_QUESTION
+from llava.pipeline.agreement import explanation
+from llava.pipeline.cases import case_about, entry_of, render_case
+from llava.pipeline.findings import Finding
+from llava.serve.engine import Engine
+from llava.serve.page import views, words
+from llava.serve.page.visits import Visit, Visits
+from llava.serve.refusals import Refused
+from llava.serve.uploads import UploadLimits, read_upload
+
+log = logging.getLogger(__name__)
+MAX_QUESTION = 2_000  # characters
+OTHER_WORDS = 0.7  # temperature of an answer that is asked for again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screen:
+    """What changes on the page; None leaves a part as it is.
+
+    faces: how many there are to choose from. notice: a sentence on what went wrong; say: what is spoken to people who
+    hear the page. is_open: whether there is a verdict to show; is_busy: whether something is written.
+    """
+
+    photo: Markup | None = None
+    faces: int | None = None
+    chosen: int = 0
+    card: Markup | None = None
+    words: Markup | None = None
+    heatmap: Markup | None = None
+    notice: str | None = None
+    say: str | None = None
+    is_open: bool | None = None
+    is_busy: bool | None = None
+    question: str | None = None
+
+
+def told(step: Callable[..., Iterator[Screen]]) -> Callable[..., Iterator[Screen]]:
+    """Make a step end with a sentence on the page where it fails; what nobody foresaw goes to the log."""
+
+    @wraps(step)
+    def safe(*given: Any) -> Iterator[Screen]:
+        try:
+            yield from step(*given)
+        except ValueError as error:
+            yield Screen(notice=str(error), say=str(error), is_busy=False)
+        except Exception:
+            log.exception("A step of the page failed")
+            yield Screen(notice=words.FAILED, say=words.FAILED, is_busy=False)
+
+    return safe
+
+
+class Flow:
+    """The steps of all open pages; `page` names the one that acts."""
+
+    def __init__(self, engine: Engine, uploads: UploadLimits | None = None, visits: Visits | None = None) -> None:
+        self._engine = engine
+        self._uploads = uploads or UploadLimits()
+        self._visits = visits or Visits()
+
+    @told
+    def look(self, page: str, read: Callable[[], tuple[bytes, str]]) -> Iterator[Screen]:
+        """Find the faces of a picture or video, show the verdict on the largest one, and explain it.
+
+        read: gives content and name of the file.
+        """
+        self._visits.drop(page)
+        yield Screen(notice="", say="Looking at your file.", is_busy=True)
+        visit = self._seen(*read())
+        self._visits.put(page, visit)
+        yield from self._shown(visit)
+
+    @told
+    def choose(self, page: str, number: int) -> Iterator[Screen]:
+        """Talk about another face of the same picture."""
+        visit = self._visit(page)
+        if not 0 <= number < len(visit.findings):
+            raise Refused(400, f"There is no face {number + 1}; choose 1 to {len(visit.findings)}.")
+        visit.begin()
+        visit.chosen = number
+        yield from self._shown(visit)
+
+    @told
+    def ask(self, page: str, question: str) -> Iterator[Screen]:
+        """Answer one more question about the face."""
+        visit, question = self._visit(page), question.strip()
+        if not question:
+            raise Refused(400, words.EMPTY)
+        if len(question) > MAX_QUESTION:
+            raise Refused(413, f"The question has {len(question):,} characters; at most {MAX_QUESTION:,} are read.")
+        yield from self._written(visit, question, GenerationSettings(), visit.answers)
+
+    @told
+    def again(self, page: str) -> Iterator[Screen]:
+        """Write the last answer again, in other words."""
+        visit = self._visit(page)
+        question = visit.answers[-1].question if visit.answers else VERDICT_QUESTION
+        visit.rewrites += 1
+        settings = GenerationSettings(temperature=OTHER_WORDS, seed=visit.rewrites)
+        yield from self._written(visit, question, settings, visit.answers[:-1])
+
+    @told
+    def stop(self, page: str) -> Iterator[Screen]:
+        """End the answer that is being written; what there is of it stays."""
+        self._visit(page).stop.set()
+        yield Screen(is_busy=False)
+
+    @told
+    def clear(self, page: str) -> Iterator[Screen]:
+        """Forget the picture and everything that was said."""
+        self._visits.drop(page)
+        empty = Markup("")
+        parts: dict[str, Any] = {"photo": empty, "card": empty, "words": empty, "heatmap": empty, "question": ""}
+        yield Screen(**parts, faces=0, notice="", say="Cleared.", is_open=False, is_busy=False)
+
+    def report(self, page: str, kind: str) -> dict[str, str]:
+        """Give the case file of a visit as a file to save: name, type and text. Raises Refused."""
+        visit = self._visit(page)
+        entries = [
+            entry_of(replace(finding, explanation=next(iter(visit.said.get(number, ())), None)), visit.source)
+            for number, finding in enumerate(visit.findings)
+        ]
+        case = case_about(self._engine.model_facts(), entries, {"question": VERDICT_QUESTION})
+        stem = f"{Path(visit.source.name).stem or 'picture'}-report"
+        if kind == "json":
+            text = json.dumps(case, indent=2, ensure_ascii=False)
+            return {"name": f"{stem}.json", "type": "application/json", "text": text}
+        return {"name": f"{stem}.html", "type": "text/html", "text": render_case(case)}
+
+    def _visit(self, page: str) -> Visit:
+        visit = self._visits.get(page)
+        if visit is None:
+            raise Refused(400, words.GONE)
+        return visit
+
+    def _seen(self, content: bytes, name: str) -> Visit:
+        """Read what was sent and find its faces. Raises Refused, or ValueError where an engine takes no videos."""
+        source = read_upload(content, name, self._uploads)
+        if isinstance(source, NamedImage):
+            return Visit(source=source, findings=self._engine.findings([source]))
+        finding = self._engine.video_finding(source)
+        return Visit(source=replace(source, source=None), findings=[finding])
+
+    def _shown(self, visit: Visit) -> Iterator[Screen]:
+        """Show the verdict on the chosen face, and explain it unless that was done before."""
+        verdict = visit.finding.verdict
+        is_asked = visit.finding.pixels is not None and not visit.answers
+        yield Screen(
+            photo=views.photo(visit),
+            faces=len(visit.findings),
+            chosen=visit.chosen,
+            card=views.card(visit.finding, visit.source.name),
+            words=views.words(visit.answers, words.NO_WORDS if visit.finding.pixels is None else ""),
+            heatmap=views.heatmap(visit.finding),
+            say=words.announcement(verdict),
+            notice="",
+            is_open=True,
+            is_busy=is_asked,
+        )
+        if is_asked:
+            yield from self._written(visit, VERDICT_QUESTION, GenerationSettings(), [])
+
+    def _written(
+        self, visit: Visit, question: str, settings: GenerationSettings, before: list[Explanation]
+    ) -> Iterator[Screen]:
+        """Write an answer after those `before`, piece by piece, unless the person goes on to something else."""
+        finding, stop, text = visit.finding, visit.begin(), ""
+        if finding.pixels is None:
+            raise Refused(400, words.NO_WORDS)
+        picture = finding.pixels
+        if visit.chosen == 0 and isinstance(visit.source, NamedImage):
+            picture = visit.source.pixels  # as through the API: the largest face of the whole picture
+        yield Screen(words=_unfinished(finding, before, question, text), notice="", is_busy=True)
+        for piece in self._engine.ask(picture, turns(before, question), settings, stop):
+            if visit.stop is not stop:
+                return
+            text += piece.text
+            yield Screen(words=_unfinished(finding, before, question, text))
+        if visit.stop is not stop:
+            return
+        said = _explained(finding, question, text)
+        visit.said[visit.chosen] = [*before, said] if said.text else list(before)
+        note = "" if said.text else words.NO_MORE
+        heard = f"{said.text} {said.remark}".strip() or note
+        yield Screen(words=views.words(visit.answers, note), say=heard, is_busy=False, question="")
+
+
+def turns(before: Sequence[Explanation], question: str) -> list[Turn]:
+    """Give a conversation with one more question."""
+    said = [(Turn(role="human", text=answer.question), Turn(role="assistant", text=answer.text)) for answer in before]
+    return [*(turn for pair in said for turn in pair), Turn(role="human", text=question)]
+
+
+def _unfinished(finding: Finding, before: Sequence[Explanation], question: str, text: str) -> Markup:
+    return views.words([*before, _explained(finding, question, text)], is_writing=True)
+
+
+def _explained(finding: Finding, question: str, text: str) -> Explanation:
+    """Put words beside the verdict, as every other door of the server does; of a video they are about one frame."""
+    said = explanation(finding.verdict, question, text.strip())
+    verdict = finding.verdict
+    if not isinstance(verdict, VideoVerdict) or verdict.telling_seconds is None:
+        return said
+    return replace(said, about=f"the frame at {verdict.telling_seconds:.1f} s")

@@ -1,0 +1,216 @@
+"""The page as Gradio lays it out: which parts there are, and which step each of them starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from llava.pipeline.pages import fill
+from llava.pipeline.wording import LIMITS
+from llava.serve.engine import Engine
+from llava.serve.page import views, words
+from llava.serve.page.flow import Flow, Screen
+from llava.serve.page.receive import received
+from llava.serve.refusals import Refused
+from llava.serve.uploads import UploadLimits
+
+log = logging.getLogger(__name__)
+FILE_TYPES = ["image", "video", ".heic", ".heif", ".avif"]
+SAVE = """(file) => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([file.text], {type: file.type}));
+  link.download = file.name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}"""
+
+
+def build_page(
+    engine: Engine,
+    uploads: UploadLimits | None = None,
+    examples: Path | None = None,
+    is_allowed: Callable[[str | None], bool] = lambda user: True,
+    at_once: int = 16,
+) -> gr.Blocks:
+    """Give the page of an engine.
+
+    examples: folder that holds photos of `words.EXAMPLES`. is_allowed: whether a user who logged in may still ask.
+    at_once: steps of one kind that run at the same time; four times as many wait, further ones are refused.
+    """
+    flow = Flow(engine, uploads)
+    with gr.Blocks(title="M2F2-Det", analytics_enabled=False, delete_cache=(30, 300)) as page:
+        parts = _parts(_offered(examples))
+        _connect(parts, flow, is_allowed, uploads or UploadLimits())
+    page.queue(default_concurrency_limit=at_once, max_size=4 * at_once)
+    page.state_session_capacity = 200
+    return page
+
+
+class _Parts:
+    """The components that steps change or read."""
+
+    drop: gr.File
+    notice: gr.HTML
+    photo: gr.HTML
+    faces: gr.Radio
+    clear: gr.Button
+    examples: list[tuple[gr.Button, Path]]
+    offer: gr.Column
+    seen: gr.Column
+    result: gr.Column
+    card: gr.HTML
+    words: gr.HTML
+    again: gr.Button
+    stop: gr.Button
+    suggestions: list[gr.Button]
+    question: gr.Textbox
+    ask: gr.Button
+    heatmap: gr.HTML
+    html: gr.Button
+    json: gr.Button
+    file: gr.JSON
+    say: gr.HTML
+
+    @property
+    def shown(self) -> list[Any]:
+        """List what `_updates` gives, in its order."""
+        first = [self.drop, self.photo, self.faces, self.card, self.words, self.heatmap, self.notice, self.say]
+        return [*first, self.offer, self.seen, self.result, self.stop, self.again, self.ask, self.question]
+
+
+def _parts(offered: Sequence[tuple[words.Example, Path]]) -> _Parts:
+    parts = _Parts()
+    gr.HTML(fill("live_head.html", title=words.TITLE, lead=words.LEAD), elem_id="head")
+    parts.notice = gr.HTML("", elem_id="notice")
+    parts.say = gr.HTML("", elem_id="say")
+    with gr.Row(elem_id="desk", equal_height=False):
+        with gr.Column(scale=5, min_width=280, elem_id="left"):
+            _left(parts, offered)
+        with gr.Column(scale=7, min_width=280, visible=False, elem_id="right") as parts.result:
+            _right(parts)
+    gr.HTML(fill("live_about.html", limits=LIMITS, privacy=words.PRIVACY), elem_id="about")
+    parts.file = gr.JSON(visible=False)
+    return parts
+
+
+def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]]) -> None:
+    """Lay out what is given: the place to drop a file, the picture, its faces, and the examples."""
+    parts.drop = gr.File(label="Photo or short video", file_types=FILE_TYPES, height=190, elem_id="drop")
+    with gr.Column(visible=False, elem_id="seen") as parts.seen:
+        parts.photo = gr.HTML("", elem_id="photo")
+        parts.faces = gr.Radio([], label="Which face?", visible=False, elem_id="faces")
+        parts.clear = gr.Button("Clear", elem_id="clear", size="sm")
+    parts.examples = []
+    with gr.Column(elem_id="offer", visible=bool(offered)) as parts.offer:
+        gr.HTML(Markup("<h2>Or try one of these</h2>"))
+        with gr.Row(elem_id="examples"):
+            for example, path in offered:
+                with gr.Column(min_width=110):
+                    gr.HTML(views.thumbnail(path, example.name, example.credit))
+                    parts.examples.append((gr.Button(example.name, size="sm"), path))
+
+
+def _right(parts: _Parts) -> None:
+    """Lay out what is found: verdict, reasons, questions, map and report."""
+    parts.card = gr.HTML("", elem_id="card")
+    with gr.Tabs(elem_id="tabs"):
+        with gr.Tab("Explanation"):
+            parts.words = gr.HTML("", elem_id="words")
+            with gr.Row(elem_classes="actions"):
+                parts.stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
+                parts.again = gr.Button("Regenerate", size="sm", elem_id="again")
+            with gr.Row(elem_id="asking"):
+                parts.question = gr.Textbox(
+                    label="Ask about this face", placeholder="Why?", lines=1, max_lines=4, max_length=2000, scale=5
+                )
+                parts.ask = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="ask")
+            with gr.Row(elem_id="suggestions"):
+                parts.suggestions = [gr.Button(question, size="sm") for question in words.SUGGESTIONS]
+        with gr.Tab("Heatmap"):
+            parts.heatmap = gr.HTML("", elem_id="heatmap")
+    with gr.Row(elem_id="report"):
+        parts.html = gr.Button("Save report (page)", size="sm", elem_id="save-html")
+        parts.json = gr.Button("Save report (JSON)", size="sm", elem_id="save-json")
+
+
+def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool], uploads: UploadLimits) -> None:
+    def on(listen: Any, step: Callable[..., Iterator[Screen]], *inputs: Any, **options: Any) -> None:
+        def run(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
+            page = request.session_hash or ""
+            if not is_allowed(getattr(request, "username", None)):
+                yield _updates(Screen(notice=words.LOCKED, say=words.LOCKED, is_busy=False))
+                return
+            for screen in step(page, *given):
+                yield _updates(screen)
+
+        listen(run, list(inputs), parts.shown, show_progress="hidden", api_visibility="private", **options)
+
+    on(parts.drop.upload, lambda page, file: flow.look(page, partial(received, file, uploads)), parts.drop, preprocess=False)
+    for button, path in parts.examples:
+        on(button.click, lambda page, path=path: flow.look(page, lambda: (path.read_bytes(), path.name)))
+    on(parts.faces.input, lambda page, number: flow.choose(page, number), parts.faces)
+    on(parts.ask.click, flow.ask, parts.question)
+    on(parts.question.submit, flow.ask, parts.question)
+    for button in parts.suggestions:
+        on(button.click, lambda page, question=button.value: flow.ask(page, question))
+    on(parts.again.click, flow.again)
+    on(parts.stop.click, flow.stop)
+    on(parts.clear.click, flow.clear)
+    for button, kind in ((parts.html, "html"), (parts.json, "json")):
+        made = button.click(
+            _saving(flow, kind, is_allowed), None, parts.file, show_progress="hidden", api_visibility="private"
+        )
+        made.success(None, parts.file, None, js=SAVE)
+
+
+def _saving(flow: Flow, kind: str, is_allowed: Callable[[str | None], bool]) -> Callable[..., dict[str, str]]:
+    """Give what makes a report; a sentence is shown where it cannot be made."""
+
+    def save(request: gr.Request) -> dict[str, str]:
+        if not is_allowed(getattr(request, "username", None)):
+            raise gr.Error(words.LOCKED)
+        try:
+            return flow.report(request.session_hash or "", kind)
+        except Refused as error:
+            raise gr.Error(str(error)) from None
+
+    return save
+
+
+def _updates(screen: Screen) -> list[Any]:
+    """Turn what changes into what Gradio sends, in the order of `_Parts.shown`."""
+
+    def html(part: str | None) -> Any:
+        return gr.skip() if part is None else str(part)
+
+    faces = gr.skip()
+    if screen.faces is not None:
+        choices = [(f"Face {n + 1}{', the largest' if n == 0 else ''}", n) for n in range(screen.faces)]
+        faces = gr.Radio(choices=choices, value=screen.chosen, visible=screen.faces > 1)
+    opened = [gr.skip()] * 3
+    if screen.is_open is not None:
+        opened = [gr.Column(visible=visible) for visible in (not screen.is_open, screen.is_open, screen.is_open)]
+    busy = [gr.skip()] * 3
+    if screen.is_busy is not None:
+        is_idle = not screen.is_busy
+        busy = [gr.Button(visible=screen.is_busy), gr.Button(visible=is_idle), gr.Button(interactive=is_idle)]
+    drop = None if screen.is_open is not None or screen.notice else gr.skip()
+    first = [drop, html(screen.photo), faces, html(screen.card), html(screen.words), html(screen.heatmap)]
+    notice = None if screen.notice is None else fill("live_notice.html", text=screen.notice)
+    say = None if screen.say is None else fill("live_say.html", text=screen.say)
+    return [*first, html(notice), html(say), *opened, *busy, html(screen.question)]
+
+
+def _offered(folder: Path | None) -> list[tuple[words.Example, Path]]:
+    """List the examples that are there."""
+    if folder is None:
+        return []
+    found = [(example, folder / example.file) for example in words.EXAMPLES if (folder / example.file).is_file()]
+    log.info("The page offers %d of %d examples", len(found), len(words.EXAMPLES))
+    return found

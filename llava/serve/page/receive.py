@@ -1,0 +1,32 @@
+"""A file that was uploaded, read once and deleted at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradio.utils import get_upload_folder
+
+from llava.serve.page import words
+from llava.serve.refusals import Refused
+from llava.serve.uploads import UploadLimits
+
+
+def received(file: Mapping[str, Any] | None, limits: UploadLimits) -> tuple[bytes, str]:
+    """Give content and name of an uploaded file, which is gone afterwards. Raises Refused where there is none."""
+    path = Path(str((file or {}).get("path", ""))).resolve()
+    if not is_uploaded(path) or not path.is_file():
+        raise Refused(400, words.GONE)
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(limits.max_bytes + 1)
+    finally:
+        path.unlink(missing_ok=True)
+    return content, str((file or {}).get("orig_name") or path.name)
+
+
+def is_uploaded(path: Path) -> bool:
+    """Say whether a resolved path lies where uploads are put, two levels down: folder / digest / name."""
+    folder = Path(get_upload_folder()).resolve()
+    return path.is_relative_to(folder) and path != folder

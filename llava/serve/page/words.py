@@ -1,0 +1,73 @@
+"""What the page says, apart from what it says of one picture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llava.core.types import Verdict, VerdictLabel
+from llava.explainer.prompts import VERDICT_QUESTION
+
+TITLE = "Is this face real or forged?"
+LEAD = "You get a verdict, how sure it is, what it rests on, and the reasons in words."
+PRIVACY = (
+    "What you send is looked at on this server alone. It is kept in memory while you ask, for half an hour at most, "
+    "and forgotten when you press Clear. It is never written to a file that stays."
+)
+SUGGESTIONS = (
+    "Does this image look real or fake? Give the reasons.",
+    "Do the person's eyes look real or fake? Give the reason.",
+    "Does the person's mouth look real or fake? Give the reason.",
+)
+HEADLINES = {
+    VerdictLabel.FAKE: "Fake",
+    VerdictLabel.REAL: "Real",
+    VerdictLabel.UNCERTAIN: "Uncertain",
+    VerdictLabel.INCONCLUSIVE: "No verdict",
+}
+EVIDENCE = {"p_real": "Speaks for real", "p_fake": "Speaks for forged"}
+
+GONE = "There is no picture here any more; drop it again."
+EMPTY = "The question is empty; ask something, such as: Why?"
+FAILED = "Something went wrong here; the server's log says what."
+LOCKED = "Your key is no longer valid; load the page again and log in with another one."
+NO_FACE = "No face was found, and only faces are judged. Take a picture in which a face is larger and seen from the front."
+NO_WORDS = "There is nothing to explain without a verdict."
+NO_MORE = "No words could be written about this face alone; choose the largest one."
+
+
+class Example(NamedTuple):
+    """A photo that comes with the source tree: file, who it shows, and where it is from."""
+
+    file: str
+    name: str
+    credit: str
+
+
+EXAMPLES = (
+    Example("grace_hopper.jpg", "Grace Hopper", "US Navy, public domain"),
+    Example("astronaut.png", "Eileen Collins", "NASA, public domain"),
+    Example("portrait_cc0_1.png", "Portrait 1", "IBM MAX-Facial-Recognizer, CC0"),
+    Example("portrait_cc0_2.png", "Portrait 2", "IBM MAX-Facial-Recognizer, CC0"),
+)
+
+
+def headline(verdict: Verdict) -> str:
+    """Give the verdict in a word or two."""
+    return HEADLINES[verdict.label]
+
+
+def evidence_name(name: str) -> str:
+    """Give the name of a piece of evidence in plain words."""
+    return EVIDENCE.get(name, name.replace("_", " ").capitalize())
+
+
+def announcement(verdict: Verdict) -> str:
+    """Say a verdict in one sentence, for people who hear the page."""
+    sure = "" if verdict.p_fake is None else f" {verdict.score_text}, {verdict.calibration}."
+    which = f" Face {verdict.face} of {verdict.face_count}." if verdict.face_count > 1 else ""
+    return f"Verdict: {headline(verdict)}.{sure}{which}"
+
+
+def shown_question(question: str) -> str:
+    """Give a question as the page shows it; the first one is asked by the page itself."""
+    return "" if question == VERDICT_QUESTION else question
