@@ -124,3 +124,13 @@ class Process:
         self._process.send_signal(signal.SIGCONT)
         self._process.terminate()
         return self.wait()
+
+
+def ready_address(server: Process, seconds: float = 180.0) -> str:
+    """Wait until `m2f2 serve` says that it is ready; gives its address."""
+
+    def said() -> list[str]:
+        return [line.split()[1] for line in server.log.read_text().splitlines() if line.startswith("ready: ")]
+
+    wait_for(said, seconds)
+    return said()[0]

@@ -100,20 +100,22 @@ def _parts(offered: Sequence[tuple[words.Example, Path]]) -> _Parts:
 
 
 def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]]) -> None:
-    """Lay out what is given: the place to drop a file, the picture, its faces, and the examples."""
-    parts.drop = gr.File(label="Photo or short video", file_types=FILE_TYPES, height=190, elem_id="drop")
+    """Lay out what is given: the picture and its faces, or the place to drop a file and the examples."""
     with gr.Column(visible=False, elem_id="seen") as parts.seen:
         parts.photo = gr.HTML("", elem_id="photo")
         parts.faces = gr.Radio([], label="Which face?", visible=False, elem_id="faces")
-        parts.clear = gr.Button("Clear", elem_id="clear", size="sm")
+        parts.clear = gr.Button("Clear, take another", elem_id="clear", size="sm")
     parts.examples = []
-    with gr.Column(elem_id="offer", visible=bool(offered)) as parts.offer:
-        gr.HTML(Markup("<h2>Or try one of these</h2>"))
-        with gr.Row(elem_id="examples"):
-            for example, path in offered:
-                with gr.Column(min_width=110):
-                    gr.HTML(views.thumbnail(path, example.name, example.credit))
-                    parts.examples.append((gr.Button(example.name, size="sm"), path))
+    with gr.Column(elem_id="offer") as parts.offer:
+        parts.drop = gr.File(label="Photo or short video", file_types=FILE_TYPES, height=220, elem_id="drop")
+        if offered:
+            gr.HTML(Markup("<h2>Or try one of these</h2>"))
+            with gr.Row(elem_id="examples"):
+                for example, path in offered:
+                    with gr.Column(min_width=110):
+                        gr.HTML(views.thumbnail(path, example.name))
+                        parts.examples.append((gr.Button(example.name, size="sm"), path))
+            gr.HTML(fill("live_credits.html", credits=dict.fromkeys(example.credit for example, _ in offered)))
 
 
 def _right(parts: _Parts) -> None:

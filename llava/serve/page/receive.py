@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def received(file: Mapping[str, Any] | None, limits: UploadLimits) -> tuple[byte
             content = stream.read(limits.max_bytes + 1)
     finally:
         path.unlink(missing_ok=True)
+        with suppress(OSError):  # another upload of the same bytes may be there
+            path.parent.rmdir()
     return content, str((file or {}).get("orig_name") or path.name)
 
 

@@ -83,11 +83,11 @@ def heatmap(finding: Finding) -> Markup:
     )
 
 
-def thumbnail(path: Path, name: str, credit: str) -> Markup:
-    """Show an example small, with its credit."""
+def thumbnail(path: Path, name: str) -> Markup:
+    """Show an example small."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
-    return fill("live_thumbnail.html", source=jpeg_uri(shrink(pixels, 240)), name=name, credit=credit)
+    return fill("live_thumbnail.html", source=jpeg_uri(shrink(pixels, 240)), name=name)
 
 
 def jpeg_uri(pixels: np.ndarray) -> str:

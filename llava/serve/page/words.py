@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llava.core.types import Verdict, VerdictLabel
+from llava.core.types import REGIONS, Verdict, VerdictLabel
 from llava.explainer.prompts import VERDICT_QUESTION
 
 TITLE = "Is this face real or forged?"
@@ -58,7 +58,7 @@ def headline(verdict: Verdict) -> str:
 
 def evidence_name(name: str) -> str:
     """Give the name of a piece of evidence in plain words."""
-    return EVIDENCE.get(name, name.replace("_", " ").capitalize())
+    return f"Map: {name}" if name in REGIONS else EVIDENCE.get(name, name.replace("_", " ").capitalize())
 
 
 def announcement(verdict: Verdict) -> str:
