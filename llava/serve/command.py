@@ -29,6 +29,7 @@ class ServeSettings(JudgeSettings):
     keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
+    waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times rows")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
             limits=RequestLimits(
                 requests_per_minute=settings.requests_per_minute,
                 max_active=settings.rows,
-                max_waiting=4 * settings.rows,
+                max_waiting=4 * settings.rows if settings.waiting is None else settings.waiting,
             ),
         )
     )
