@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Event
@@ -34,6 +34,7 @@ from llava.serve.limits import RequestLimits
 from llava.serve.measures import Measures
 from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
 from llava.serve.refusals import Refused
+from llava.serve.streams import from_thread
 from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_still
 
 log = logging.getLogger(__name__)
@@ -215,16 +216,15 @@ async def _pieces(
 ) -> AsyncIterator[Piece]:
     """Ask the engine from this event loop; a client that leaves stops the answer."""
     stop, started, tokens = Event(), time.monotonic(), 0
-    pieces = service.engine.ask(image.pixels, turns, settings, stop)
+    said = from_thread(lambda: service.engine.ask(image.pixels, turns, settings, stop), service.threads, stop)
     try:
-        loop = asyncio.get_running_loop()
-        while (piece := await loop.run_in_executor(service.threads, next, pieces, None)) is not None:
-            if piece.verdict is not None:
-                measures.judged([piece.verdict])
-            tokens = max(tokens, piece.tokens)
-            yield piece
+        async with aclosing(said) as pieces:
+            async for piece in pieces:
+                if piece.verdict is not None:
+                    measures.judged([piece.verdict])
+                tokens = max(tokens, piece.tokens)
+                yield piece
     finally:
-        stop.set()
         measures.wrote(tokens, time.monotonic() - started)
 
 

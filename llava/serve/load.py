@@ -1,4 +1,4 @@
-"""Load on a running server: many questions about pictures, some at a time, each answer timed and none lost from sight."""
+"""Load on a running server: many questions about pictures, some at a time, each answer timed, none lost."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def bodies(model: str, pictures: Sequence[bytes], count: int, max_tokens: int) -
     addresses = [f"data:image/jpeg;base64,{base64.b64encode(content).decode()}" for content in pictures]
     made = []
     for i in range(count):
-        question = {"type": "text", "text": QUESTIONS[i // len(addresses) % len(QUESTIONS)]}
+        question = {"type": "text", "text": QUESTIONS[(i + i // len(addresses)) % len(QUESTIONS)]}
         shown = {"type": "image_url", "image_url": {"url": addresses[i % len(addresses)]}}
         asked = {"model": model, "messages": [{"role": "user", "content": [shown, question]}], "max_tokens": max_tokens}
         made.append(json.dumps(asked | {"stream": True, "stream_options": {"include_usage": True}}).encode())
