@@ -141,6 +141,7 @@ def table_of(found: Mapping[str, Sequence[Mapping[str, Any]]], settings: Setting
     row("requests a second", "requests_per_second")
     row("tokens a second", "tokens_per_second")
     row("tokens an answer", "tokens_per_answer")
+    row("CPU of the server, ms a request", "cpu_ms_per_request")
     for title, key in (("verdict", "to_verdict"), ("end", "to_end")):
         for part in ("p50", "p95", "max"):
             row(f"seconds to {title}, {part}", key, part)

@@ -26,7 +26,7 @@ from llava.data.inputs import NamedImage
 from llava.explainer.generation import GenerationSettings
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline.agreement import explanation
-from llava.serve.engine import Engine, Piece
+from llava.serve.engine import Engine, Piece, joined
 from llava.serve.fetch import Fetcher
 from llava.serve.guard import Guard, refusal_response
 from llava.serve.keys import KeyRing
@@ -152,7 +152,10 @@ async def _lines(
     try:
         async for piece in _pieces(service, measures, image, turns, settings):
             said.add(piece)
-            yield _event(reply.first(piece.verdict) if piece.verdict is not None else reply.later(piece.text))
+            if piece.verdict is not None:
+                yield _event(reply.first(piece.verdict))
+            if piece.text:
+                yield _event(reply.later(piece.text))
     except ValueError as error:
         yield _event(Refused(400, str(error)).content)
     else:
@@ -218,8 +221,9 @@ async def _pieces(
     stop, started, tokens = Event(), time.monotonic(), 0
     said = from_thread(lambda: service.engine.ask(image.pixels, turns, settings, stop), service.threads, stop)
     try:
-        async with aclosing(said) as pieces:
-            async for piece in pieces:
+        async with aclosing(said) as came:
+            async for pieces in came:
+                piece = joined(pieces)
                 if piece.verdict is not None:
                     measures.judged([piece.verdict])
                 tokens = max(tokens, piece.tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -50,9 +51,10 @@ class Answered:
 
 @dataclass(kw_only=True)
 class Run:
-    """All answers of one run; memory in MB at the marks of MARKS, where a process was watched."""
+    """All answers of one run; of a process that was watched, its CPU time and its memory at the marks of MARKS."""
 
     seconds: float = 0.0
+    cpu_seconds: float | None = None
     answers: list[Answered] = field(default_factory=list)
     memory_mb: dict[str, float] = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ class Run:
             "seconds": self.seconds,
             "requests_per_second": len(whole) / self.seconds,
             "tokens_per_second": sum(answer.tokens for answer in whole) / self.seconds,
+            "cpu_ms_per_request": None if self.cpu_seconds is None else 1000 * self.cpu_seconds / len(self.answers),
             "tokens_per_answer": float(np.mean([answer.tokens for answer in whole])) if whole else 0.0,
             "to_verdict": _spread([a.verdict_seconds for a in whole if a.verdict_seconds is not None]),
             "to_end": _spread([answer.seconds for answer in whole]),
@@ -97,7 +100,7 @@ def bodies(model: str, pictures: Sequence[bytes], count: int, max_tokens: int) -
 async def send(url: str, asked: Sequence[bytes], at_a_time: int, key: str = "", pid: int | None = None) -> Run:
     """Send all requests, so many at a time; watch the memory of process `pid`. Nothing is sent twice."""
     run, waiting, started = Run(), iter(asked), time.perf_counter()
-    note = _memory_notes(run, pid, len(asked))
+    note, cpu_before = _memory_notes(run, pid, len(asked)), None if pid is None else cpu_seconds(pid)
     note()
     limits = httpx.Limits(max_connections=at_a_time, max_keepalive_connections=at_a_time)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -112,6 +115,8 @@ async def send(url: str, asked: Sequence[bytes], at_a_time: int, key: str = "", 
 
         await asyncio.gather(*(work() for _ in range(at_a_time)))
     run.seconds = time.perf_counter() - started
+    if pid is not None and cpu_before is not None:
+        run.cpu_seconds = cpu_seconds(pid) - cpu_before
     return run
 
 
@@ -145,6 +150,12 @@ def resident_mb(pid: int) -> float:
     """Give the resident memory of a process in MB. Raises FileNotFoundError when there is none of this number."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """Give the CPU time of all threads of a process, which its neighbours on the machine change little."""
+    behind_name = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return (int(behind_name[11]) + int(behind_name[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory_notes(run: Run, pid: int | None, count: int) -> Callable[[], None]:

@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 async def from_thread(
     produce: Callable[[], Iterator[T]], threads: Executor, stop: Event, seconds: float | None = None
-) -> AsyncGenerator[T, None]:
-    """Yield what `produce` yields in a thread, as it comes.
+) -> AsyncGenerator[list[T], None]:
+    """Yield what `produce` yields in a thread, as it comes; what came while nobody looked comes together.
 
     Raises what is raised there, and TimeoutError after `seconds` (None = never). A reader that leaves sets `stop`,
     which the thread is to look at, and does not wait for it.
@@ -37,8 +37,10 @@ async def from_thread(
             async with asyncio.timeout_at(deadline):
                 await arrived.wait()
             arrived.clear()
-            while items:
-                yield items.pop(0)
+            if items:
+                came = items[:]
+                del items[: len(came)]  # the thread may have put in more since
+                yield came
         ended.result()
     finally:
         stop.set()
