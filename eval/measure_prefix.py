@@ -22,10 +22,11 @@ from llava.detectors.m2f2det import M2F2Det
 from llava.detectors.m2f2det_config import M2F2DetConfig
 from llava.evaluation.report import console, run_script, titled_table
 from llava.explainer.configuration import join_config
-from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.generation import Explainer
 from llava.explainer.loading import DTYPES
 from llava.explainer.modeling import ForgeryLlava
 from llava.explainer.processing import ExplainerProcessor
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings, Precision
 from llava.serve.batching import BatchConfig, BatchingEngine

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.core.types import Turn, Verdict, VerdictLabel
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.serve.engine import Piece
 from llava.serve.model_worker import WorkerSettings, build_app, translate
 from llava.serve.protocol import Chunk, decode_chunk, split_chunks

@@ -20,11 +20,12 @@ from llava.data.transforms import view_tensors
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
 from llava.explainer.convert import ready
-from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.generation import Explainer
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
 from llava.explainer.processing import Pixels
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 from llava.ops.delivery import VERSIONS
 from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat

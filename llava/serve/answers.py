@@ -11,7 +11,7 @@ from contextlib import aclosing
 from threading import Event
 
 from llava.core.types import Turn, Verdict
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.wording import meaning
 from llava.serve.engine import Engine, Piece, joined

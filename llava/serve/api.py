@@ -23,8 +23,8 @@ from starlette.exceptions import HTTPException
 from llava import __version__
 from llava.core.types import Turn, Verdict
 from llava.data.inputs import NamedImage
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.serve.engine import Engine, Piece, joined
 from llava.serve.fetch import Fetcher

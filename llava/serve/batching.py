@@ -22,8 +22,8 @@ import numpy as np
 from llava.core.config import setting
 from llava.core.types import Turn, Verdict
 from llava.explainer.decoding import Decoder, Prefix, Row
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.modeling import Encoded
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.faces import Face, prepared
 from llava.pipeline.findings import Finding
 from llava.pipeline.pipeline import Image, Pipeline
@@ -31,7 +31,6 @@ from llava.serve.engine import Piece
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
-UNFINISHED = "\ufffd"  # what a tokeniser gives for the first bytes of a character
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,6 @@ class _Job:
     stop: Event
     pieces: SimpleQueue[Piece | BaseException | None] = field(default_factory=SimpleQueue)
     row: Row | None = None
-    sent: int = 0
 
 
 @dataclass(eq=False)
@@ -209,13 +207,11 @@ class BatchingEngine:
         return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
     def _run_prefixes(self, wanted: Sequence[tuple[_Seen, tuple[int, ...]]]) -> None:
-        """Run the prefixes that no earlier question needed, one batch for all images with the same ids."""
-        for ids in dict.fromkeys(ids for _, ids in wanted):
-            new = list(dict.fromkeys(seen for seen, other in wanted if other == ids and ids not in seen.prefixes))
-            images = [seen.encoded for seen in new if seen.encoded is not None]
-            if images:
-                for seen, prefix in zip(new, self.decoder.prefixes(ids, images), strict=True):
-                    seen.prefixes[ids] = prefix
+        """Run the prefixes that no earlier question needed."""
+        new = list(dict.fromkeys((seen, ids) for seen, ids in wanted if ids not in seen.prefixes))
+        images = [seen.encoded for seen, _ in new if seen.encoded is not None]
+        for (seen, ids), prefix in zip(new, self.decoder.prefixes_of([ids for _, ids in new], images), strict=True):
+            seen.prefixes[ids] = prefix
 
     def _look(self, jobs: Sequence[_Job]) -> list[_Seen]:
         """Give what was seen in each question's image; new images are looked at as one batch."""
@@ -240,10 +236,8 @@ class BatchingEngine:
         finished = []
         for job in self._active:
             assert job.row is not None
-            text = self.decoder.processor.decode(job.row.ids)
-            if len(text) > job.sent and (job.row.is_done or not text.endswith(UNFINISHED)):
-                job.pieces.put(Piece(text=text[job.sent :], tokens=len(job.row.ids)))
-                job.sent = len(text)
+            if new := self.decoder.news(job.row):
+                job.pieces.put(Piece(text=new, tokens=len(job.row.ids)))
             if job.row.is_done or job.stop.is_set():
                 finished.append(job)
         if finished:

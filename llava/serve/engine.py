@@ -12,7 +12,7 @@ from llava.core.types import Turn, Verdict
 if TYPE_CHECKING:
     import numpy as np
 
-    from llava.explainer.generation import GenerationSettings
+    from llava.explainer.sampling import GenerationSettings
     from llava.pipeline.findings import Finding
     from llava.pipeline.pipeline import Image
 
