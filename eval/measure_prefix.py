@@ -35,7 +35,7 @@ from llava.train.tiny_base import SPECIAL_TOKENS, train_tokenizer
 
 PARTS = ("nose", "mouth", "skin", "eyes", "hair", "chin", "ears", "light")
 ONE, MANY = "questions about one image", "the same questions, each about another image"
-STEPS = {"look": "tower and detector", "prefixes": "prefix", "join": "questions", "step": "words"}
+STEPS = {"look": "tower and detector", "prefixes_of": "prefix", "join": "questions", "step": "words"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,10 @@ def ask_all(pipeline: Pipeline, images: Sequence[np.ndarray], settings: Settings
     """Ask one question about each image, all at once, of an engine that has seen none; gives seconds by step."""
     engine = BatchingEngine(pipeline, BatchConfig(rows=settings.questions))
     spent = dict.fromkeys(STEPS, 0.0)
-    for owner, name in ((engine.pipeline, "look"), *((engine.decoder, name) for name in ("prefixes", "join", "step"))):
+    for owner, name in (
+        (engine.pipeline, "look"),
+        *((engine.decoder, name) for name in ("prefixes_of", "join", "step")),
+    ):
         setattr(owner, name, timed(getattr(type(owner), name).__get__(owner), spent, name))
     words = GenerationSettings(max_new_tokens=settings.max_tokens)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import cv2
@@ -43,8 +44,8 @@ class Face:
         return self.prepared[0] if self.prepared else self.pixels
 
     @property
-    def versions(self) -> Sequence[np.ndarray | Pixels]:
-        """Give its delivered versions, in the order of VERSIONS."""
+    def versions(self) -> Iterable[np.ndarray | Pixels]:
+        """Give its delivered versions, in the order of VERSIONS, one at a time."""
         assert self.pixels is not None
         return self.prepared[1:] or delivered(self.pixels)
 
@@ -81,8 +82,8 @@ def prepared(face: Face, explainer: Explainer, stability: bool) -> Face:
     """Give the face with all that the explainer reads of it, so that looking at it only runs the model."""
     if face.pixels is None:
         return face
-    images = [face.pixels, *(delivered(face.pixels) if stability else [])]
-    return replace(face, prepared=tuple(explainer.processor.pixels(image) for image in images))
+    images = chain([face.pixels], delivered(face.pixels) if stability else ())
+    return replace(face, prepared=tuple(map(explainer.processor.pixels, images)))
 
 
 def _find(pixels: np.ndarray) -> list[FaceBox]:

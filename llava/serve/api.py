@@ -102,7 +102,7 @@ def _add_faces(app: FastAPI, service: Service, measures: Measures) -> None:
     @app.post("/v1/detect")
     async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
         """Give a verdict for every face of the images that are sent, largest first."""
-        images = [await _image(file, service) for file in files]
+        images = await _images(files, service)
         found = await asyncio.to_thread(service.engine.findings, images)
         measures.judged([finding.verdict for finding in found])
         return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
@@ -114,7 +114,7 @@ def _add_faces(app: FastAPI, service: Service, measures: Measures) -> None:
         max_tokens: Annotated[int, Form(ge=1, le=MAX_TOKENS)] = 256,
     ) -> dict[str, Any]:
         """Give the verdict on the largest face of each image, and the answer to one question about it."""
-        images = [await _image(file, service) for file in files]
+        images = await _images(files, service)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, measures, image, turns, settings) for image in images))
         said = [explanation(one.verdict, question, one.text) for one in answers]
@@ -241,8 +241,18 @@ async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedIma
     return await asyncio.to_thread(read_still, content, "image", service.uploads)
 
 
-async def _image(file: UploadFile, service: Service) -> NamedImage:
-    return await asyncio.to_thread(read_still, await file.read(), file.filename or "", service.uploads)
+async def _images(files: Sequence[UploadFile], service: Service) -> list[NamedImage]:
+    """Read the images of a request. Raises Refused, 413 also where they are too much together."""
+    images: list[NamedImage] = []
+    left = service.uploads.max_request_pixels
+    for file in files:
+        image = await asyncio.to_thread(read_still, await file.read(), file.filename or "", service.uploads)
+        left -= 0 if image.pixels is None else image.pixels.size // 3
+        if left < 0:
+            most = service.uploads.max_request_pixels
+            raise Refused(413, f"The images together have more than {most:,} pixels, the limit; send fewer at a time.")
+        images.append(image)
+    return images
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Semaphore, Thread
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,6 +31,7 @@ from llava.serve.engine import Piece
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
+PREPARED_TOGETHER = 2  # images; the delivered versions of a large one take hundreds of megabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class BatchingEngine:
         self._active: list[_Job] = []
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
         self._faces: WeakValueDictionary[str, Future[Face]] = WeakValueDictionary()
-        self._preparing = Lock()
+        self._preparing, self._few = Lock(), Semaphore(PREPARED_TOGETHER)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -197,7 +198,8 @@ class BatchingEngine:
         return face
 
     def _face(self, image: np.ndarray) -> Face:
-        return prepared(self.pipeline.face_of(image), self.pipeline.needed_explainer(), self.pipeline.stability)
+        with self._few:
+            return prepared(self.pipeline.face_of(image), self.pipeline.needed_explainer(), self.pipeline.stability)
 
     def _within_context(self, settings: GenerationSettings, length: int) -> GenerationSettings:
         """Shorten an answer to what the model has room for. Raises ValueError when the conversation fills it."""
