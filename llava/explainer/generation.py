@@ -13,7 +13,7 @@ from llava.core.types import Turn
 from llava.detectors.base import DetectorOutput
 from llava.explainer.decoding import Decoder, Row
 from llava.explainer.modeling import Encoded, ForgeryLlava
-from llava.explainer.processing import ExplainerProcessor
+from llava.explainer.processing import ExplainerProcessor, Pixels
 from llava.explainer.sampling import GenerationSettings
 
 
@@ -25,13 +25,13 @@ class Explainer:
         self.processor = processor
 
     @torch.no_grad()
-    def encode(self, images: Sequence[np.ndarray], prior: float | None = None) -> Encoded:
-        """Run tower and detector once for each uint8 image (H, W, 3)."""
+    def encode(self, images: Sequence[np.ndarray | Pixels], prior: float | None = None) -> Encoded:
+        """Run tower and detector once for each uint8 image (H, W, 3), or what the processor made of it."""
         return self.model.encode(*self._pixels(images), prior)
 
     @torch.no_grad()
-    def detect(self, images: Sequence[np.ndarray]) -> DetectorOutput:
-        """Run tower and detector for uint8 images (H, W, 3) that nobody is going to be asked about."""
+    def detect(self, images: Sequence[np.ndarray | Pixels]) -> DetectorOutput:
+        """Run tower and detector, as `encode` does, for images that nobody is going to be asked about."""
         pixels, inputs = self._pixels(images)
         return self.model.detect(self.model.vision_features(pixels), inputs)
 
@@ -81,11 +81,11 @@ class Explainer:
         decoder.join(rows)
         return decoder, rows
 
-    def _pixels(self, images: Sequence[np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pixels(self, images: Sequence[np.ndarray | Pixels]) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the tower's pixels (N, 3, S, S) and the detector's inputs (N, V, 3, S, S) on the model's device."""
         if not images:
             raise ValueError("images: expected at least one uint8 (H, W, 3) array, got none.")
-        prepared = [self.processor.pixels(image) for image in images]
+        prepared = [self.processor.pixels(image) if isinstance(image, np.ndarray) else image for image in images]
         device = self.model.device
         pixels = torch.stack([p["pixel_values"] for p in prepared]).to(device)
         names = prepared[0]["detector_inputs"]

@@ -31,6 +31,8 @@ class ServeSettings(JudgeSettings):
     keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
+    waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times rows")
+    log_json: bool = setting(False, "log JSON lines; a request's has time, id, method, path, status and seconds")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
 
     def __post_init__(self) -> None:
@@ -49,9 +51,12 @@ class ServeSettings(JudgeSettings):
 
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    from llava.core.logs import log_json
     from llava.core.weights import checkpoints_dir
     from llava.serve.batching import BatchConfig, BatchingEngine
 
+    if settings.log_json:
+        log_json()
     if settings.model_path is None:
         yield from _trained_demo()
     model = settings.load(settings.model_path or str(checkpoints_dir() / DEMO_MODEL))
@@ -92,7 +97,7 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
             limits=RequestLimits(
                 requests_per_minute=settings.requests_per_minute,
                 max_active=settings.rows,
-                max_waiting=4 * settings.rows,
+                max_waiting=4 * settings.rows if settings.waiting is None else settings.waiting,
             ),
         )
     )

@@ -30,6 +30,16 @@ class Piece:
     prompt_tokens: int = 0
 
 
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Give pieces that follow each other as one."""
+    return Piece(
+        text="".join(piece.text for piece in pieces),
+        verdict=next((piece.verdict for piece in pieces if piece.verdict is not None), None),
+        tokens=max(piece.tokens for piece in pieces),
+        prompt_tokens=max(piece.prompt_tokens for piece in pieces),
+    )
+
+
 class Engine(Protocol):
     """Answers one conversation about one face image; may be asked from several threads at once."""
 
