@@ -21,16 +21,15 @@ from llava.core.config import setting
 from llava.core.types import Turn
 from llava.data.inputs import NamedVideo
 from llava.explainer.decoding import Decoder, Row
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.pipeline import Image, Pipeline
 from llava.serve.engine import Piece
-from llava.serve.looks import Looks, Seen
+from llava.serve.looks import Asked, Looks, Seen
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
-UNFINISHED = "\ufffd"  # what a tokeniser gives for the first bytes of a character
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,12 @@ class BatchConfig:
 class _Job:
     """A question on its way, and where its pieces go; `None` ends them, an exception is raised at the reader's."""
 
-    image: np.ndarray
+    about: Asked
     turns: Sequence[Turn]
     settings: GenerationSettings
     stop: Event
     pieces: SimpleQueue[Piece | BaseException | None] = field(default_factory=SimpleQueue)
     row: Row | None = None
-    sent: int = 0
 
 
 @dataclass(eq=False)
@@ -89,7 +87,7 @@ class BatchingEngine:
         """Yield the verdict, then the text, as `Engine.ask` says; a reader that goes away ends it, too."""
         if image is None:
             raise ValueError("This model answers questions about one face image, and there is none; send one.")
-        job = _Job(image, turns, settings, stop)
+        job = _Job(self.looks.asked(image), turns, settings, stop)
         self._waiting.put(job)
         try:
             while (piece := _next(job)) is not None:
@@ -160,7 +158,7 @@ class BatchingEngine:
     def _begin(self, jobs: Sequence[_Job]) -> None:
         """Look at the images of new questions, tell their verdicts, and let them into the batch."""
         asked = []
-        for job, seen in zip(jobs, self.looks.at([job.image for job in jobs]), strict=True):
+        for job, seen in zip(jobs, self.looks.at([job.about for job in jobs]), strict=True):
             try:
                 ids, suffix = self.decoder.split(job.turns, job.settings)
                 row = Row(
@@ -189,23 +187,19 @@ class BatchingEngine:
         return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
     def _run_prefixes(self, wanted: Sequence[tuple[Seen, tuple[int, ...]]]) -> None:
-        """Run the prefixes that no earlier question needed, one batch for all images with the same ids."""
-        for ids in dict.fromkeys(ids for _, ids in wanted):
-            new = list(dict.fromkeys(seen for seen, other in wanted if other == ids and ids not in seen.prefixes))
-            images = [seen.encoded for seen in new if seen.encoded is not None]
-            if images:
-                for seen, prefix in zip(new, self.decoder.prefixes(ids, images), strict=True):
-                    seen.prefixes[ids] = prefix
+        """Run the prefixes that no earlier question needed."""
+        new = list(dict.fromkeys((seen, ids) for seen, ids in wanted if ids not in seen.prefixes))
+        images = [seen.encoded for seen, _ in new if seen.encoded is not None]
+        for (seen, ids), prefix in zip(new, self.decoder.prefixes_of([ids for _, ids in new], images), strict=True):
+            seen.prefixes[ids] = prefix
 
     def _tell(self) -> None:
         """Hand out what was written, and let go of answers that are done or that nobody waits for."""
         finished = []
         for job in self._active:
             assert job.row is not None
-            text = self.decoder.processor.decode(job.row.ids)
-            if len(text) > job.sent and (job.row.is_done or not text.endswith(UNFINISHED)):
-                job.pieces.put(Piece(text=text[job.sent :], tokens=len(job.row.ids)))
-                job.sent = len(text)
+            if new := self.decoder.news(job.row):
+                job.pieces.put(Piece(text=new, tokens=len(job.row.ids)))
             if job.row.is_done or job.stop.is_set():
                 finished.append(job)
         if finished:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.core.config import setting
-from llava.pipeline.settings import JudgeSettings
+from llava.pipeline.settings import DEMO_MODEL, JudgeSettings
 from llava.serve.web import server_of
 
 if TYPE_CHECKING:
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 class ServeSettings(JudgeSettings):
     """What is served, where, and to whom."""
 
-    model_path: str = setting("outputs/demo/explainer", "merged explainer: folder, name in checkpoints/, or hub id")
+    model_path: str | None = setting(
+        None, "merged explainer: folder, name in checkpoints/, or hub id; none = that of m2f2 demo, trained if missing"
+    )
     model_name: str | None = setting(None, "name that clients ask for; none = the name of the folder")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 = every one")
     port: int = setting(8000, "port to listen on; 0 = any free one")
     keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
+    waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times rows")
+    log_json: bool = setting(False, "log JSON lines; a request's has time, id, method, path, status and seconds")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
     page: bool = setting(True, "serve the web page, too; false = the API alone")
     examples: str | None = setting("utils/demo_faces", "folder of the photos that the page offers; none = none")
@@ -44,14 +48,21 @@ class ServeSettings(JudgeSettings):
     @property
     def name(self) -> str:
         """Give the model's name, as clients ask for it."""
-        return self.model_name or Path(self.model_path).name
+        return self.model_name or Path(self.model_path or DEMO_MODEL).name
 
 
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    from llava.core.logs import log_json
+    from llava.core.weights import checkpoints_dir
     from llava.serve.batching import BatchConfig, BatchingEngine
 
-    engine = BatchingEngine(settings.load(settings.model_path), BatchConfig(rows=settings.rows))
+    if settings.log_json:
+        log_json()
+    if settings.model_path is None:
+        yield from _trained_demo()
+    model = settings.load(settings.model_path or str(checkpoints_dir() / DEMO_MODEL))
+    engine = BatchingEngine(model, BatchConfig(rows=settings.rows))
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
     host, port = listener.getsockname()[:2]
@@ -63,6 +74,18 @@ def serve(settings: ServeSettings) -> Iterator[str]:
         engine.close()
 
 
+def _trained_demo() -> Iterator[str]:
+    """Train the demonstration's model unless it is there; yields what that says."""
+    from llava.core.weights import checkpoints_dir
+
+    folder = checkpoints_dir() / DEMO_MODEL
+    if not folder.is_dir():
+        from llava.pipeline.demo import DemoConfig, run_demo
+
+        yield f"No model was named, and {str(folder)!r} is not there yet: training it, which takes 5 to 10 minutes.\n"
+        yield from run_demo(DemoConfig())
+
+
 def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
     """Give the application of these settings."""
     from llava.serve.api import Service, build_app
@@ -70,8 +93,11 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
     from llava.serve.limits import RequestLimits
 
     keys = KeyRing(settings.keys) if settings.keys else None
-    per_minute, rows = settings.requests_per_minute, settings.rows
-    limits = RequestLimits(requests_per_minute=per_minute, max_active=rows, max_waiting=4 * rows)
+    limits = RequestLimits(
+        requests_per_minute=settings.requests_per_minute,
+        max_active=settings.rows,
+        max_waiting=4 * settings.rows if settings.waiting is None else settings.waiting,
+    )
     page = None
     if settings.page:
         from llava.serve.page.mount import open_page

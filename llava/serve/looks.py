@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from threading import Lock, Semaphore
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from llava.core.types import Verdict
 from llava.explainer.decoding import Prefix
 from llava.explainer.modeling import Encoded
-from llava.pipeline.faces import Face
+from llava.pipeline.faces import Face, prepared
 from llava.pipeline.findings import Finding
 from llava.pipeline.pipeline import Image, Pipeline
+
+PREPARED_TOGETHER = 2  # images; the delivered versions of a large one take hundreds of megabytes
 
 
 @dataclass(eq=False)
@@ -26,27 +31,60 @@ class Seen:
     prefixes: dict[tuple[int, ...], Prefix] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class Asked:
+    """An image that is asked about. face: found and made ready in the thread that asks; None = it was seen before."""
+
+    image: np.ndarray
+    name: str
+    face: Future[Face] | None
+
+
 class Looks:
-    """Looks at images with a pipeline and keeps the newest `most` of them, and as many faces, in memory."""
+    """Looks at images with a pipeline and keeps the newest `most` of them, and as many faces, in memory.
+
+    `asked` may be called from any thread, `at` and `findings` from the one that owns the model.
+    """
 
     def __init__(self, pipeline: Pipeline, most: int) -> None:
         self._pipeline, self._most = pipeline, most
         self.images: OrderedDict[str, Seen] = OrderedDict()
         self._faces: OrderedDict[str, Seen] = OrderedDict()
+        self._coming: WeakValueDictionary[str, Future[Face]] = WeakValueDictionary()
+        self._entry, self._few = Lock(), Semaphore(PREPARED_TOGETHER)
 
-    def at(self, images: Sequence[np.ndarray]) -> list[Seen]:
+    def asked(self, image: np.ndarray) -> Asked:
+        """Find the face and make it ready, once for all who ask about the same new image."""
+        name = _digest(image)
+        with self._entry:
+            if name in self.images:
+                return Asked(image, name, None)
+            face = self._coming.get(name)
+            is_first = face is None
+            if face is None:
+                face = self._coming[name] = Future()
+        if is_first:
+            try:
+                face.set_result(self._ready(image))
+            except Exception as error:
+                face.set_exception(error)
+        face.result()
+        return Asked(image, name, face)
+
+    def at(self, asked: Sequence[Asked]) -> list[Seen]:
         """Give what was seen of the largest face of each image; new ones are looked at as one batch."""
-        names = [_digest(image) for image in images]
-        new = {name: image for name, image in zip(names, images, strict=True) if name not in self.images}
-        faces = {name: self._pipeline.face_of(image) for name, image in new.items()}
-        self.images |= {name: seen for name, face in faces.items() if (seen := self._known(face)) is not None}
+        new = {each.name: each for each in asked if each.name not in self.images}
+        faces = {name: each.face.result() if each.face else self._ready(each.image) for name, each in new.items()}
+        self.images |= {name: known for name, face in faces.items() if (known := self._known(face)) is not None}
         unknown = {name: face for name, face in faces.items() if name not in self.images}
         if unknown:
             found = _pairs(*self._pipeline.look(list(unknown.values()), self._pipeline.stability))
             for name, (finding, row) in zip(unknown, found, strict=True):
                 self.images[name] = Seen(finding.verdict, row)
-        seen = [self.images[name] for name in names]
-        _keep_newest(self.images, names, self._most)
+        seen = [self.images[each.name] for each in asked]
+        for each in asked:
+            each.face = None  # what was made ready takes memory
+        _keep_newest(self.images, [each.name for each in asked], self._most)
         return seen
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
@@ -60,6 +98,14 @@ class Looks:
                     self._faces[name] = Seen(finding.verdict, row)
                     _keep_newest(self._faces, [name], self._most)
         return found
+
+    def _ready(self, image: np.ndarray) -> Face:
+        """Give the largest face with all that the model reads of it, unless the same pixels were judged before."""
+        with self._few:
+            face = self._pipeline.face_of(image)
+            if face.pixels is not None and _digest(face.pixels) in self._faces:
+                return face
+            return prepared(face, self._pipeline.needed_explainer(), self._pipeline.stability)
 
     def _known(self, face: Face) -> Seen | None:
         """Give what was seen when the same pixels were judged before, under the name and place of this face."""

@@ -10,7 +10,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field
 
 from llava.core.types import Turn, Verdict
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.serve.refusals import Refused
 
 MAX_TEXT = 8_000  # characters of one message

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
+from threading import Semaphore
 from typing import Any
 
 from llava.core.config import setting
@@ -16,6 +17,7 @@ from llava.serve.media import PILLOW_FORMATS, media_type, unknown_format
 from llava.serve.refusals import Refused
 
 NAMELESS = "upload"
+DECODING = Semaphore(2)  # at a time in a process, because one image may take 525 MB, see UploadLimits
 MAX_NAME = 80
 # RFC 2397, with base64 required; the media type is not believed.
 DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+\"-]*)*;base64,", re.IGNORECASE | re.ASCII)
@@ -31,6 +33,7 @@ class UploadLimits:
     max_bytes: int = setting(20_000_000, "largest image or video, in bytes")
     # A see-through picture that is stored turned takes 21 bytes a pixel while it is read: 525 MB at this limit.
     max_pixels: int = setting(25_000_000, "largest image, or frame of a video, in pixels")
+    max_request_pixels: int = setting(100_000_000, "all images of a request together, in pixels")
     max_seconds: float = setting(300.0, "longest video, in seconds")
     max_frames: int = setting(20_000, "most frames of a video")
 
@@ -51,7 +54,8 @@ def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = No
     known: dict[str, Any] = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "byte_count": len(content)}
     try:
         if kind in PILLOW_FORMATS:
-            pixels = read_image(content, name, limits.max_pixels, formats=(PILLOW_FORMATS[kind],))
+            with DECODING:
+                pixels = read_image(content, name, limits.max_pixels, formats=(PILLOW_FORMATS[kind],))
             return NamedImage(pixels=pixels, **known)
         _check_clip(content, name, limits)
         return NamedVideo(source=content, **known)

@@ -153,7 +153,12 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
 
         listen(run, list(inputs), parts.shown, show_progress="hidden", api_visibility="private", **options)
 
-    on(parts.drop.upload, lambda page, file: flow.look(page, partial(received, file, uploads)), parts.drop, preprocess=False)
+    on(
+        parts.drop.upload,
+        lambda page, file: flow.look(page, partial(received, file, uploads)),
+        parts.drop,
+        preprocess=False,
+    )
     for button, path in parts.examples:
         on(button.click, lambda page, path=path: flow.look(page, lambda: (path.read_bytes(), path.name)))
     on(parts.faces.input, lambda page, number: flow.choose(page, number), parts.faces)
