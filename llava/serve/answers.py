@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from threading import Event
+from typing import Any
 
 from llava.core.types import Turn, Verdict
 from llava.explainer.sampling import GenerationSettings
@@ -59,7 +60,7 @@ class Answers:
             yield error_chunk(ErrorCode.FAILED, BUSY)
             return
         started = time.monotonic()
-        writer = _Writer(asked.prompt if asked.echo else "", asked.stops, turns[-1].text)
+        writer = _Writer(asked, turns[-1].text)
         outcome = "client left"
         self.queue_length += 1
         try:
@@ -120,11 +121,12 @@ class Answers:
 class _Writer:
     """Turns the pieces of an answer into chunks, each with the whole text so far after `prefix`."""
 
-    def __init__(self, prefix: str, stops: Sequence[str], question: str) -> None:
+    def __init__(self, asked: GenerateRequest, question: str) -> None:
         self.tokens = 0
-        self._prefix = prefix
+        self._prefix = asked.prompt if asked.echo else ""
+        self._has_map = asked.evidence_map
         self._question = question
-        self._text = StopAt(stops)
+        self._text = StopAt(asked.stops)
         self._sent = ""
         self._verdict: Verdict | None = None
 
@@ -138,12 +140,18 @@ class _Writer:
         self.tokens = max(self.tokens, piece.tokens)
         if piece.verdict is not None:
             self._verdict = piece.verdict
-            yield Chunk(text=self._prefix, error_code=ErrorCode.OK, verdict=piece.verdict.to_dict())
+            yield Chunk(text=self._prefix, error_code=ErrorCode.OK, verdict=piece.verdict.to_dict(), **self._map(piece))
         self._text.feed(piece.text)
         shown = self._text.shown()
         if shown != self._sent:
             self._sent = shown
             yield Chunk(text=self._prefix + shown, error_code=ErrorCode.OK)
+
+    def _map(self, piece: Piece) -> dict[str, Any]:
+        """Give the detector's map as a chunk holds it, nothing where it was not asked for."""
+        if not self._has_map or piece.evidence_map is None:
+            return {}
+        return {"evidence_map": piece.evidence_map.astype(float).round(4).tolist(), "seen": piece.seen}
 
     def finish(self) -> Iterator[Chunk]:
         """Yield the last chunk, if there is more to say: held back text, or what there is to know beside it."""

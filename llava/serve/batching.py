@@ -167,11 +167,14 @@ class BatchingEngine:
             except ValueError as error:
                 job.pieces.put(error)
                 continue
+            found = seen.finding
             if seen.encoded is None:
-                job.pieces.put(Piece(verdict=seen.verdict))
+                job.pieces.put(Piece(verdict=found.verdict))
                 job.pieces.put(None)
                 continue
-            job.pieces.put(Piece(verdict=seen.verdict, prompt_tokens=len(ids) + len(suffix)))
+            read = len(ids) + len(suffix)
+            told = Piece(verdict=found.verdict, evidence_map=found.evidence_map, seen=found.seen, prompt_tokens=read)
+            job.pieces.put(told)
             asked.append((job, seen, ids, row))
         self._run_prefixes([(seen, ids) for _, seen, ids, _ in asked])
         for job, seen, ids, row in asked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,23 +22,22 @@ if TYPE_CHECKING:
 class Piece:
     """A part of an answer: the verdict, before any text; then text to append.
 
-    tokens: written so far. prompt_tokens: read, with the verdict; 0 where there is nothing to be asked about.
+    evidence_map, seen: with the verdict, as `Finding` has them. tokens: written so far. prompt_tokens: read, with the
+    verdict; 0 where there is nothing to be asked about.
     """
 
     text: str = ""
     verdict: Verdict | None = None
     tokens: int = 0
     prompt_tokens: int = 0
+    evidence_map: np.ndarray | None = None
+    seen: float = 1.0
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
     """Give pieces that follow each other as one."""
-    return Piece(
-        text="".join(piece.text for piece in pieces),
-        verdict=next((piece.verdict for piece in pieces if piece.verdict is not None), None),
-        tokens=max(piece.tokens for piece in pieces),
-        prompt_tokens=max(piece.prompt_tokens for piece in pieces),
-    )
+    first = next((piece for piece in pieces if piece.verdict is not None), pieces[0])
+    return replace(first, text="".join(piece.text for piece in pieces), tokens=max(piece.tokens for piece in pieces))
 
 
 class Engine(Protocol):

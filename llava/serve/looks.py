@@ -12,7 +12,6 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from llava.core.types import Verdict
 from llava.explainer.decoding import Prefix
 from llava.explainer.modeling import Encoded
 from llava.pipeline.faces import Face, prepared
@@ -24,9 +23,9 @@ PREPARED_TOGETHER = 2  # images; the delivered versions of a large one take hund
 
 @dataclass(eq=False)
 class Seen:
-    """An image that was looked at: its verdict, what the words need, and the prefixes that were run for it."""
+    """An image that was looked at: the finding, what the words need, and the prefixes that were run for it."""
 
-    verdict: Verdict
+    finding: Finding
     encoded: Encoded | None
     prefixes: dict[tuple[int, ...], Prefix] = field(default_factory=dict)
 
@@ -80,7 +79,7 @@ class Looks:
         if unknown:
             found = _pairs(*self._pipeline.look(list(unknown.values()), self._pipeline.stability))
             for name, (finding, row) in zip(unknown, found, strict=True):
-                self.images[name] = Seen(finding.verdict, row)
+                self.images[name] = Seen(finding, row)
         seen = [self.images[each.name] for each in asked]
         for each in asked:
             each.face = None  # what was made ready takes memory
@@ -95,7 +94,7 @@ class Looks:
                 found.append(finding)
                 if finding.pixels is not None:
                     name = _digest(finding.pixels)
-                    self._faces[name] = Seen(finding.verdict, row)
+                    self._faces[name] = Seen(finding, row)
                     _keep_newest(self._faces, [name], self._most)
         return found
 
@@ -113,8 +112,10 @@ class Looks:
         if before is None:
             return None
         box = None if face.box is None else (face.box.x, face.box.y, face.box.width, face.box.height)
-        verdict = replace(before.verdict, image=face.image, face=face.number, face_count=face.count, face_box=box)
-        return Seen(verdict, before.encoded)
+        verdict = replace(
+            before.finding.verdict, image=face.image, face=face.number, face_count=face.count, face_box=box
+        )
+        return Seen(replace(before.finding, verdict=verdict), before.encoded)
 
 
 def _pairs(found: Sequence[Finding], encoded: Encoded | None) -> Iterator[tuple[Finding, Encoded | None]]:

@@ -74,7 +74,8 @@ class GenerateRequest(BaseModel):
     """A question with its whole prompt template, as clients of FastChat and LLaVA send it.
 
     images: base64, as many as `<image>` in the prompt. max_new_tokens: more than 1024 counts as 1024, as published.
-    echo: whether the answer's text begins with the prompt; FastChat's clients send false.
+    echo: whether the answer's text begins with the prompt; FastChat's clients send false. evidence_map: whether the
+    first chunk is to hold the detector's map (ours alone).
     """
 
     model: str = Field("", max_length=256)
@@ -85,6 +86,7 @@ class GenerateRequest(BaseModel):
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
     echo: bool = True
+    evidence_map: bool = False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -112,13 +114,16 @@ class GenerateRequest(BaseModel):
 class Chunk(BaseModel):
     """One message of an answer. text: all that was written so far, after the prompt unless `echo` is false.
 
-    verdict: of the detector, in the first chunk, as `Verdict.to_dict` gives it. remark: in the last one, says where the
-    text contradicts the verdict. Older clients read neither.
+    verdict: of the detector, in the first chunk, as `Verdict.to_dict` gives it. evidence_map: beside it where it was
+    asked for, rows of values in [0, 1]; seen: the side of the square under it, as a share of the crop's shorter side.
+    remark: in the last one, says where the text contradicts the verdict. Older clients read none of these.
     """
 
     text: str
     error_code: int
     verdict: dict[str, Any] | None = None
+    evidence_map: list[list[float]] | None = None
+    seen: float = 1.0
     remark: str = ""
 
 

@@ -1,0 +1,153 @@
+"""An engine that asks a controller, over the protocol of FastChat and LLaVA, what a worker of ours answers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from threading import Event
+from typing import Any
+
+import httpx
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from llava.core.types import Turn, Verdict, VerdictLabel
+from llava.data.inputs import NamedImage, NamedVideo
+from llava.explainer.prompts import IMAGE_TAG, VERDICT_QUESTION, strip_tags
+from llava.explainer.sampling import GenerationSettings
+from llava.pipeline.faces import Face, faces_of
+from llava.pipeline.findings import Finding, VideoFinding
+from llava.pipeline.pages import png_bytes
+from llava.pipeline.pipeline import Image
+from llava.pipeline.settings import FaceSettings
+from llava.serve.engine import Piece
+from llava.serve.protocol import Chunk, GenerateRequest, decode_chunk, split_chunks
+
+CONNECT_SECONDS, SILENCE_SECONDS = 5.0, 300.0
+ROLE_WORDS = ("USER:", "ASSISTANT:", "</s>", "###")
+VERDICTS = TypeAdapter(Verdict)
+
+
+@dataclass(frozen=True)
+class Controller:
+    """A controller at an address; it knows which models its workers have."""
+
+    address: str
+
+    def models(self) -> list[str]:
+        """List the models that can be asked now. Raises ConnectionError where there is no controller."""
+        try:
+            said = httpx.post(f"{self.address}/list_models", timeout=CONNECT_SECONDS, trust_env=False)
+            return sorted(str(name) for name in said.raise_for_status().json()["models"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ConnectionError(f"no controller answers at {self.address} ({type(error).__name__})") from error
+
+
+class RemoteEngine:
+    """The engine of one model behind a controller. Faces are found here, so that only crops of them are sent."""
+
+    def __init__(self, controller: Controller, model: str, faces: FaceSettings | None = None) -> None:
+        self._controller, self._model = controller, model
+        self._faces = faces or FaceSettings()
+
+    def ask(
+        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+    ) -> Iterator[Piece]:
+        """Yield the verdict, then the text, as `Engine.ask` says. Raises ValueError with what the worker says."""
+        if image is None:
+            raise ValueError("This model answers questions about one face image, and there is none; send one.")
+        face = faces_of(NamedImage(name="image", pixels=image), self._faces)[0]
+        shown, chunks = "", self._chunks(face, image, turns, settings)
+        with closing(chunks):
+            for chunk in chunks:
+                if stop.is_set():
+                    return
+                if chunk.verdict is not None:
+                    yield _first_piece(chunk, face)
+                    if chunk.verdict["label"] == VerdictLabel.INCONCLUSIVE:
+                        return
+                if new := chunk.text[len(shown) :]:
+                    shown = chunk.text
+                    yield Piece(text=new)
+
+    def findings(self, images: Sequence[Image]) -> list[Finding]:
+        """Give a finding for each face of images that were read. Raises ValueError with what the worker says."""
+        found = []
+        for image in images:
+            if not isinstance(image, NamedImage) or image.pixels is None:
+                raise ValueError("A controller is asked about images that were read.")
+            found += [self._finding(face, image.pixels) for face in faces_of(image, self._faces)]
+        return found
+
+    def video_finding(self, video: NamedVideo) -> VideoFinding:
+        """Raise ValueError: workers are asked about images."""
+        raise ValueError("A video can not be judged through a controller; send a photo, or use m2f2 serve.")
+
+    def model_facts(self) -> dict[str, Any]:
+        """Give what is known of the model here: its name, and where it was asked."""
+        return {"name": self._model, "controller": self._controller.address}
+
+    def _finding(self, face: Face, image: np.ndarray) -> Finding:
+        question = [Turn(role="human", text=VERDICT_QUESTION)]
+        with closing(self._chunks(face, image, question, GenerationSettings(max_new_tokens=1))) as chunks:
+            piece = _first_piece(next(chunks), face)
+        assert piece.verdict is not None
+        return Finding(verdict=piece.verdict, pixels=face.pixels, evidence_map=piece.evidence_map, seen=piece.seen)
+
+    def _chunks(
+        self, face: Face, image: np.ndarray, turns: Sequence[Turn], settings: GenerationSettings
+    ) -> Generator[Chunk, None, None]:
+        """Yield the chunks of an answer about a face, or about the whole image where there is none."""
+        asked = GenerateRequest(
+            model=self._model,
+            prompt=prompt_of(turns),
+            images=[base64.b64encode(png_bytes(image if face.pixels is None else face.pixels)).decode()],
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+            stop="</s>",
+            echo=False,
+            evidence_map=True,
+        )
+        limits = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+        address = f"{self._controller.address}/worker_generate_stream"
+        try:
+            with (
+                httpx.Client(timeout=limits, trust_env=False) as client,
+                client.stream("POST", address, json=asked.model_dump()) as reply,
+            ):
+                for data in split_chunks(reply.iter_raw()):
+                    chunk = decode_chunk(data)
+                    if chunk.error_code:
+                        raise ValueError(chunk.text)
+                    yield chunk
+        except httpx.HTTPError as error:
+            raise ValueError(f"The model can not be reached now ({type(error).__name__}); try again soon.") from error
+
+
+def prompt_of(turns: Sequence[Turn]) -> str:
+    """Write a conversation about one image as clients of LLaVA do, vicuna v1; role words in it can not end a turn."""
+    said = []
+    for number, turn in enumerate(turns):
+        text = strip_tags(turn.text)
+        for word in ROLE_WORDS:
+            text = text.replace(word, f"{word[:-1]} {word[-1]}")
+        image = f"{IMAGE_TAG}\n" if number == 0 else ""
+        said.append(f"USER: {image}{text} ASSISTANT:" if turn.role == "human" else f" {text}</s>")
+    return "".join(said)
+
+
+def _first_piece(chunk: Chunk, face: Face) -> Piece:
+    """Give the verdict of an answer's first chunk, under the name and place of the face in its image."""
+    if chunk.verdict is None:
+        raise ValueError("This worker gives no verdict: it is no M2F2-Det worker of this version.")
+    try:
+        verdict = VERDICTS.validate_python(chunk.verdict)
+    except ValidationError as error:
+        raise ValueError(f"The worker's verdict can not be read: {error.errors()[0]['msg']}.") from None
+    box = None if face.box is None else (face.box.x, face.box.y, face.box.width, face.box.height)
+    verdict = replace(verdict, image=face.image, face=face.number, face_count=face.count, face_box=box)
+    found = None if chunk.evidence_map is None else np.asarray(chunk.evidence_map, np.float32)
+    return Piece(verdict=verdict, evidence_map=found, seen=chunk.seen)
