@@ -39,11 +39,7 @@ class ServeSettings(JudgeSettings):
 
     def __post_init__(self) -> None:
         """Raise ValueError for a server that would stand open to the network."""
-        if not (is_loopback(self.host) or self.keys or self.allow_unauthenticated):
-            raise ValueError(
-                f"host: {self.host!r} can be reached from other machines; give --keys FILE (m2f2 keys create makes "
-                "one), or --allow_unauthenticated true."
-            )
+        require_keys(self.host, self.keys, self.allow_unauthenticated)
 
     @property
     def name(self) -> str:
@@ -104,6 +100,15 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
 
         page = open_page(engine, limits, keys=keys, examples=settings.examples)
     return build_app(Service(engine=engine, model=settings.name, keys=keys, limits=limits, page=page))
+
+
+def require_keys(host: str, keys: str | None, allow_unauthenticated: bool) -> None:
+    """Raise ValueError for an address that other machines reach without a key, unless that is wanted."""
+    if not (is_loopback(host) or keys or allow_unauthenticated):
+        raise ValueError(
+            f"host: {host!r} can be reached from other machines; give --keys FILE (m2f2 keys create makes one), or "
+            "--allow_unauthenticated true."
+        )
 
 
 def is_loopback(host: str) -> bool:

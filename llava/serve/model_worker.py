@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from fastapi.responses import StreamingResponse
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
 from llava.pipeline.settings import JudgeSettings, Quantization
+from llava.serve.flags import translated
 from llava.serve.heartbeat import stay_registered
 from llava.serve.protocol import MAX_IMAGE_BYTES, REQUEST_HEADER, GenerateRequest, WorkerStatus
 from llava.serve.refusals import Refused
@@ -132,16 +133,6 @@ def _add_routes(app: FastAPI, answers: Answers, status: Callable[[], WorkerStatu
         return StreamingResponse(answers.answer(asked, turns, request_id))
 
 
-def translate(argv: Sequence[str]) -> Iterator[str]:
-    """Write flags as they are called here. Raises ValueError for a published one that has no successor."""
-    for word in argv:
-        name, equals, value = word.partition("=")
-        dashed = name.replace("_", "-")
-        if dashed in REFUSED:
-            raise ValueError(f"{name} is not accepted: {REFUSED[dashed]}.")
-        yield f"{ALIASES.get(dashed, name)}{equals}{value}"
-
-
 def load_engine(settings: WorkerSettings) -> Engine:
     """Load the model behind an engine of this process."""
     from llava.serve.batching import BatchConfig, BatchingEngine
@@ -154,7 +145,7 @@ def main() -> None:
     """Run a worker."""
     setup_logging()
     try:
-        settings = parse(WorkerSettings, list(translate(sys.argv[1:])), description=__doc__ or "")
+        settings = parse(WorkerSettings, list(translated(sys.argv[1:], ALIASES, REFUSED)), description=__doc__ or "")
         app = build_app(settings, load_engine(settings))
     except (ValueError, OSError) as error:
         sys.exit(f"model_worker: {error}")
