@@ -24,7 +24,8 @@ from PIL import Image
 from llava.core.types import Turn, Verdict, VerdictLabel
 from llava.explainer.sampling import GenerationSettings
 from llava.serve.engine import Piece
-from llava.serve.model_worker import WorkerSettings, build_app, translate
+from llava.serve.flags import translated
+from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, build_app
 from llava.serve.protocol import Chunk, decode_chunk, split_chunks
 from llava.serve.streams import StopAt, from_thread
 
@@ -291,9 +292,13 @@ def test_a_reader_that_leaves_stops_the_thread_at_once() -> None:
 
 def test_published_flags_are_taken_mapped_or_refused() -> None:
     words = ["--controller", "http://c:1", "--worker=http://w:2", "--model-path", "p", "--load-4bit", "--multi-modal"]
-    assert list(translate(words))[:3] == ["--controller-address", "http://c:1", "--worker-address=http://w:2"]
+    assert list(translated(words, ALIASES, REFUSED))[:3] == [
+        "--controller-address",
+        "http://c:1",
+        "--worker-address=http://w:2",
+    ]
     with pytest.raises(ValueError, match="--model-base is not accepted"):
-        list(translate(["--model-base", "x"]))
+        list(translated(["--model-base", "x"], ALIASES, REFUSED))
     assert WorkerSettings(model_path="a/b", load_4bit=True).bits == "4bit"
     assert WorkerSettings(model_path="a/b", load_8bit=True).bits == "8bit"
     assert WorkerSettings(model_path="a/b").name == "b"

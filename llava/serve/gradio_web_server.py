@@ -86,8 +86,8 @@ def models_of(settings: WebSettings) -> Models:
         return Models(controller, None)
     if not names:
         raise ValueError(
-            f"The controller at {controller.address} knows no worker yet; start one (python -m llava.serve.model_worker) "
-            "or give --model-list-mode reload."
+            f"The controller at {controller.address} knows no worker yet; start one (python -m "
+            "llava.serve.model_worker), or give --model-list-mode reload."
         )
     return Models(controller, names)
 
