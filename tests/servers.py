@@ -106,6 +106,11 @@ class Process:
                 env=given | (environment or {}),
             )
 
+    @property
+    def pid(self) -> int:
+        """Give its number."""
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
         self._process.send_signal(number)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and each of a record's `fields` in a key of its own."""
+    """One JSON object a line: time (UTC), level, logger, message, and each of a record's `fields` by its key."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Give the line of a record."""

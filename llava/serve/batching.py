@@ -164,7 +164,7 @@ class BatchingEngine:
                 row = Row(
                     settings=self._within_context(job.settings, len(ids) + len(suffix)), suffix=suffix, prefix=None
                 )
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # a tokeniser raises TypeError for what is no text
                 job.pieces.put(error)
                 continue
             found = seen.finding

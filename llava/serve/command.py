@@ -61,6 +61,7 @@ def serve(settings: ServeSettings) -> Iterator[str]:
     engine = BatchingEngine(model, BatchConfig(rows=settings.rows))
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
+    listener.listen()  # so that who reads the ready line can connect
     host, port = listener.getsockname()[:2]
     where = "" if settings.page else "/docs"
     yield f"ready: http://{host}:{port}{where} (model {settings.name}; stop with Ctrl+C)\n"

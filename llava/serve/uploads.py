@@ -10,6 +10,7 @@ from threading import Semaphore
 from typing import Any
 
 from llava.core.config import setting
+from llava.core.runtime import give_memory_back
 from llava.data.images import ImageTooLarge, UnreadableImage, read_image
 from llava.data.inputs import NamedImage, NamedVideo
 from llava.data.video import open_clip
@@ -18,6 +19,7 @@ from llava.serve.refusals import Refused
 
 NAMELESS = "upload"
 DECODING = Semaphore(2)  # at a time in a process, because one image may take 525 MB, see UploadLimits
+LARGE = 10_000_000  # bytes of pixels; reading more than that leaves hundreds of megabytes with each thread
 MAX_NAME = 80
 # RFC 2397, with base64 required; the media type is not believed.
 DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+\"-]*)*;base64,", re.IGNORECASE | re.ASCII)
@@ -56,6 +58,8 @@ def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = No
         if kind in PILLOW_FORMATS:
             with DECODING:
                 pixels = read_image(content, name, limits.max_pixels, formats=(PILLOW_FORMATS[kind],))
+            if pixels.size > LARGE:
+                give_memory_back()
             return NamedImage(pixels=pixels, **known)
         _check_clip(content, name, limits)
         return NamedVideo(source=content, **known)
