@@ -138,13 +138,13 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(answered: Browser) ->
     assert answered.value("[...document.querySelectorAll('h1')].map(part => part.textContent)") == [
         "Is this face real or forged?"
     ]
-    answered.value("document.activeElement.blur(), scrollTo(0, 0)")
     reached = []
-    for _ in range(20):
+    for _ in range(30):  # more than once around, from wherever the last click was
         answered.driver.switch_to.active_element.send_keys(Keys.TAB)
         reached.append(answered.value("document.activeElement.innerText || document.activeElement.tagName"))
     wanted = ["Clear, take another", "Explanation", "Regenerate", "TEXTAREA", "Ask", SUGGESTIONS[0]]
     wanted += ["Save report (page)", "Save report (JSON)", "For programs: the API"]
+    reached = reached[reached.index("Clear, take another") :]
     places = [reached.index(name) for name in wanted]
     assert places == sorted(places), reached
 
@@ -173,7 +173,9 @@ def test_one_of_several_faces_is_chosen(browser: Browser, address: str, tmp_path
         both.paste(picture, (360 * number, 0))
     both.save(tmp_path / "both.png")
     content = (tmp_path / "both.png").read_bytes()
-    verdicts = httpx.post(f"{address}/v1/detect", files=[("files", ("both.png", content))], timeout=120).json()["verdicts"]
+    verdicts = httpx.post(f"{address}/v1/detect", files=[("files", ("both.png", content))], timeout=120).json()[
+        "verdicts"
+    ]
     assert len(verdicts) > 1
     browser.open(address)
     browser.drop(tmp_path / "both.png")

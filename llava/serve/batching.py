@@ -46,6 +46,7 @@ class _Job:
     """A question on its way, and where its pieces go; `None` ends them, an exception is raised at the reader's."""
 
     image: np.ndarray
+    is_crop: bool
     turns: Sequence[Turn]
     settings: GenerationSettings
     stop: Event
@@ -84,12 +85,17 @@ class BatchingEngine:
         self._thread.start()
 
     def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+        self,
+        image: np.ndarray | None,
+        turns: Sequence[Turn],
+        settings: GenerationSettings,
+        stop: Event,
+        is_crop: bool = False,
     ) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says; a reader that goes away ends it, too."""
         if image is None:
             raise ValueError("This model answers questions about one face image, and there is none; send one.")
-        job = _Job(image, turns, settings, stop)
+        job = _Job(image, is_crop, turns, settings, stop)
         self._waiting.put(job)
         try:
             while (piece := _next(job)) is not None:
@@ -160,7 +166,7 @@ class BatchingEngine:
     def _begin(self, jobs: Sequence[_Job]) -> None:
         """Look at the images of new questions, tell their verdicts, and let them into the batch."""
         asked = []
-        for job, seen in zip(jobs, self.looks.at([job.image for job in jobs]), strict=True):
+        for job, seen in zip(jobs, self.looks.at([(job.image, job.is_crop) for job in jobs]), strict=True):
             try:
                 ids, suffix = self.decoder.split(job.turns, job.settings)
                 row = Row(

@@ -34,20 +34,23 @@ class Looks:
         self.images: OrderedDict[str, Seen] = OrderedDict()
         self._faces: OrderedDict[str, Seen] = OrderedDict()
 
-    def at(self, images: Sequence[np.ndarray]) -> list[Seen]:
-        """Give what was seen of the largest face of each image; new ones are looked at as one batch."""
-        names = [_digest(image) for image in images]
-        new = {name: image for name, image in zip(names, images, strict=True) if name not in self.images}
-        faces = {name: self._pipeline.face_of(image) for name, image in new.items()}
+    def at(self, images: Sequence[tuple[np.ndarray, bool]]) -> list[Seen]:
+        """Give what was seen of the largest face of each image; new ones are looked at as one batch.
+
+        Beside each image stands whether it is a crop, and judged whole.
+        """
+        names = [f"{_digest(image)} {is_crop}" for image, is_crop in images]
+        new = {name: asked for name, asked in zip(names, images, strict=True) if name not in self.images}
+        faces = {name: self._face(*asked) for name, asked in new.items()}
         self.images |= {name: seen for name, face in faces.items() if (seen := self._known(face)) is not None}
         unknown = {name: face for name, face in faces.items() if name not in self.images}
         if unknown:
-            found = _pairs(*self._pipeline.look(list(unknown.values()), self._pipeline.stability))
-            for name, (finding, row) in zip(unknown, found, strict=True):
+            looked = _pairs(*self._pipeline.look(list(unknown.values()), self._pipeline.stability))
+            for name, (finding, row) in zip(unknown, looked, strict=True):
                 self.images[name] = Seen(finding.verdict, row)
-        seen = [self.images[name] for name in names]
+        found = [self.images[name] for name in names]
         _keep_newest(self.images, names, self._most)
-        return seen
+        return found
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give the findings of images, and keep what was seen for questions about the same faces."""
@@ -60,6 +63,9 @@ class Looks:
                     self._faces[name] = Seen(finding.verdict, row)
                     _keep_newest(self._faces, [name], self._most)
         return found
+
+    def _face(self, image: np.ndarray, is_crop: bool) -> Face:
+        return Face(image="image 0", pixels=image) if is_crop else self._pipeline.face_of(image)
 
     def _known(self, face: Face) -> Seen | None:
         """Give what was seen when the same pixels were judged before, under the name and place of this face."""

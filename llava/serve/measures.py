@@ -61,6 +61,8 @@ class Measures:
                 path = scope["path"] if scope["path"] in KNOWN else "other"
                 self._requests.labels(path, str(status)).inc()
                 self._seconds.labels(path).observe(seconds)
-                log.info("%s %s %s %d %.3f s", name, scope["method"], path, status, seconds)
+                is_file = path == "other" and scope["method"] == "GET" and status < 400  # a page loads many
+                level = logging.DEBUG if is_file else logging.INFO
+                log.log(level, "%s %s %s %d %.3f s", name, scope["method"], path, status, seconds)
 
         return counted

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from markupsafe import Markup
 
 from llava.pipeline.pages import fill
@@ -140,6 +141,8 @@ def _right(parts: _Parts) -> None:
 
 
 def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool], uploads: UploadLimits) -> None:
+    folder = Path(get_upload_folder()).resolve()
+
     def on(listen: Any, step: Callable[..., Iterator[Screen]], *inputs: Any, **options: Any) -> None:
         def run(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
             page = request.session_hash or ""
@@ -151,7 +154,12 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
 
         listen(run, list(inputs), parts.shown, show_progress="hidden", api_visibility="private", **options)
 
-    on(parts.drop.upload, lambda page, file: flow.look(page, partial(received, file, uploads)), parts.drop, preprocess=False)
+    on(
+        parts.drop.upload,
+        lambda page, file: flow.look(page, partial(received, file, folder, uploads)),
+        parts.drop,
+        preprocess=False,
+    )
     for button, path in parts.examples:
         on(button.click, lambda page, path=path: flow.look(page, lambda: (path.read_bytes(), path.name)))
     on(parts.faces.input, lambda page, number: flow.choose(page, number), parts.faces)

@@ -30,7 +30,9 @@ GONE = "There is no picture here any more; drop it again."
 EMPTY = "The question is empty; ask something, such as: Why?"
 FAILED = "Something went wrong here; the server's log says what."
 LOCKED = "Your key is no longer valid; load the page again and log in with another one."
-NO_FACE = "No face was found, and only faces are judged. Take a picture in which a face is larger and seen from the front."
+NO_FACE = (
+    "No face was found, and only faces are judged. Take a picture in which a face is larger and seen from the front."
+)
 NO_WORDS = "There is nothing to explain without a verdict."
 NO_MORE = "No words could be written about this face alone; choose the largest one."
 
