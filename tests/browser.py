@@ -61,7 +61,7 @@ class Browser:
 
     def button(self, name: str) -> WebElement:
         """Wait for the visible button that has this name."""
-        path = f"//button[normalize-space()={json.dumps(name)}]"
+        path = f"//button[normalize-space()={json.dumps(name)} and not(ancestor::*[@aria-hidden='true'])]"
         return WebDriverWait(self.driver, WAIT_SECONDS).until(
             lambda driver: next((b for b in driver.find_elements(By.XPATH, path) if b.is_displayed()), None)
         )
@@ -116,7 +116,11 @@ def chromium(downloads: Path) -> Iterator[Browser]:
     for flag in FLAGS:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    saving = {
+        "download.default_directory": str(downloads),
+        "profile.default_content_setting_values.automatic_downloads": 1,
+    }
+    options.add_experimental_option("prefs", saving)
     # With the path of the driver, Selenium's manager, which asks the internet, is never started.
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:

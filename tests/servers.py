@@ -120,6 +120,11 @@ class Process:
         self._process.kill()
         self._process.wait(10)
 
+    @property
+    def is_running(self) -> bool:
+        """Say whether it has not ended."""
+        return self._process.poll() is None
+
     def wait(self) -> int:
         """Give the exit code of one that ends by itself."""
         return self._process.wait(20)

@@ -82,12 +82,17 @@ class BatchingEngine:
         self._thread.start()
 
     def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+        self,
+        image: np.ndarray | None,
+        turns: Sequence[Turn],
+        settings: GenerationSettings,
+        stop: Event,
+        is_crop: bool = False,
     ) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says; a reader that goes away ends it, too."""
         if image is None:
             raise ValueError("This model answers questions about one face image, and there is none; send one.")
-        job = _Job(self.looks.asked(image), turns, settings, stop)
+        job = _Job(self.looks.asked(image, is_crop), turns, settings, stop)
         self._waiting.put(job)
         try:
             while (piece := _next(job)) is not None:

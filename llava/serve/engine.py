@@ -44,10 +44,16 @@ class Engine(Protocol):
     """Answers one conversation about one face image; may be asked from several threads at once."""
 
     def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+        self,
+        image: np.ndarray | None,
+        turns: Sequence[Turn],
+        settings: GenerationSettings,
+        stop: Event,
+        is_crop: bool = False,
     ) -> Iterator[Piece]:
         """Yield the verdict on the largest face of an image (H, W, 3) uint8 RGB, then the text; `stop` ends it soon.
 
+        is_crop: the image is what a finding was made of (`Finding.pixels`), and is judged whole.
         There is no text where there is no verdict. Raises ValueError for what can not be answered.
         """
         ...

@@ -32,9 +32,13 @@ class Seen:
 
 @dataclass(eq=False)
 class Asked:
-    """An image that is asked about. face: found and made ready in the thread that asks; None = it was seen before."""
+    """An image that is asked about.
+
+    is_crop: it is judged whole. face: found and made ready in the thread that asks; None = it was seen before.
+    """
 
     image: np.ndarray
+    is_crop: bool
     name: str
     face: Future[Face] | None
 
@@ -52,28 +56,31 @@ class Looks:
         self._coming: WeakValueDictionary[str, Future[Face]] = WeakValueDictionary()
         self._entry, self._few = Lock(), Semaphore(PREPARED_TOGETHER)
 
-    def asked(self, image: np.ndarray) -> Asked:
+    def asked(self, image: np.ndarray, is_crop: bool = False) -> Asked:
         """Find the face and make it ready, once for all who ask about the same new image."""
-        name = _digest(image)
+        name = f"{_digest(image)} {is_crop}"
         with self._entry:
             if name in self.images:
-                return Asked(image, name, None)
+                return Asked(image, is_crop, name, None)
             face = self._coming.get(name)
             is_first = face is None
             if face is None:
                 face = self._coming[name] = Future()
         if is_first:
             try:
-                face.set_result(self._ready(image))
+                face.set_result(self._ready(image, is_crop))
             except Exception as error:
                 face.set_exception(error)
         face.result()
-        return Asked(image, name, face)
+        return Asked(image, is_crop, name, face)
 
     def at(self, asked: Sequence[Asked]) -> list[Seen]:
         """Give what was seen of the largest face of each image; new ones are looked at as one batch."""
         new = {each.name: each for each in asked if each.name not in self.images}
-        faces = {name: each.face.result() if each.face else self._ready(each.image) for name, each in new.items()}
+        faces = {
+            name: each.face.result() if each.face else self._ready(each.image, each.is_crop)
+            for name, each in new.items()
+        }
         self.images |= {name: known for name, face in faces.items() if (known := self._known(face)) is not None}
         unknown = {name: face for name, face in faces.items() if name not in self.images}
         if unknown:
@@ -98,10 +105,10 @@ class Looks:
                     _keep_newest(self._faces, [name], self._most)
         return found
 
-    def _ready(self, image: np.ndarray) -> Face:
+    def _ready(self, image: np.ndarray, is_crop: bool) -> Face:
         """Give the largest face with all that the model reads of it, unless the same pixels were judged before."""
         with self._few:
-            face = self._pipeline.face_of(image)
+            face = Face(image="image 0", pixels=image) if is_crop else self._pipeline.face_of(image)
             if face.pixels is not None and _digest(face.pixels) in self._faces:
                 return face
             return prepared(face, self._pipeline.needed_explainer(), self._pipeline.stability)

@@ -63,6 +63,8 @@ class Measures:
                 self._seconds.labels(path).observe(seconds)
                 told = {"id": name, "method": scope["method"], "path": path, "status": status}
                 fields = told | {"seconds": round(seconds, 3)}
-                log.info("%s %s %s %d %.3f s", *told.values(), seconds, extra={"fields": fields})
+                is_file = path == "other" and scope["method"] == "GET" and status < 400  # a page loads many
+                level = logging.DEBUG if is_file else logging.INFO
+                log.log(level, "%s %s %s %d %.3f s", *told.values(), seconds, extra={"fields": fields})
 
         return counted

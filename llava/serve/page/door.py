@@ -31,7 +31,8 @@ MAX_STEP_BYTES = 100_000
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "media-src 'self' blob:; connect-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'",
+    "media-src 'self' blob:; connect-src 'self' data: blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -45,7 +46,7 @@ class PageDoor:
     """
 
     def __init__(self, app: FastAPI, limits: RequestLimits) -> None:
-        self._app, self._limits = app, limits
+        self._app, self._limits, self._folder = app, limits, Path(get_upload_folder()).resolve()
         self._rates, self._streams, self._closing = RateLimiter(), 0, asyncio.Event()
 
     def owns(self, path: str) -> bool:
@@ -91,7 +92,7 @@ class PageDoor:
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 if scope["path"] == JOIN:
-                    receive = _again(await _checked(request))
+                    receive = _again(await _checked(request, self._folder))
                 await self._app(scope, receive, _with_headers(send))
         except TimeoutError:
             raise Refused(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
@@ -121,7 +122,7 @@ class PageDoor:
         self._rates.hit(f"{what} {address_identity(host)}", per_minute)
 
 
-async def _checked(request: Request) -> bytes:
+async def _checked(request: Request, folder: Path) -> bytes:
     """Read a step. Raises Refused where it is too long, no JSON, or names a file that was not uploaded (400, 413)."""
     body = bytearray()
     async for part in request.stream():
@@ -132,7 +133,7 @@ async def _checked(request: Request) -> bytes:
         content = json.loads(body)
     except (ValueError, RecursionError):
         raise Refused(400, "The request is no JSON.") from None
-    if not _is_harmless(content, Path(get_upload_folder()).resolve()):
+    if not _is_harmless(content, folder):
         raise Refused(400, "The request names a file or an address that was not uploaded here.")
     return bytes(body)
 

@@ -10,6 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from llava.core.types import Explanation, Turn, VideoVerdict
@@ -184,11 +185,12 @@ class Flow:
         finding, stop, text = visit.finding, visit.begin(), ""
         if finding.pixels is None:
             raise Refused(400, words.NO_WORDS)
-        picture = finding.pixels
+        picture: np.ndarray | None = finding.pixels
+        is_crop = True
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):
-            picture = visit.source.pixels  # as through the API: the largest face of the whole picture
+            picture, is_crop = visit.source.pixels, False  # as through the API: the largest face of the whole picture
         yield Screen(words=_unfinished(finding, before, question, text), notice="", is_busy=True)
-        for piece in self._engine.ask(picture, turns(before, question), settings, stop):
+        for piece in self._engine.ask(picture, turns(before, question), settings, stop, is_crop):
             if visit.stop is not stop:
                 return
             text += piece.text

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from markupsafe import Markup
 
 from llava.pipeline.pages import fill
@@ -74,7 +75,6 @@ class _Parts:
     heatmap: gr.HTML
     html: gr.Button
     json: gr.Button
-    file: gr.JSON
     say: gr.HTML
 
     @property
@@ -95,7 +95,6 @@ def _parts(offered: Sequence[tuple[words.Example, Path]]) -> _Parts:
         with gr.Column(scale=7, min_width=280, visible=False, elem_id="right") as parts.result:
             _right(parts)
     gr.HTML(fill("live_about.html", limits=LIMITS, privacy=words.PRIVACY), elem_id="about")
-    parts.file = gr.JSON(visible=False)
     return parts
 
 
@@ -142,6 +141,8 @@ def _right(parts: _Parts) -> None:
 
 
 def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool], uploads: UploadLimits) -> None:
+    folder = Path(get_upload_folder()).resolve()
+
     def on(listen: Any, step: Callable[..., Iterator[Screen]], *inputs: Any, **options: Any) -> None:
         def run(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
             page = request.session_hash or ""
@@ -155,7 +156,7 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
 
     on(
         parts.drop.upload,
-        lambda page, file: flow.look(page, partial(received, file, uploads)),
+        lambda page, file: flow.look(page, partial(received, file, folder, uploads)),
         parts.drop,
         preprocess=False,
     )
@@ -170,10 +171,10 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
     on(parts.stop.click, flow.stop)
     on(parts.clear.click, flow.clear)
     for button, kind in ((parts.html, "html"), (parts.json, "json")):
-        made = button.click(
-            _saving(flow, kind, is_allowed), None, parts.file, show_progress="hidden", api_visibility="private"
-        )
-        made.success(None, parts.file, None, js=SAVE)
+        save = _saving(flow, kind, is_allowed)
+        file = gr.JSON(visible=False)
+        made = button.click(save, None, file, show_progress="hidden", api_visibility="private")
+        made.success(None, file, None, js=SAVE)
 
 
 def _saving(flow: Flow, kind: str, is_allowed: Callable[[str | None], bool]) -> Callable[..., dict[str, str]]:

@@ -7,17 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gradio.utils import get_upload_folder
-
 from llava.serve.page import words
 from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits
 
 
-def received(file: Mapping[str, Any] | None, limits: UploadLimits) -> tuple[bytes, str]:
-    """Give content and name of an uploaded file, which is gone afterwards. Raises Refused where there is none."""
+def received(file: Mapping[str, Any] | None, folder: Path, limits: UploadLimits) -> tuple[bytes, str]:
+    """Give content and name of a file in the folder of uploads; it is gone afterwards. Raises Refused for any other."""
     path = Path(str((file or {}).get("path", ""))).resolve()
-    if not is_uploaded(path) or not path.is_file():
+    if not path.is_relative_to(folder) or not path.is_file():
         raise Refused(400, words.GONE)
     try:
         with path.open("rb") as stream:
@@ -27,9 +25,3 @@ def received(file: Mapping[str, Any] | None, limits: UploadLimits) -> tuple[byte
         with suppress(OSError):  # another upload of the same bytes may be there
             path.parent.rmdir()
     return content, str((file or {}).get("orig_name") or path.name)
-
-
-def is_uploaded(path: Path) -> bool:
-    """Say whether a resolved path lies where uploads are put, two levels down: folder / digest / name."""
-    folder = Path(get_upload_folder()).resolve()
-    return path.is_relative_to(folder) and path != folder

@@ -17,7 +17,8 @@ from llava.pipeline.findings import Finding
 class Visit:
     """One picture or video on one open page: what was found, which face is talked about, and what was said of each.
 
-    stop: ends the answer that is being written; every answer has its own. rewrites: how often other words were asked for.
+    stop: ends the answer that is being written; every answer has its own. rewrites: how often other words were asked
+    for.
     """
 
     source: NamedInput

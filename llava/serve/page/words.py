@@ -24,7 +24,7 @@ HEADLINES = {
     VerdictLabel.UNCERTAIN: "Uncertain",
     VerdictLabel.INCONCLUSIVE: "No verdict",
 }
-EVIDENCE = {"p_real": "Speaks for real", "p_fake": "Speaks for forged"}
+EVIDENCE = {"p_real": "Speaks for real", "p_fake": "Speaks for fake"}
 
 GONE = "There is no picture here any more; drop it again."
 EMPTY = "The question is empty; ask something, such as: Why?"
