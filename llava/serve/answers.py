@@ -115,7 +115,7 @@ class Answers:
             temperature=asked.temperature if asked.temperature > GREEDY_UP_TO else 0.0,
             top_p=asked.top_p,
         )
-        return self._engine.ask(image, turns, settings, stop)
+        return self._engine.ask(image, turns, settings, stop, asked.is_crop)
 
 
 class _Writer:

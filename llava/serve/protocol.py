@@ -75,7 +75,8 @@ class GenerateRequest(BaseModel):
 
     images: base64, as many as `<image>` in the prompt. max_new_tokens: more than 1024 counts as 1024, as published.
     echo: whether the answer's text begins with the prompt; FastChat's clients send false. evidence_map: whether the
-    first chunk is to hold the detector's map (ours alone).
+    first chunk is to hold the detector's map; is_crop: whether the image is a face's crop, to be judged whole (both are
+    ours alone).
     """
 
     model: str = Field("", max_length=256)
@@ -87,6 +88,7 @@ class GenerateRequest(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
     echo: bool = True
     evidence_map: bool = False
+    is_crop: bool = False
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -53,12 +53,18 @@ class RemoteEngine:
         self._faces = faces or FaceSettings()
 
     def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+        self,
+        image: np.ndarray | None,
+        turns: Sequence[Turn],
+        settings: GenerationSettings,
+        stop: Event,
+        is_crop: bool = False,
     ) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says. Raises ValueError with what the worker says."""
         if image is None:
             raise ValueError("This model answers questions about one face image, and there is none; send one.")
-        face = faces_of(NamedImage(name="image", pixels=image), self._faces)[0]
+        named = NamedImage(name="image", pixels=image)
+        face = Face(image=named.name, pixels=image) if is_crop else faces_of(named, self._faces)[0]
         shown, chunks = "", self._chunks(face, image, turns, settings)
         with closing(chunks):
             for chunk in chunks:
@@ -110,6 +116,7 @@ class RemoteEngine:
             stop="</s>",
             echo=False,
             evidence_map=True,
+            is_crop=face.pixels is not None,
         )
         limits = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
         address = f"{self._controller.address}/worker_generate_stream"
