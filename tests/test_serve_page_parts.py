@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,14 @@ def completed(address: str, asked: dict[str, Any]) -> str:
         return next(line for line in stream.iter_lines() if "process_completed" in line)
 
 
+def number_of(address: str, button: str) -> int:
+    """Give the number of the step that a button starts, by the button's id."""
+    config = httpx.get(f"{address}/config").json()
+    (part,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == button]
+    (number,) = [one["id"] for one in config["dependencies"] if [part, "click"] in map(list, one["targets"])]
+    return int(number)
+
+
 def remembered() -> str:
     """Give what Gradio remembers of all sessions."""
     pages = [page for page in gr.Blocks.get_instances() if page.title == "M2F2-Det"]
@@ -271,12 +280,28 @@ def test_no_address_is_fetched_and_no_file_read_for_a_client(address: str) -> No
     assert httpx.get(f"{address}/gradio_api/file={path}").status_code == 404
     assert peer.connections == 0
     assert "Your picture x.png" in remembered(), "Gradio keeps what it shows"
-    config = httpx.get(f"{address}/config").json()
-    (clear,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == "clear"]
-    (index,) = [one["id"] for one in config["dependencies"] if [clear, "click"] in map(list, one["targets"])]
-    assert '"success":true' in completed(address, step([], index)).replace(" ", "")
+    assert '"success":true' in completed(address, step([], number_of(address, "clear"))).replace(" ", "")
     assert "Your picture x.png" not in remembered(), "and Clear makes it forget"
     peer.close()
+
+
+@pytest.mark.e2e
+def test_who_closes_the_page_ends_the_answer(
+    engine: BatchingEngine, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = httpx.post(
+        f"{address}/gradio_api/upload", files={"files": ("x.png", PHOTO.read_bytes())}, timeout=60
+    ).json()
+    completed(address, step([{"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}]))
+    write = engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda: (time.sleep(0.5), write()))
+    question = step(["Does the nose look real or fake?"], number_of(address, "ask"))
+    assert httpx.post(f"{address}/gradio_api/queue/join", json=question, timeout=60).status_code == 200
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=abc", timeout=120):
+        wait_for(lambda: engine._active)
+        (job,) = engine._active
+    wait_for(lambda: not engine._active)
+    assert job.stop.is_set() and job.row is not None and not job.row.is_done
 
 
 @pytest.mark.e2e
