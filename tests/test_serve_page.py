@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 from servers import ROOT, Process, ready_address, wait_for
 
+from llava.core.types import Explanation, Verdict
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.serve.page.words import SUGGESTIONS
 
@@ -70,6 +72,16 @@ def explained(address: str, path: Path = PHOTO) -> dict[str, Any]:
     return reply.json()["explanations"][0]
 
 
+def asked_on(address: str, first: str) -> str:
+    """Give the answer of the API to the second question about the photo."""
+    image = {"url": f"data:image/png;base64,{base64.b64encode(PHOTO.read_bytes()).decode()}"}
+    parts = [{"type": "text", "text": VERDICT_QUESTION}, {"type": "image_url", "image_url": image}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": first}]
+    body = {"model": "explainer", "messages": [*said, {"role": "user", "content": FOLLOW_UP}]}
+    reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
+    return reply.json()["choices"][0]["message"]["content"]
+
+
 def answers(browser: Browser) -> list[str]:
     return browser.value("[...document.querySelectorAll('#words .answer')].map(part => part.textContent)")
 
@@ -82,6 +94,8 @@ def test_a_photo_gets_the_verdict_and_the_words_of_the_api(answered: Browser, ad
     assert f"Score {verdict['p_fake']:.3f} of 1" in card and "not calibrated" in card
     assert f"{verdict['evidence']['p_fake']:.3f}" in card and "Speaks for fake" in card
     assert answers(answered) == [wanted["text"]]
+    remark = Explanation(**{**wanted, "verdict": Verdict(**verdict)}).remark.strip("[]")
+    assert answered.value("document.querySelector('#words .remark')?.textContent ?? ''") == remark
     heard = answered.value("document.querySelector('[role=status][aria-live=polite]').textContent")
     assert wanted["text"] in heard
     assert "astronaut.png" in answered.text("photo")
@@ -95,6 +109,7 @@ def test_a_follow_up_goes_on_with_the_conversation(answered: Browser, address: s
     first, second = answers(answered)
     assert answered.value("document.querySelector('#words .question bdi').textContent") == FOLLOW_UP
     assert box.get_attribute("value") == ""
+    assert second == asked_on(address, first)
     answered.click(SUGGESTIONS[0])
     answered.wait_for_answer(3)
     assert "nose" in second and answers(answered)[:2] == [first, second]

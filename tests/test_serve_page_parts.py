@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
 from clips import write_clip
 from PIL import Image
-from servers import ROOT, Peer, running
+from servers import ROOT, Peer, running, wait_for
 
 from llava.core.types import Explanation, Verdict, VerdictLabel
 from llava.data.inputs import NamedImage
@@ -45,7 +47,8 @@ def visit(side: int = 10) -> Visit:
 
 def test_visits_are_forgotten_by_time_by_room_and_on_request() -> None:
     now = [0.0]
-    visits = Visits(seconds=60, max_bytes=1500, clock=lambda: now[0])
+    gone: list[str] = []
+    visits = Visits(seconds=60, max_bytes=1500, clock=lambda: now[0], on_forget=gone.append)
     first, second, third = visit(), visit(), visit()
     visits.put("a", first)
     now[0] = 50.0
@@ -58,13 +61,16 @@ def test_visits_are_forgotten_by_time_by_room_and_on_request() -> None:
     assert [visits.get(name) for name in "abc"] == [None, second, third], "600 bytes each, 1500 at most"
     assert first.stop is stop, "nothing is begun by looking"
     now[0] = 161.0
-    assert visits.get("b") is None and visits.get("c") is None
+    assert visits.get("b") is None and visits.get("c") is None and gone == ["a", "b", "c"]
     ending = second.begin()
     visits.put("b", second)
     visits.drop("b")
     assert visits.get("b") is None and ending.is_set()
     visits.put("large", visit(100))
     assert visits.get("large") is not None, "one is kept, however large"
+    quick = Visits(seconds=0.05, on_forget=gone.append)
+    quick.put("unwatched", visit())
+    wait_for(lambda: "unwatched" in gone)
 
 
 def test_a_card_says_it_all_in_words() -> None:
@@ -147,7 +153,7 @@ def test_mistakes_are_answered_with_sentences(engine: BatchingEngine, monkeypatc
     last(flow.look("page", photo))
     assert last(flow.ask("page", "  ")).notice == words.EMPTY
     assert f"at most {MAX_QUESTION:,} are read" in last(flow.ask("page", "why " * MAX_QUESTION)).notice
-    assert "There is no face 9" in last(flow.choose("page", 8)).notice
+    assert "There is no such face" in last(flow.choose("page", 8)).notice
     monkeypatch.setattr(engine, "ask", lambda *a: 1 / 0)
     failed = last(flow.ask("page", "Why?"))
     assert failed.notice == words.FAILED and failed.is_busy is False
@@ -186,6 +192,27 @@ def served(engine: BatchingEngine, keys: KeyRing | None = None, per_minute: int 
 def address(engine: BatchingEngine) -> Iterator[str]:
     with served(engine) as found:
         yield found
+
+
+def completed(address: str, asked: dict[str, Any]) -> str:
+    """Let a step be done, and give what the page is told at its end."""
+    assert httpx.post(f"{address}/gradio_api/queue/join", json=asked, timeout=60).status_code == 200
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=abc", timeout=120) as stream:
+        return next(line for line in stream.iter_lines() if "process_completed" in line)
+
+
+def number_of(address: str, button: str) -> int:
+    """Give the number of the step that a button starts, by the button's id."""
+    config = httpx.get(f"{address}/config").json()
+    (part,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == button]
+    (number,) = [one["id"] for one in config["dependencies"] if [part, "click"] in map(list, one["targets"])]
+    return int(number)
+
+
+def remembered() -> str:
+    """Give what Gradio remembers of all sessions."""
+    pages = [page for page in gr.Blocks.get_instances() if page.title == "M2F2-Det"]
+    return "".join(repr(state.config_values) for page in pages for state in page.state_holder.session_data.values())
 
 
 def step(data: list[Any], index: int = 0) -> dict[str, Any]:
@@ -247,17 +274,34 @@ def test_no_address_is_fetched_and_no_file_read_for_a_client(address: str) -> No
         f"{address}/gradio_api/upload", files={"files": ("x.png", PHOTO.read_bytes())}, timeout=60
     ).json()
     there = {"path": path, "url": f"{peer.address}/x.png", "orig_name": "x.png", "meta": meta}
-    assert httpx.post(f"{address}/gradio_api/queue/join", json=step([there])).status_code == 200
-    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=abc", timeout=120) as stream:
-        for line in stream.iter_lines():
-            if "process_completed" in line:
-                break
-    assert '"success":true' in line.replace(" ", "")
+    assert '"success":true' in completed(address, step([there])).replace(" ", "")
     folder = Path(path).parents[1]
     assert not Path(path).exists() and not [p for p in folder.rglob("*") if p.is_file()], "read once, then deleted"
     assert httpx.get(f"{address}/gradio_api/file={path}").status_code == 404
     assert peer.connections == 0
+    assert "Your picture x.png" in remembered(), "Gradio keeps what it shows"
+    assert '"success":true' in completed(address, step([], number_of(address, "clear"))).replace(" ", "")
+    assert "Your picture x.png" not in remembered(), "and Clear makes it forget"
     peer.close()
+
+
+@pytest.mark.e2e
+def test_who_closes_the_page_ends_the_answer(
+    engine: BatchingEngine, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = httpx.post(
+        f"{address}/gradio_api/upload", files={"files": ("x.png", PHOTO.read_bytes())}, timeout=60
+    ).json()
+    completed(address, step([{"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}]))
+    write = engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda: (time.sleep(0.5), write()))
+    question = step(["Does the nose look real or fake?"], number_of(address, "ask"))
+    assert httpx.post(f"{address}/gradio_api/queue/join", json=question, timeout=60).status_code == 200
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=abc", timeout=120):
+        wait_for(lambda: engine._active)
+        (job,) = engine._active
+    wait_for(lambda: not engine._active)
+    assert job.stop.is_set() and job.row is not None and not job.row.is_done
 
 
 @pytest.mark.e2e

@@ -20,13 +20,12 @@ from llava.serve.limits import RateLimiter, RequestLimits, address_identity
 from llava.serve.refusals import Refused
 
 FILES = ("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/logout", "/manifest.json")
-FILE_FOLDERS = ("/assets/", "/static/", "/svelte/")
+FILE_FOLDERS = ("/assets/", "/static/")
 STREAMS = ("/gradio_api/queue/data", "/gradio_api/upload_progress")
-STREAM_FOLDER = "/gradio_api/heartbeat/"
 UPLOAD, JOIN, LOGIN = "/gradio_api/upload", "/gradio_api/queue/join", "/login"
-SMALL = ("/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/startup-events")
+SMALL = ("/gradio_api/cancel", "/gradio_api/reset")
 FILES_PER_MINUTE = 1200  # of one address; the page has about a hundred, which a browser then keeps
-MAX_STREAMS = 500  # every open page holds one or two
+MAX_STREAMS = 500  # a page holds one while something is going on there
 MAX_STEP_BYTES = 100_000
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -52,10 +51,10 @@ class PageDoor:
     def owns(self, path: str) -> bool:
         """Say whether a path is the page's, and so has its own login and rates."""
         known = (*FILES, *STREAMS, UPLOAD, JOIN, LOGIN, *SMALL)
-        return path in known or path.startswith((*FILE_FOLDERS, STREAM_FOLDER))
+        return path in known or path.startswith(FILE_FOLDERS)
 
     def close(self) -> None:
-        """End the streams, which would go on for as long as a page is open."""
+        """End the streams, which would go on for as long as somebody listens."""
         self._closing.set()
 
     def lifespan(self) -> AbstractAsyncContextManager[Any]:
@@ -68,10 +67,10 @@ class PageDoor:
             raise HTTPException(404)
         path, method = scope["path"], scope["method"]
         try:
-            if method in ("GET", "HEAD") and (path in FILES or path.startswith(FILE_FOLDERS) or path in SMALL):
+            if method in ("GET", "HEAD") and (path in FILES or path.startswith(FILE_FOLDERS)):
                 self._count(scope, "files", FILES_PER_MINUTE)
                 await self._app(_without_links(scope), receive, _with_headers(send))
-            elif method == "GET" and (path in STREAMS or path.startswith(STREAM_FOLDER)):
+            elif method == "GET" and path in STREAMS:
                 await self._stream(scope, receive, send)
             elif method == "POST" and path in (UPLOAD, JOIN, LOGIN, *SMALL):
                 await self._step(scope, receive, send)

@@ -92,16 +92,16 @@ class Flow:
     def choose(self, page: str, number: int) -> Iterator[Screen]:
         """Talk about another face of the same picture."""
         visit = self._visit(page)
-        if not 0 <= number < len(visit.findings):
-            raise Refused(400, f"There is no face {number + 1}; choose 1 to {len(visit.findings)}.")
+        if number not in range(len(visit.findings)):
+            raise Refused(400, f"There is no such face; choose 1 to {len(visit.findings)}.")
         visit.begin()
         visit.chosen = number
         yield from self._shown(visit)
 
     @told
-    def ask(self, page: str, question: str) -> Iterator[Screen]:
+    def ask(self, page: str, question: str | None) -> Iterator[Screen]:
         """Answer one more question about the face."""
-        visit, question = self._visit(page), question.strip()
+        visit, question = self._visit(page), (question or "").strip()
         if not question:
             raise Refused(400, words.EMPTY)
         if len(question) > MAX_QUESTION:

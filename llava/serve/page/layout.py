@@ -18,6 +18,7 @@ from llava.serve.engine import Engine
 from llava.serve.page import views, words
 from llava.serve.page.flow import Flow, Screen
 from llava.serve.page.receive import received
+from llava.serve.page.visits import Visits
 from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits
 
@@ -44,7 +45,8 @@ def build_page(
     examples: folder that holds photos of `words.EXAMPLES`. is_allowed: whether a user who logged in may still ask.
     at_once: steps of one kind that run at the same time; four times as many wait, further ones are refused.
     """
-    flow = Flow(engine, uploads)
+    visits = Visits(on_forget=lambda name: page.state_holder.session_data.pop(name, None))  # Gradio's copy, too
+    flow = Flow(engine, uploads, visits)
     with gr.Blocks(title="M2F2-Det", analytics_enabled=False, delete_cache=(30, 300)) as page:
         parts = _parts(_offered(examples))
         _connect(parts, flow, is_allowed, uploads or UploadLimits())
@@ -162,7 +164,7 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
     )
     for button, path in parts.examples:
         on(button.click, lambda page, path=path: flow.look(page, lambda: (path.read_bytes(), path.name)))
-    on(parts.faces.input, lambda page, number: flow.choose(page, number), parts.faces)
+    on(parts.faces.input, flow.choose, parts.faces, preprocess=False)
     on(parts.ask.click, flow.ask, parts.question)
     on(parts.question.submit, flow.ask, parts.question)
     for button in parts.suggestions:

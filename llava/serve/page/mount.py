@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from llava.serve.page.door import PageDoor
 
 FONTS = ("system-ui", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif")
+CLOSED: dict[str, Any] = {  # what Gradio would offer beside the page
+    "footer_links": [],
+    "run_history": False,
+    "show_error": False,
+    "ssr_mode": False,
+    "mcp_server": False,
+    "pwa": False,
+    "enable_monitoring": False,
+}
 MONO = ("ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace")
 
 
@@ -49,30 +58,26 @@ def open_page(
             yield
 
     shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    own = resources.files("llava.serve.page")
+    shown = None if examples is None else Path(examples)
     gr.mount_gradio_app(
         shell,
-        build_page(
-            engine,
-            uploads,
-            None if examples is None else Path(examples),
-            (lambda user: True) if keys is None else (lambda user: user is not None and keys.has(user)),
-            limits.max_active,
-        ),
+        build_page(engine, uploads, shown, lambda user: _may_ask(keys, user), limits.max_active),
         path="/",
         auth=None if keys is None else lambda name, secret: keys.is_of(secret, name),
         auth_message=None if keys is None else "Log in with the name of a key and the key.",
-        footer_links=[],
-        run_history=False,
-        show_error=False,
         max_file_size=uploads.max_bytes,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        enable_monitoring=False,
         theme=gr.themes.Base(font=FONTS, font_mono=MONO, primary_hue="slate", secondary_hue="slate"),
-        css=own.joinpath("page.css").read_text("utf-8"),
-        js=own.joinpath("page.js").read_text("utf-8"),
+        css=_own("page.css"),
+        js=_own("page.js"),
         head='<meta name="color-scheme" content="light dark">',
+        **CLOSED,
     )
     return PageDoor(shell, limits)
+
+
+def _may_ask(keys: KeyRing | None, user: str | None) -> bool:
+    return keys is None or (user is not None and keys.has(user))
+
+
+def _own(name: str) -> str:
+    return resources.files("llava.serve.page").joinpath(name).read_text("utf-8")

@@ -72,7 +72,7 @@ def heatmap(finding: Finding) -> Markup:
     mapped = finding.evidence_map
     crop = "" if finding.pixels is None else jpeg_uri(shrink(finding.pixels))
     if finding.pixels is None or mapped is None:
-        return fill("live_map.html", crop=crop, shown="", fields=(0, 0), lowest=0.0, highest=0.0)
+        return fill("live_map.html", crop=crop, shown="", fields=(0, 0), lowest=0.0, highest=0.0, is_part=False)
     return fill(
         "live_map.html",
         crop=crop,
@@ -80,6 +80,7 @@ def heatmap(finding: Finding) -> Markup:
         fields=mapped.shape,
         lowest=float(mapped.min()),
         highest=float(mapped.max()),
+        is_part=finding.seen < 1 or finding.pixels.shape[0] != finding.pixels.shape[1],
     )
 
 

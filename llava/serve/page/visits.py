@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import Event, Lock
+from threading import Event, Lock, Timer
 
 from llava.core.types import Explanation
 from llava.data.inputs import NamedImage, NamedInput
@@ -54,14 +54,23 @@ class Visit:
 
 
 class Visits:
-    """The newest visits by the name of their page; one that nobody asked about for `seconds` is forgotten."""
+    """The newest visits by the name of their page.
+
+    One that nobody asked about for `seconds` is forgotten before twice that time. on_forget: called with its name.
+    """
 
     def __init__(
-        self, seconds: float = 1800.0, max_bytes: int = 1_000_000_000, clock: Callable[[], float] = time.monotonic
+        self,
+        seconds: float = 1800.0,
+        max_bytes: int = 1_000_000_000,
+        clock: Callable[[], float] = time.monotonic,
+        on_forget: Callable[[str], object] = lambda name: None,
     ) -> None:
         self._seconds, self._max_bytes, self._clock = seconds, max_bytes, clock
         self._visits: OrderedDict[str, tuple[Visit, float]] = OrderedDict()
         self._lock = Lock()
+        self._on_forget = on_forget
+        self._timer: Timer | None = None
 
     def get(self, name: str) -> Visit | None:
         """Give a page's visit, None when there is none any more."""
@@ -81,6 +90,7 @@ class Visits:
             self._forget()
             while len(self._visits) > 1 and sum(v.byte_count for v, _ in self._visits.values()) > self._max_bytes:
                 self._drop(next(iter(self._visits)))
+            self._watch()
 
     def drop(self, name: str) -> None:
         """Forget a page's visit."""
@@ -90,8 +100,22 @@ class Visits:
     def _drop(self, name: str) -> None:
         if name in self._visits:
             self._visits.pop(name)[0].begin()
+            self._on_forget(name)
 
     def _forget(self) -> None:
         oldest = self._clock() - self._seconds
         for name in [name for name, (_, used) in self._visits.items() if used < oldest]:
             self._drop(name)
+
+    def _watch(self) -> None:
+        """Look again later, as long as there is anything to forget."""
+        if self._timer is None and self._visits:
+            self._timer = Timer(self._seconds, self._sweep)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _sweep(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._forget()
+            self._watch()

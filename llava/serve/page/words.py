@@ -10,8 +10,9 @@ from llava.explainer.prompts import VERDICT_QUESTION
 TITLE = "Is this face real or forged?"
 LEAD = "You get a verdict, how sure it is, what it rests on, and the reasons in words."
 PRIVACY = (
-    "What you send is looked at on this server alone. It is kept in memory while you ask, for half an hour at most, "
-    "and forgotten when you press Clear. It is never written to a file that stays."
+    "What you send is looked at on this server alone and kept in its memory, so that you can ask about it. Clear "
+    "forgets it at once; otherwise it is forgotten within an hour after your last question. It is never written to a "
+    "file that stays."
 )
 SUGGESTIONS = (
     "Does this image look real or fake? Give the reasons.",
