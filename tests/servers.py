@@ -118,7 +118,7 @@ class Process:
     def kill(self) -> None:
         """End it as `kill -9` does."""
         self._process.kill()
-        self._process.wait(10)
+        self._process.wait(60)
 
     @property
     def is_running(self) -> bool:
@@ -127,7 +127,7 @@ class Process:
 
     def wait(self) -> int:
         """Give the exit code of one that ends by itself."""
-        return self._process.wait(20)
+        return self._process.wait(120)
 
     def stop(self) -> int:
         """End it as a person would; gives the exit code."""

@@ -42,7 +42,9 @@ def verdict(label: VerdictLabel = VerdictLabel.FAKE, p_fake: float | None = 0.87
 
 def visit(side: int = 10) -> Visit:
     pixels = np.zeros((side, side, 3), np.uint8)
-    return Visit(source=NamedImage(name="x", pixels=pixels), findings=[Finding(verdict=verdict(), pixels=pixels)])
+    return Visit(
+        engine=None, source=NamedImage(name="x", pixels=pixels), findings=[Finding(verdict=verdict(), pixels=pixels)]
+    )
 
 
 def test_visits_are_forgotten_by_time_by_room_and_on_request() -> None:
@@ -104,7 +106,9 @@ def test_what_is_said_is_never_markup() -> None:
     )
     assert "<script>" not in shown([said]) and "<img" not in shown([said])
     named = visit()
-    named = Visit(source=NamedImage(name='"><script>', pixels=named.finding.pixels), findings=named.findings)
+    named = Visit(
+        engine=None, source=NamedImage(name='"><script>', pixels=named.finding.pixels), findings=named.findings
+    )
     assert "<script>" not in photo(named)
 
 
@@ -125,8 +129,8 @@ def last(screens: Iterator[Screen]) -> Screen:
 
 @pytest.mark.e2e
 def test_an_answer_is_stopped_written_again_and_cleared(engine: BatchingEngine) -> None:
-    flow = Flow(engine)
-    whole = last(flow.look("page", photo))
+    flow = Flow({"m": engine})
+    whole = last(flow.look("page", "m", photo))
     assert whole.say and whole.is_busy is False and whole.notice is None
     asked = flow.ask("page", "Does the nose look real or fake?")
     shown = [next(asked) for _ in range(3)]
@@ -148,9 +152,9 @@ def test_an_answer_is_stopped_written_again_and_cleared(engine: BatchingEngine) 
 
 @pytest.mark.e2e
 def test_mistakes_are_answered_with_sentences(engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = Flow(engine)
-    assert "not an image or video" in last(flow.look("page", lambda: (b"words", "x.jpg"))).notice
-    last(flow.look("page", photo))
+    flow = Flow({"m": engine})
+    assert "not an image or video" in last(flow.look("page", "m", lambda: (b"words", "x.jpg"))).notice
+    last(flow.look("page", "m", photo))
     assert last(flow.ask("page", "  ")).notice == words.EMPTY
     assert f"at most {MAX_QUESTION:,} are read" in last(flow.ask("page", "why " * MAX_QUESTION)).notice
     assert "There is no such face" in last(flow.choose("page", 8)).notice
@@ -163,7 +167,7 @@ def test_mistakes_are_answered_with_sentences(engine: BatchingEngine, monkeypatc
 def test_a_video_is_judged_and_its_most_telling_frame_explained(engine: BatchingEngine, tmp_path: Path) -> None:
     frame = np.asarray(Image.open(PHOTO).convert("RGB").resize((384, 384)))
     clip = write_clip(tmp_path / "clip.mp4", [frame] * 6, rate=5)
-    screens = list(Flow(engine).look("page", lambda: (clip.read_bytes(), "clip.mp4")))
+    screens = list(Flow({"m": engine}).look("page", "m", lambda: (clip.read_bytes(), "clip.mp4")))
     shown = next(screen for screen in screens if screen.is_open)
     wanted = engine.pipeline.explain_video(clip)
     assert f'data-label="{wanted.verdict.label}"' in str(shown.card)
@@ -184,7 +188,7 @@ def secret(keys: Path) -> str:
 
 def served(engine: BatchingEngine, keys: KeyRing | None = None, per_minute: int = 1000) -> Any:
     limits = RequestLimits(requests_per_minute=per_minute)
-    page = open_page(engine, limits, keys=keys, examples=FACES)
+    page = open_page({"m": engine}, limits, keys=keys, examples=FACES)
     return running(build_app(Service(engine=engine, model="tiny", keys=keys, limits=limits, page=page)))
 
 

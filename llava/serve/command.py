@@ -99,7 +99,7 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
     if settings.page:
         from llava.serve.page.mount import open_page
 
-        page = open_page(engine, limits, keys=keys, examples=settings.examples)
+        page = open_page({settings.name: engine}, limits, keys=keys, examples=settings.examples)
     return build_app(Service(engine=engine, model=settings.name, keys=keys, limits=limits, page=page))
 
 

@@ -53,43 +53,40 @@ class WebSettings:
 
 
 class Models(Mapping[str, "Engine"]):
-    """The engines of a controller's models by name. names: those that are listed; None = asks the controller."""
+    """The engines of the models that a controller has now, by name; all of it may raise ConnectionError."""
 
-    def __init__(self, controller: Controller, names: list[str] | None) -> None:
-        self._controller, self._names = controller, names
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
 
     def __getitem__(self, name: str) -> Engine:
         from llava.serve.remote import RemoteEngine
 
-        if name not in self._listed():
+        if name not in self._controller.models():
             raise KeyError(name)
         return RemoteEngine(self._controller, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._listed())
+        return iter(self._controller.models())
 
     def __len__(self) -> int:
-        return len(self._listed())
-
-    def _listed(self) -> list[str]:
-        return self._controller.models() if self._names is None else self._names
+        return len(self._controller.models())
 
 
-def models_of(settings: WebSettings) -> Models:
+def models_of(settings: WebSettings) -> Mapping[str, Engine]:
     """Ask the controller for its models. Raises ConnectionError without one, ValueError when it has no worker."""
-    from llava.serve.remote import Controller
+    from llava.serve.remote import Controller, RemoteEngine
 
     controller = Controller(settings.controller_url.rstrip("/"))
     names = controller.models()
     log.info("Models of %s: %s", controller.address, ", ".join(names) or "none yet")
     if settings.model_list_mode == "reload":
-        return Models(controller, None)
+        return Models(controller)
     if not names:
         raise ValueError(
             f"The controller at {controller.address} knows no worker yet; start one (python -m "
             "llava.serve.model_worker), or give --model-list-mode reload."
         )
-    return Models(controller, names)
+    return {name: RemoteEngine(controller, name) for name in names}
 
 
 def build_app(settings: WebSettings, models: Mapping[str, Engine]) -> FastAPI:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from llava.core.types import Explanation, Turn, VideoVerdict
 from llava.data.inputs import NamedImage
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.cases import case_about, entry_of, render_case
 from llava.pipeline.findings import Finding
@@ -69,22 +69,24 @@ def told(step: Callable[..., Iterator[Screen]]) -> Callable[..., Iterator[Screen
 
 
 class Flow:
-    """The steps of all open pages; `page` names the one that acts."""
+    """The steps of all open pages; `page` names the one that acts. engines: of each model by its name."""
 
-    def __init__(self, engine: Engine, uploads: UploadLimits | None = None, visits: Visits | None = None) -> None:
-        self._engine = engine
+    def __init__(
+        self, engines: Mapping[str, Engine], uploads: UploadLimits | None = None, visits: Visits | None = None
+    ) -> None:
+        self._engines = engines
         self._uploads = uploads or UploadLimits()
         self._visits = visits or Visits()
 
     @told
-    def look(self, page: str, read: Callable[[], tuple[bytes, str]]) -> Iterator[Screen]:
+    def look(self, page: str, model: str | None, read: Callable[[], tuple[bytes, str]]) -> Iterator[Screen]:
         """Find the faces of a picture or video, show the verdict on the largest one, and explain it.
 
-        read: gives content and name of the file.
+        model: name of the one that is asked. read: gives content and name of the file.
         """
         self._visits.drop(page)
         yield Screen(notice="", say="Looking at your file.", is_busy=True)
-        visit = self._seen(*read())
+        visit = self._seen(self._engine(model), *read())
         self._visits.put(page, visit)
         yield from self._shown(visit)
 
@@ -138,7 +140,7 @@ class Flow:
             entry_of(replace(finding, explanation=next(iter(visit.said.get(number, ())), None)), visit.source)
             for number, finding in enumerate(visit.findings)
         ]
-        case = case_about(self._engine.model_facts(), entries, {"question": VERDICT_QUESTION})
+        case = case_about(visit.engine.model_facts(), entries, {"question": VERDICT_QUESTION})
         stem = f"{Path(visit.source.name).stem or 'picture'}-report"
         if kind == "json":
             text = json.dumps(case, indent=2, ensure_ascii=False)
@@ -151,13 +153,20 @@ class Flow:
             raise Refused(400, words.GONE)
         return visit
 
-    def _seen(self, content: bytes, name: str) -> Visit:
+    def _engine(self, model: str | None) -> Engine:
+        """Give the engine of a model. Raises Refused (503) where it is not there."""
+        try:
+            return self._engines[model or ""]
+        except (KeyError, ConnectionError):
+            raise Refused(503, words.NO_MODEL) from None
+
+    def _seen(self, engine: Engine, content: bytes, name: str) -> Visit:
         """Read what was sent and find its faces. Raises Refused, or ValueError where an engine takes no videos."""
         source = read_upload(content, name, self._uploads)
         if isinstance(source, NamedImage):
-            return Visit(source=source, findings=self._engine.findings([source]))
-        finding = self._engine.video_finding(source)
-        return Visit(source=replace(source, source=None), findings=[finding])
+            return Visit(engine=engine, source=source, findings=engine.findings([source]))
+        finding = engine.video_finding(source)
+        return Visit(engine=engine, source=replace(source, source=None), findings=[finding])
 
     def _shown(self, visit: Visit) -> Iterator[Screen]:
         """Show the verdict on the chosen face, and explain it unless that was done before."""
@@ -190,7 +199,7 @@ class Flow:
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):
             picture, is_crop = visit.source.pixels, False  # as through the API: the largest face of the whole picture
         yield Screen(words=_unfinished(finding, before, question, text), notice="", is_busy=True)
-        for piece in self._engine.ask(picture, turns(before, question), settings, stop, is_crop):
+        for piece in visit.engine.ask(picture, turns(before, question), settings, stop, is_crop):
             if visit.stop is not stop:
                 return
             text += piece.text

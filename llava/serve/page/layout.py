@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,24 @@ SAVE = """(file) => {
 
 
 def build_page(
-    engine: Engine,
+    engines: Mapping[str, Engine],
     uploads: UploadLimits | None = None,
     examples: Path | None = None,
     is_allowed: Callable[[str | None], bool] = lambda user: True,
     at_once: int = 16,
 ) -> gr.Blocks:
-    """Give the page of an engine.
+    """Give the page of some models.
 
+    engines: of each model by its name; a mapping that is no dict is asked for its names whenever a page is opened.
     examples: folder that holds photos of `words.EXAMPLES`. is_allowed: whether a user who logged in may still ask.
     at_once: steps of one kind that run at the same time; four times as many wait, further ones are refused.
     """
     visits = Visits(on_forget=lambda name: page.state_holder.session_data.pop(name, None))  # Gradio's copy, too
-    flow = Flow(engine, uploads, visits)
+    flow = Flow(engines, uploads, visits)
     with gr.Blocks(title="M2F2-Det", analytics_enabled=False, delete_cache=(30, 300)) as page:
-        parts = _parts(_offered(examples))
+        parts = _parts(_offered(examples), _names(engines))
+        if not isinstance(engines, dict):
+            page.load(lambda: _model_choice(_names(engines)), None, parts.model, api_visibility="private")
         _connect(parts, flow, is_allowed, uploads or UploadLimits())
     page.queue(default_concurrency_limit=at_once, max_size=4 * at_once)
     page.state_session_capacity = 200
@@ -58,6 +61,7 @@ def build_page(
 class _Parts:
     """The components that steps change or read."""
 
+    model: gr.Dropdown
     drop: gr.File
     notice: gr.HTML
     photo: gr.HTML
@@ -86,21 +90,21 @@ class _Parts:
         return [*first, self.offer, self.seen, self.result, self.stop, self.again, self.ask, self.question]
 
 
-def _parts(offered: Sequence[tuple[words.Example, Path]]) -> _Parts:
+def _parts(offered: Sequence[tuple[words.Example, Path]], models: Sequence[str]) -> _Parts:
     parts = _Parts()
     gr.HTML(fill("live_head.html", title=words.TITLE, lead=words.LEAD), elem_id="head")
     parts.notice = gr.HTML("", elem_id="notice")
     parts.say = gr.HTML("", elem_id="say")
     with gr.Row(elem_id="desk", equal_height=False):
         with gr.Column(scale=5, min_width=280, elem_id="left"):
-            _left(parts, offered)
+            _left(parts, offered, models)
         with gr.Column(scale=7, min_width=280, visible=False, elem_id="right") as parts.result:
             _right(parts)
     gr.HTML(fill("live_about.html", limits=LIMITS, privacy=words.PRIVACY), elem_id="about")
     return parts
 
 
-def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]]) -> None:
+def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]], models: Sequence[str]) -> None:
     """Lay out what is given: the picture and its faces, or the place to drop a file and the examples."""
     with gr.Column(visible=False, elem_id="seen") as parts.seen:
         parts.photo = gr.HTML("", elem_id="photo")
@@ -108,6 +112,7 @@ def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]]) -> None:
         parts.clear = gr.Button("Clear, take another", elem_id="clear", size="sm")
     parts.examples = []
     with gr.Column(elem_id="offer") as parts.offer:
+        parts.model = _model_choice(models)
         parts.drop = gr.File(label="Photo or short video", file_types=FILE_TYPES, height=220, elem_id="drop")
         if offered:
             gr.HTML(Markup("<h2>Or try one of these</h2>"))
@@ -117,6 +122,21 @@ def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]]) -> None:
                         gr.HTML(views.thumbnail(path, example.name))
                         parts.examples.append((gr.Button(example.name, size="sm"), path))
             gr.HTML(fill("live_credits.html", credits=dict.fromkeys(example.credit for example, _ in offered)))
+
+
+def _model_choice(models: Sequence[str]) -> gr.Dropdown:
+    """Offer the models; there is nothing to choose where there is one."""
+    first = models[0] if models else None
+    return gr.Dropdown(list(models), value=first, label="Model", visible=len(models) != 1, elem_id="model")
+
+
+def _names(engines: Mapping[str, Engine]) -> list[str]:
+    """List the models that are there now, none where they can not be asked for."""
+    try:
+        return list(engines)
+    except ConnectionError as error:
+        log.warning("The page has no model: %s", error)
+        return []
 
 
 def _right(parts: _Parts) -> None:
@@ -158,12 +178,17 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
 
     on(
         parts.drop.upload,
-        lambda page, file: flow.look(page, partial(received, file, folder, uploads)),
+        lambda page, file, model: flow.look(page, model, partial(received, file, folder, uploads)),
         parts.drop,
+        parts.model,
         preprocess=False,
     )
     for button, path in parts.examples:
-        on(button.click, lambda page, path=path: flow.look(page, lambda: (path.read_bytes(), path.name)))
+        on(
+            button.click,
+            lambda page, model, path=path: flow.look(page, model, lambda: (path.read_bytes(), path.name)),
+            parts.model,
+        )
     on(parts.faces.input, flow.choose, parts.faces, preprocess=False)
     on(parts.ask.click, flow.ask, parts.question)
     on(parts.question.submit, flow.ask, parts.question)

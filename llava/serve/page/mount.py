@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
@@ -34,7 +34,7 @@ MONO = ("ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace")
 
 
 def open_page(
-    engine: Engine,
+    engines: Mapping[str, Engine],
     limits: RequestLimits | None = None,
     uploads: UploadLimits | None = None,
     keys: KeyRing | None = None,
@@ -42,7 +42,8 @@ def open_page(
 ) -> PageDoor:
     """Give the page behind its door; with keys it asks for the name of one and the key.
 
-    examples: folder with the photos that are offered; None = none. Uploads go to a folder that is gone at the end.
+    engines: of each model by its name, see `build_page`. examples: folder with the photos that are offered; None =
+    none. Uploads go to a folder that is gone at the end.
     """
     limits, uploads = limits or RequestLimits(), uploads or UploadLimits()
     folder = tempfile.TemporaryDirectory(prefix="m2f2-uploads-")
@@ -61,7 +62,7 @@ def open_page(
     shown = None if examples is None else Path(examples)
     gr.mount_gradio_app(
         shell,
-        build_page(engine, uploads, shown, lambda user: _may_ask(keys, user), limits.max_active),
+        build_page(engines, uploads, shown, lambda user: _may_ask(keys, user), limits.max_active),
         path="/",
         auth=None if keys is None else lambda name, secret: keys.is_of(secret, name),
         auth_message=None if keys is None else "Log in with the name of a key and the key.",

@@ -11,6 +11,7 @@ from threading import Event, Lock, Timer
 from llava.core.types import Explanation
 from llava.data.inputs import NamedImage, NamedInput
 from llava.pipeline.findings import Finding
+from llava.serve.engine import Engine
 
 
 @dataclass(eq=False, kw_only=True)
@@ -21,6 +22,7 @@ class Visit:
     for.
     """
 
+    engine: Engine
     source: NamedInput
     findings: list[Finding]
     chosen: int = 0

@@ -27,6 +27,7 @@ HEADLINES = {
 }
 EVIDENCE = {"p_real": "Speaks for real", "p_fake": "Speaks for fake"}
 
+NO_MODEL = "This model is not there now; try again in a minute, or load the page again."
 GONE = "There is no picture here any more; drop it again."
 EMPTY = "The question is empty; ask something, such as: Why?"
 FAILED = "Something went wrong here; the server's log says what."
