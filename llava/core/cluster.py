@@ -1,0 +1,81 @@
+"""Ray: a private one on this machine, which the network cannot reach, or a cluster that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from llava.core.config import setting
+
+log = logging.getLogger(__name__)
+LEAST_STORE_MB = 100  # Ray itself refuses less than 75
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray listens on every interface unless it believes that this system can be no cluster; then on 127.0.0.1 alone.
+PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """Which Ray does the work, and how much of a machine it takes."""
+
+    address: str | None = setting(
+        None, "address of a running Ray cluster; none = a private one on this machine, which the network cannot reach"
+    )
+    cpus: int | None = setting(None, "CPUs of a private one; none = all")
+    gpus: float = setting(0.0, "GPUs of each process that holds the model; 0.5 = two share one")
+    store_mb: int = setting(500, "memory of a private one through which processes hand over pictures, in MB")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what Ray cannot do."""
+        least = {"cpus": 1, "gpus": 0, "store_mb": LEAST_STORE_MB}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"cluster.{name}: {value} is not usable; allowed: {bound} or more.")
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Give what each process that holds the model takes, as Ray names it."""
+        return {"num_cpus": 1, "num_gpus": self.gpus}
+
+
+@contextmanager
+def connected(settings: ClusterSettings) -> Iterator[None]:
+    """Be connected to Ray; a private one is started, and has ended with all its processes afterwards.
+
+    Raises ValueError when a private one would stand open to the network.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if settings.address is None:
+        os.environ.update(PRIVATE)
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray  # here, because it reads the environment when it is imported
+
+    known = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if settings.address is not None:
+        ray.init(address=settings.address, **known)
+    else:
+        store = settings.store_mb * 2**20
+        ray.init("local", num_cpus=settings.cpus, object_store_memory=store, include_dashboard=False, **known)
+    try:
+        if settings.address is None:
+            _require_loopback([node["NodeManagerAddress"] for node in ray.nodes()])
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_loopback(addresses: list[str]) -> None:
+    """Raise ValueError for a Ray that others may reach, as when it was imported before this module set it up."""
+    found = [address for address in addresses if not ip_address(address).is_loopback]
+    if found:
+        raise ValueError(
+            f"Ray listens on {found[0]}, which others may reach; set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "
+            "before Ray is imported, or start a cluster yourself and give --cluster.address."
+        )
