@@ -27,12 +27,13 @@ class ClusterSettings:
         None, "address of a running Ray cluster; none = a private one on this machine, which the network cannot reach"
     )
     cpus: int | None = setting(None, "CPUs of a private one; none = all")
-    gpus: float = setting(0.0, "GPUs of each process that holds the model; 0.5 = two share one")
     store_mb: int = setting(500, "memory of a private one through which processes hand over pictures, in MB")
+    model_cpus: int = setting(1, "CPUs of each process that holds the model, and the threads that it computes with")
+    model_gpus: float = setting(0.0, "GPUs of each process that holds the model; 0.5 = two share one")
 
     def __post_init__(self) -> None:
         """Raise ValueError for what Ray cannot do."""
-        least = {"cpus": 1, "gpus": 0, "store_mb": LEAST_STORE_MB}
+        least = {"cpus": 1, "store_mb": LEAST_STORE_MB, "model_cpus": 1, "model_gpus": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -41,7 +42,14 @@ class ClusterSettings:
     @property
     def resources(self) -> dict[str, float]:
         """Give what each process that holds the model takes, as Ray names it."""
-        return {"num_cpus": 1, "num_gpus": self.gpus}
+        return {"num_cpus": self.model_cpus, "num_gpus": self.model_gpus}
+
+    def room(self) -> int:
+        """Count the processes with a model that the connected Ray has room for now."""
+        import ray
+
+        there, wanted = ray.cluster_resources(), {"CPU": self.model_cpus, "GPU": self.model_gpus}
+        return min(int(there.get(name, 0) / count) for name, count in wanted.items() if count)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class ScoreSettings(JudgeSettings):
     column: str = setting("path", "column of a .csv or .parquet list that holds the names")
     root: str | None = setting(None, "folder where relative names of a list begin; none = that of the list")
     engine: Literal["local", "ray"] = setting("local", "local = this process, ray = many, on one machine or a cluster")
-    workers: int | None = setting(None, "processes of --engine ray; none = as many as there are CPUs")
+    workers: int | None = setting(None, "processes of --engine ray; none = as many as there is room for")
     part_rows: int = setting(1000, "rows of a file; what a killed run has to do again is a file for each process")
     cluster: ClusterSettings = setting(ClusterSettings())
 

@@ -5,6 +5,7 @@ All machines of a cluster have to see images, model and output folder under the 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -46,8 +47,9 @@ def score_with_ray(settings: ScoreSettings, parts: Parts, missing: Missing) -> I
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
-        DataContext.get_current().enable_progress_bars = False
-        workers = min(settings.workers or int(ray.cluster_resources()["CPU"]), len(missing))
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        DataContext.get_current().enable_progress_bars = False  # ours counts images, not blocks
+        workers = min(settings.workers or max(settings.cluster.room(), 1), len(missing))
         items = [{"number": number, "names": list(names)} for number, names in missing.items()]
         scored = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
             PartScorer,

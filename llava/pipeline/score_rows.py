@@ -81,6 +81,7 @@ def _columns(verdict: Verdict) -> dict[str, Any]:
         **{f"probability_{name}": value for name, value in verdict.probabilities.items()},
         **{f"evidence_{name}": value for name, value in verdict.evidence.items()},
         **dict(zip(BOX, box, strict=True)),
+        "reason": verdict.reason or None,
         "low": low,
         "high": high,
         "faces": verdict.face_count,

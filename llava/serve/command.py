@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
 from llava.pipeline.settings import JudgeSettings
 from llava.serve.web import server_of
@@ -15,7 +16,7 @@ from llava.serve.web import server_of
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from llava.serve.batching import BatchingEngine
+    from llava.serve.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,11 @@ class ServeSettings(JudgeSettings):
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
+    ray: bool = setting(False, "serve with Ray: several processes with the model, on one machine or a cluster")
+    replicas: int = setting(1, "processes with the model, with --ray; or give the next two")
+    min_replicas: int | None = setting(None, "fewest processes with the model when they follow the load")
+    max_replicas: int | None = setting(None, "most processes with the model when they follow the load; none = replicas")
+    cluster: ClusterSettings = setting(ClusterSettings())
 
     def __post_init__(self) -> None:
         """Raise ValueError for a server that would stand open to the network."""
@@ -38,34 +44,55 @@ class ServeSettings(JudgeSettings):
                 f"host: {self.host!r} can be reached from other machines; give --keys FILE (m2f2 keys create makes "
                 "one), or --allow_unauthenticated true."
             )
+        fewest, most = self.replica_range
+        if not 1 <= fewest <= most:
+            raise ValueError(f"replicas: {fewest} to {most} is not usable; allowed: 1 or more, the fewest first.")
+        if most > 1 and not self.ray:
+            raise ValueError(f"replicas: {most} need Ray; add --ray true, or leave it at 1.")
 
     @property
     def name(self) -> str:
         """Give the model's name, as clients ask for it."""
         return self.model_name or Path(self.model_path).name
 
+    def ready_line(self, host: str, port: int) -> str:
+        """Say that it answers, and where."""
+        return f"ready: http://{host}:{port}/docs (model {self.name}; stop with Ctrl+C)\n"
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """Give the fewest and the most processes with the model; the same where they do not follow the load."""
+        most = self.replicas if self.max_replicas is None else self.max_replicas
+        return (most if self.max_replicas is None else 1) if self.min_replicas is None else self.min_replicas, most
+
 
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    if settings.ray:
+        from llava.serve.ray_command import serve_with_ray
+
+        yield from serve_with_ray(settings)
+        return
     from llava.serve.batching import BatchConfig, BatchingEngine
 
     engine = BatchingEngine(settings.load(settings.model_path), BatchConfig(rows=settings.rows))
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
     host, port = listener.getsockname()[:2]
-    yield f"ready: http://{host}:{port}/docs (model {settings.name}; stop with Ctrl+C)\n"
+    yield settings.ready_line(host, port)
     try:
         server.run(sockets=[listener])
     finally:
         engine.close()
 
 
-def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
+def build(settings: ServeSettings, engine: Engine) -> FastAPI:
     """Give the application of these settings."""
     from llava.serve.api import Service, build_app
     from llava.serve.keys import KeyRing
     from llava.serve.limits import RequestLimits
 
+    at_once = settings.rows * settings.replica_range[1]
     return build_app(
         Service(
             engine=engine,
@@ -73,8 +100,8 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
             keys=KeyRing(settings.keys) if settings.keys else None,
             limits=RequestLimits(
                 requests_per_minute=settings.requests_per_minute,
-                max_active=settings.rows,
-                max_waiting=4 * settings.rows,
+                max_active=at_once,
+                max_waiting=4 * at_once,
             ),
         )
     )
