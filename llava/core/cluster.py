@@ -40,6 +40,11 @@ class ClusterSettings:
                 raise ValueError(f"cluster.{name}: {value} is not usable; allowed: {bound} or more.")
 
     @property
+    def is_private(self) -> bool:
+        """Say whether Ray is started for this run alone."""
+        return self.address is None
+
+    @property
     def resources(self) -> dict[str, float]:
         """Give what each process that holds the model takes, as Ray names it."""
         return {"num_cpus": self.model_cpus, "num_gpus": self.model_gpus}
@@ -60,23 +65,37 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if settings.address is None:
+    if settings.is_private:
         os.environ.update(PRIVATE)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray  # here, because it reads the environment when it is imported
 
     known = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if settings.address is not None:
+    if not settings.is_private:
         ray.init(address=settings.address, **known)
     else:
         store = settings.store_mb * 2**20
         ray.init("local", num_cpus=settings.cpus, object_store_memory=store, include_dashboard=False, **known)
     try:
-        if settings.address is None:
+        if settings.is_private:
             _require_loopback([node["NodeManagerAddress"] for node in ray.nodes()])
         yield
     finally:
         ray.shutdown()
+
+
+def keep_replicas_private() -> None:
+    """Let the gRPC servers that this process starts from now on listen on 127.0.0.1 alone, whatever they ask for.
+
+    Ray Serve opens one in each replica on every interface, has no setting for that, and unpickles what it is sent.
+    """
+    from grpc.aio._server import Server
+
+    def on_loopback(server: Server, address: str) -> int:
+        return int(add_insecure_port(server, f"127.0.0.1:{address.rpartition(':')[2]}"))
+
+    add_insecure_port = Server.add_insecure_port
+    Server.add_insecure_port = on_loopback
 
 
 def _require_loopback(addresses: list[str]) -> None:

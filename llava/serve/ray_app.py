@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from llava.core.cluster import keep_replicas_private
 from llava.core.config import build as build_settings
 from llava.core.logs import setup_logging
 from llava.core.types import Turn
@@ -43,7 +44,7 @@ class EngineReplica:
     """Holds the model in a process of its own. Questions that arrive together are answered together by its engine."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        setup_logging()
+        _set_up(settings)
         self._engine = BatchingEngine(settings.load(settings.model_path), BatchConfig(rows=settings.rows))
         self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
 
@@ -72,7 +73,8 @@ def app(args: dict[str, Any]) -> Application:
     unfit = sorted({"host", "port", "cluster"} & args.keys())
     if unfit:
         raise ValueError(f"{unfit[0]}: this is a setting of Ray here; give it to `serve start` or `ray start`.")
-    return application(build_settings(ServeSettings, {**args, "ray": True, "host": ANYWHERE}))
+    theirs = {"ray": True, "host": ANYWHERE, "cluster": {"address": "auto"}}
+    return application(build_settings(ServeSettings, {**args, **theirs}))
 
 
 def application(settings: ServeSettings) -> Application:
@@ -86,10 +88,14 @@ def application(settings: ServeSettings) -> Application:
     )
 
     def make_api() -> FastAPI:
-        setup_logging()
+        _set_up(settings)
         return build_api(settings, RayEngine(serve.get_deployment_handle(ENGINE)))
 
-    common = {"graceful_shutdown_timeout_s": SHUTDOWN_SECONDS, "graceful_shutdown_wait_loop_s": 0.5}
+    common = {
+        "logging_config": {"enable_access_log": False},
+        "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
     engine = serve.deployment(EngineReplica).options(
         name=ENGINE,
         max_ongoing_requests=_most_at_once(settings),
@@ -105,6 +111,13 @@ def application(settings: ServeSettings) -> Application:
         **common,
     )
     return ingress.bind(engine.bind(settings))
+
+
+def _set_up(settings: ServeSettings) -> None:
+    """Prepare the process of a replica."""
+    setup_logging()
+    if settings.cluster.is_private:
+        keep_replicas_private()
 
 
 def _scale(settings: ServeSettings) -> dict[str, Any]:

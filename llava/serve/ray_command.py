@@ -27,14 +27,14 @@ def serve_with_ray(settings: ServeSettings) -> Iterator[str]:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         port = settings.port or _free_port(settings.host)
         try:
-            serve.start(http_options={"host": settings.host, "port": port})
+            serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "WARNING"})
             serve.run(application(settings), name=NAME, route_prefix="/")
             yield settings.ready_line(settings.host, port)
             Event().wait()
         except KeyboardInterrupt:
             pass
         finally:
-            serve.shutdown() if settings.cluster.address is None else serve.delete(NAME)
+            serve.shutdown() if settings.cluster.is_private else serve.delete(NAME)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _interrupt(*_: Any) -> None:
 def _require_room(settings: ServeSettings) -> None:
     """Raise ValueError where replicas would wait for ever for a place on this machine."""
     room, fewest = settings.cluster.room(), settings.replica_range[0]
-    if settings.cluster.address is None and fewest > room:
+    if settings.cluster.is_private and fewest > room:
         raise ValueError(
             f"replicas: {fewest} do not fit here, {room} do; give fewer, or other --cluster.cpus, --cluster.model_cpus "
             "or --cluster.model_gpus."
