@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from bad_images import plant
 from PIL import Image
+from processes import processes_with
 from tiny_world import draw, train_detector
 
 from llava.core.cluster import ClusterSettings
@@ -192,15 +193,3 @@ def killed_after(settings: ScoreSettings, parts: int) -> dict[str, int]:
 def parts_of(settings: ScoreSettings) -> dict[str, int]:
     """Give the parts that are there, with their times."""
     return {path.name: path.stat().st_mtime_ns for path in Path(settings.out, "rows").glob("part-*.parquet")}
-
-
-def processes_with(word: str) -> list[str]:
-    """List the processes that were started with a word in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if word.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
-    return found

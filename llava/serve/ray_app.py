@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -36,6 +37,7 @@ from llava.serve.ray_engine import RayEngine
 from llava.serve.streams import from_thread
 from llava.serve.web import SHUTDOWN_SECONDS
 
+log = logging.getLogger(__name__)
 ENGINE, INGRESS = "engine", "ingress"
 ANYWHERE = "0.0.0.0"  # `serve run` does not tell where Ray listens
 
@@ -52,13 +54,20 @@ class EngineReplica:
         self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings
     ) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer; a caller that goes away ends it."""
-        stop = Event()
+        stop, outcome = Event(), "caller left"
         pieces = from_thread(
             lambda: self._engine.ask(image, turns, settings, stop), self._threads, stop, RequestLimits().work_seconds
         )
-        async with aclosing(pieces) as said:
-            async for piece in said:
-                yield piece
+        try:
+            async with aclosing(pieces) as said:
+                async for piece in said:
+                    yield piece
+            outcome = "done"
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            log.info("answer outcome=%s", outcome)
 
     async def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face of images."""
