@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from zipfile import ZipFile
 
 import pandas as pd
 import pytest
@@ -32,10 +33,11 @@ GOOD, PART_ROWS = 60, 10
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write sixty pictures, every other one forged, and ten bad files."""
+    """Write sixty pictures, every other one forged, the last with a name that is no Unicode, and ten bad files."""
     folder = tmp_path_factory.mktemp("images")
     for index in range(GOOD):
-        Image.fromarray(draw(index % 2, index)).save(folder / f"{index:03d}.png")
+        name = f"{index:03d}.png".encode() if index < GOOD - 1 else b"caf\xe9.png"
+        Image.fromarray(draw(index % 2, index)).save(os.fsencode(folder) + b"/" + name, "PNG")
     plant(folder)
     return folder
 
@@ -79,7 +81,9 @@ def test_every_image_has_one_row_with_its_verdict(
 ) -> None:
     table, said, _ = whole
     good = table[table.status == "ok"]
-    assert list(good.path) == [str(images / f"{index:03d}.png") for index in range(GOOD)]
+    assert list(good.path) == [str(images / f"{index:03d}.png") for index in range(GOOD - 1)] + [
+        f"{images}/caf\\xe9.png"
+    ]
     assert list(good.label) == ["REAL", "FAKE"] * (GOOD // 2)
     pipeline = Pipeline.from_pretrained(settings.model_path, faces=FaceSettings(face="off"), stability=False)
     for path, p_fake, detector in zip(good.path[:8], good.p_fake, good.detector, strict=False):
@@ -136,13 +140,20 @@ def test_another_run_is_not_mixed_in(
         list(score(replace(settings, out=str(tmp_path / "full"))))
 
 
-def test_a_name_that_is_no_unicode_is_kept(settings: ScoreSettings, tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.fromarray(draw(1, 1)).save(os.fsencode(folder) + b"/caf\xe9.png", "PNG")
-    one = replace(settings, source=str(folder), out=str(tmp_path / "out"))
-    assert "FAKE" in "".join(score(one))
-    assert list(rows(one).path) == [f"{folder}/caf\\xe9.png"]
+def test_a_zip_is_scored_and_what_is_locked_in_it_is_bad(settings: ScoreSettings, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with ZipFile(path, "w") as archive:
+        for name in ("000.png", "001.png"):
+            archive.write(images / name, name)
+    content = bytearray(path.read_bytes())
+    content[6] |= 1  # the first member is said to be encrypted, here and in the directory
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    packed = replace(settings, source=str(path), out=str(tmp_path / "out"))
+    run(packed)
+    table = rows(packed)
+    assert list(table.status) == ["bad", "ok"] and list(table.label)[1] == "FAKE"
+    assert "locked" in table.problem[0] and list(table.path) == [f"{path}::000.png", f"{path}::001.png"]
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

@@ -36,8 +36,10 @@ class PartScorer:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Score and write parts; `batch` has their numbers and names, what comes back how many images they held."""
-        pairs = zip(batch["number"].tolist(), batch["names"], strict=True)
-        return {"images": [sum(score_part(self._pipeline, self._parts, n, list(names))) for n, names in pairs]}
+        images = []
+        for number, names in zip(batch["number"].tolist(), batch["names"], strict=True):
+            images.append(sum(score_part(self._pipeline, self._parts, number, [os.fsdecode(name) for name in names])))
+        return {"images": images}
 
 
 def score_with_ray(settings: ScoreSettings, parts: Parts, missing: Missing) -> Iterator[int]:
@@ -50,7 +52,8 @@ def score_with_ray(settings: ScoreSettings, parts: Parts, missing: Missing) -> I
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         DataContext.get_current().enable_progress_bars = False  # ours counts images, not blocks
         workers = min(settings.workers or max(settings.cluster.room(), 1), len(missing))
-        items = [{"number": number, "names": list(names)} for number, names in missing.items()]
+        # Names travel as bytes, because a file name need not be Unicode.
+        items = [{"number": number, "names": [os.fsencode(n) for n in names]} for number, names in missing.items()]
         scored = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
             PartScorer,
             fn_constructor_args=(settings, parts, str(Path.cwd())),
