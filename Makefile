@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
+# A file of tests stays in one process, which computes with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint clean
@@ -21,10 +23,10 @@ demo: $(STAMP)  ## all three stages, small, on the embedded photos, or on yours:
 	$(BIN)/m2f2 demo $(if $(DATA),--data $(DATA))
 
 test: $(STAMP)  ## all tests: the fast ones, then the end-to-end ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(STAMP)  ## only the tests that take seconds
-	$(BIN)/python -m pytest -m 'not e2e'
+	$(PYTEST) -m 'not e2e'
 
 lint: $(STAMP)  ## style, formatting and types
 	$(BIN)/ruff check .

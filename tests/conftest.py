@@ -9,6 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+LONGEST = [
+    "test_stages.py",
+    "test_demo.py",
+    "test_convert.py",
+    "test_docs.py",
+    "test_parity.py",
+    "test_stage_1_hdf5.py",
+    "test_serve_stack.py",
+    "test_serve_fschat.py",
+    "test_stage_1.py",
+    "test_evaluation_judgement.py",
+    "test_evaluation_calibration.py",
+    "test_pipeline_cases.py",
+]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let test_parity.py be run on any folder of fixtures."""
@@ -18,6 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Collect the differences that the parity tests find."""
     config.stash[golden.DIFFERENCES] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process is left alone with one of them at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -27,7 +27,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(is_so: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_for(is_so: Callable[[], object], seconds: float = 300.0) -> None:
     """Wait until something holds; an HTTP error counts as not yet."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -105,6 +105,11 @@ class Process:
                 cwd=log.parent,
                 env=given | (environment or {}),
             )
+
+    @property
+    def pid(self) -> int:
+        """Give its number."""
+        return self._process.pid
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""

@@ -429,6 +429,15 @@ def test_the_layout_of_llava_hf_is_a_base_as_it_is(tmp_path: Path, clip: str, ch
     assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_folder_without_a_tokeniser_is_refused_before_anything_is_written(tmp_path: Path, clip: str) -> None:
+    source = publish(tmp_path / "llava", clip, None)
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no tokeniser \(tokenizer\.model or tokenizer\.json\)"):
+        PublishedFolder(source).write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def publish_detector(path: Path) -> None:
     """Write a flat detector file without a vision tower."""
     config = tiny_detector_config()

@@ -10,9 +10,10 @@ from tiny_world import draw
 
 from llava.core.types import Turn
 from llava.explainer.decoding import Decoder, Row
-from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.generation import Explainer
 from llava.explainer.loading import load_model, load_processor
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 
 QUESTIONS = (
     VERDICT_QUESTION,
@@ -43,9 +44,8 @@ def rows_for(
     for question, image, setting in zip(QUESTIONS, images, settings, strict=True):
         ids, suffix = decoder.split(asked(question), setting)
         if not shared:
-            shared = dict(
-                zip(distinct, decoder.prefixes(ids, [encoded.take([n]) for n in range(len(distinct))]), strict=True)
-            )
+            found = decoder.prefixes_of([ids] * len(distinct), [encoded.take([n]) for n in range(len(distinct))])
+            shared = dict(zip(distinct, found, strict=True))
         rows.append(Row(settings=setting, suffix=suffix, prefix=shared[image]))
     return rows
 
@@ -58,7 +58,14 @@ def finish(decoder: Decoder) -> None:
 
 
 def alone(explainer: Explainer, image: int, question: str, settings: GenerationSettings) -> str:
-    return explainer.answer(explainer.encode([draw(image % 2, image)]), [asked(question)], settings)[0]
+    """Answer with transformers' own generate, one question and its whole prompt at a time."""
+    encoded = explainer.encode([draw(image % 2, image)])
+    ids = torch.tensor([explainer.processor.encode(asked(question))[0]])
+    seen = {"image_features": encoded.image_features, "evidence": encoded.evidence}
+    ends = {"eos_token_id": explainer.processor.tokenizer.eos_token_id, "pad_token_id": explainer.processor.pad_id}
+    limit = {"max_new_tokens": settings.max_new_tokens, "do_sample": False, "logits_processor": settings.processors()}
+    written = explainer.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **seen, **ends, **limit)
+    return explainer.processor.decode(written[0, ids.shape[1] :])
 
 
 @pytest.mark.parametrize("images", [[0, 0, 0, 0], [0, 1, 2, 3], [1, 0, 1, 2]])
@@ -100,6 +107,15 @@ def test_sampling_depends_on_the_seed_alone(explainer: Explainer) -> None:
     for row, question, image, setting in zip(rows, QUESTIONS, [0, 1, 2, 3], settings, strict=True):
         fresh = GenerationSettings(max_new_tokens=12, temperature=1.5, seed=setting.seed)
         assert explainer.processor.decode(row.ids) == alone(explainer, image, question, fresh)
+
+
+def test_one_batch_and_a_stream_say_what_each_says_alone(explainer: Explainer) -> None:
+    settings = GenerationSettings(max_new_tokens=15)
+    encoded = explainer.encode([draw(n % 2, n) for n in range(4)])
+    wanted = [alone(explainer, n, question, settings) for n, question in enumerate(QUESTIONS)]
+    assert explainer.answer(encoded, [asked(question) for question in QUESTIONS], settings) == wanted
+    for n, question in enumerate(QUESTIONS):
+        assert "".join(explainer.stream(encoded.take([n]), asked(question), settings)) == wanted[n]
 
 
 def test_the_prefix_is_most_of_the_prompt(explainer: Explainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ RECIPE = ROOT / "scripts" / "configs" / "demo.yaml"
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Run the whole demonstration with a handful of versions and steps."""
     folder = tmp_path_factory.mktemp("demo")
     recipe = load_yaml(RECIPE)
@@ -34,16 +35,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("stage_2", "stage_3"):
         recipe[stage] |= {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    said = "".join(run_demo(DemoConfig(recipe=str(folder / "recipe.yaml"), output=str(folder / "out"))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("M2F2_CHECKPOINTS", str(folder / "checkpoints"))
+        said = "".join(run_demo(DemoConfig(recipe=str(folder / "recipe.yaml"), output=str(folder / "out"))))
     assert "judgement accuracy" in said and str(folder / "out" / "report.html") in said
-    return folder / "out"
+    assert f"--model {folder / 'checkpoints' / 'demo'}" in said
+    yield folder / "out"
 
 
 @pytest.mark.e2e
 def test_every_step_leaves_what_it_promises(demo: Path) -> None:
     for name in (
         "stage_1/model.safetensors",
-        "explainer/model.safetensors",
+        "../checkpoints/demo/model.safetensors",
         "judgement.json",
         "explanation.json",
         "integrity.json",
@@ -56,7 +60,7 @@ def test_every_step_leaves_what_it_promises(demo: Path) -> None:
     assert len(leaves) == 3 * 3 and {record.split for record in leaves} == {"train"}
     assert {bool(source.load(record).mask.any()) for record in leaves if record.label == 1} == {True}
     assert {record.tags["untouched"] for record in leaves} <= {record.id for record in leaves}
-    assert json.loads((demo / "explainer" / "config.json").read_text())["evidence_tokens"] == 2
+    assert json.loads((demo.parent / "checkpoints" / "demo" / "config.json").read_text())["evidence_tokens"] == 2
 
 
 @pytest.mark.e2e
@@ -86,6 +90,13 @@ def test_the_recipe_holds_the_navy_portrait_out() -> None:
     assert photos == {"astronaut", "grace_hopper", "portrait_cc0_1", "portrait_cc0_2"}
     credits = (ROOT / recipe.data.folder / "CREDITS.md").read_text()
     assert all(name in credits for name in photos)
+
+
+def test_the_model_is_named_after_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M2F2_CHECKPOINTS", "models")
+    assert DemoConfig().explainer == Path("models/demo")
+    assert DemoConfig(data="faces/mine/").explainer == Path("models/demo-mine")
+    assert DemoConfig(data="faces", model="x").explainer == Path("models/x")
 
 
 def test_a_step_that_fails_ends_the_demonstration() -> None:

@@ -32,7 +32,22 @@ DEMO_READERS = READERS | {
     "base": "llava.train.tiny_base:TinyBaseConfig",
     "leaves": "llava.pipeline.demo_data:LeavesConfig",
 }
-FOREIGN = {"cd", "conda", "cp", "curl", "export", "git", "ls", "mkdir", "mv", "pip", "source", "tensorboard", "unzip"}
+FOREIGN = {
+    "cd",
+    "conda",
+    "cp",
+    "curl",
+    "docker",
+    "export",
+    "git",
+    "ls",
+    "mkdir",
+    "mv",
+    "pip",
+    "source",
+    "tensorboard",
+    "unzip",
+}
 LAUNCHERS = {"python", "python3", "bash", "deepspeed", "torchrun", "accelerate"}
 FENCE = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^ {4}(?:python|bash|m2f2|deepspeed) (?:.*\\\n)*.*\n", re.MULTILINE)

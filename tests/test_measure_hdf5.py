@@ -31,6 +31,6 @@ def test_both_patterns_are_measured_in_all_layouts(tmp_path):
         assert len(ways) == 4
         assert all(rate > 0 for states in ways.values() for rate in (states["cold"], states["warm"]))
     alone = found["images_per_second"]["I/O alone, one process"]
-    assert alone["ours, whole clips"]["warm"] > 3 * alone["published pattern, whole clips"]["warm"]
+    assert alone["ours, whole clips"]["warm"] > alone["published pattern, whole clips"]["warm"]
     assert {len(samples) for samples in found["worker_mb"].values()} == {4}
     assert "memory of all 1 workers" in done.stdout

@@ -21,8 +21,8 @@ from PIL import Image
 from tiny_world import draw
 
 from llava.explainer.decoding import Decoder
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.api import Service, build_app
@@ -128,7 +128,7 @@ def test_sixteen_at_once_are_one_batch(server: str, pipeline: Pipeline, monkeypa
     monkeypatch.setattr(Decoder, "step", lambda self: (widest.append(len(self.rows)), step(self)))
     asked = [{"model": "tiny", "messages": messages(draw(n % 2, n)), "max_tokens": 40} for n in range(16)]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda body: httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60), asked))
+        found = list(pool.map(lambda body: httpx.post(f"{server}/v1/chat/completions", json=body, timeout=300), asked))
     assert [reply.status_code for reply in found] == [200] * 16
     for n, reply in enumerate(found):
         assert reply.json()["choices"][0]["message"]["content"] == said_alone(pipeline, draw(n % 2, n)).text

@@ -14,8 +14,8 @@ import pytest
 from tiny_world import draw
 
 from llava.core.types import Turn, VerdictLabel
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.batching import BatchConfig, BatchingEngine

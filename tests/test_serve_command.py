@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from test_serve_api import messages
 from tiny_world import draw
 
-from llava.serve.command import ServeSettings, is_loopback
+from llava.serve.command import ServeSettings, is_loopback, serve
 from llava.serve.keys import NewKey, create_key
 
 ROOT = Path(__file__).parents[1]
@@ -24,19 +25,20 @@ ROOT = Path(__file__).parents[1]
 def test_a_server_is_ready_answers_with_a_key_and_ends_in_order(tiny_explainer: Path, tmp_path: Path) -> None:
     shown = create_key(NewKey(name="test", file=str(tmp_path / "keys.json")))
     key = next(word for word in shown.split() if len(word) > 40)
-    words = [sys.executable, "-m", "llava.cli", "serve", "--model_path", str(tiny_explainer), "--port", "0"]
+    shutil.copytree(tiny_explainer, tmp_path / "demo")  # the model that is served when none is named
+    words = [sys.executable, "-m", "llava.cli", "serve", "--port", "0"]
     words += ["--keys", str(tmp_path / "keys.json"), "--face", "off"]
-    place = os.environ | {"PYTHONPATH": str(ROOT)}
+    place = os.environ | {"PYTHONPATH": str(ROOT), "M2F2_CHECKPOINTS": str(tmp_path)}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=place) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[1].removesuffix("/docs")
-        assert httpx.get(f"{address}/health").json()["model"] == "explainer"
+        assert httpx.get(f"{address}/health").json()["model"] == "demo"
         assert httpx.get(f"{address}/v1/models").status_code == 401
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
-        reply = client.chat.completions.create(model="explainer", messages=messages(draw(1, 3)))
+        reply = client.chat.completions.create(model="demo", messages=messages(draw(1, 3)))
         assert reply.verdict["label"] == "FAKE" and reply.choices[0].message.content
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "Traceback" not in errors and "POST /v1/chat/completions 200" in errors
 
@@ -44,7 +46,13 @@ def test_a_server_is_ready_answers_with_a_key_and_ends_in_order(tiny_explainer: 
 def test_an_open_server_must_be_asked_for() -> None:
     with pytest.raises(ValueError, match="can be reached from other machines; give --keys FILE"):
         ServeSettings(host="0.0.0.0")
-    assert ServeSettings(host="0.0.0.0", allow_unauthenticated=True).name == "explainer"
+    assert ServeSettings(host="0.0.0.0", allow_unauthenticated=True).name == "demo"
+
+
+def test_without_a_model_the_demonstration_is_trained_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path))
+    said = next(serve(ServeSettings()))
+    assert f"{str(tmp_path / 'demo')!r} is not there yet: training it" in said
     assert [is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "10.0.0.1", "example.org")] == [
         *(True, True, True),
         *(False, False),

@@ -153,7 +153,7 @@ def test_a_silent_heart_is_forgotten_and_comes_back(address: str, peers: list[Pe
     assert not beat()
     register(address, name, "heart")
     assert beat()
-    wait_for(lambda: "heart" not in httpx.post(f"{address}/list_models").json()["models"], 3)
+    wait_for(lambda: "heart" not in httpx.post(f"{address}/list_models").json()["models"], 30)
     assert not beat()
     register(address, name, "heart")
     assert beat()

@@ -68,7 +68,7 @@ def test_fastchat_s_controller_takes_our_worker(start: Start, tiny_explainer: Pa
     start("fastchat.serve.controller", "--host", "localhost", "--port", str(port))
     address, flags = worker_flags(controller, tiny_explainer)
     start("llava.serve.model_worker", *flags)
-    wait_for(lambda: models(controller) == [MODEL], 60)
+    wait_for(lambda: models(controller) == [MODEL])
     assert httpx.post(f"{controller}/get_worker_address", json={"model": MODEL}).json() == {"address": address}
     assert httpx.post(f"{controller}/list_multimodal_models").json() == {"models": [MODEL]}
     for label in (0, 1):
@@ -90,7 +90,7 @@ def test_our_controller_takes_fastchat_s_worker_and_client(start: Start, tmp_pat
     wait_for(lambda: models(controller) == [])
     worker_port = free_port()
     start("fschat_worker", controller, str(worker_port))
-    wait_for(lambda: models(controller) == ["echo"], 60)
+    wait_for(lambda: models(controller) == ["echo"])
     assert httpx.post(f"{controller}/list_language_models").json() == {"models": ["echo"]}
     said = ask(controller, {"model": "echo", "prompt": "say hello"})
     assert [chunk.text for chunk in said] == ["h", "he", "hel", "hell", "hello"]
@@ -120,7 +120,7 @@ def test_fastchat_s_page_reads_our_stream(start: Start, tiny_explainer: Path) ->
     wait_for(lambda: models(controller) == [])
     address, flags = worker_flags(controller, tiny_explainer)
     start("llava.serve.model_worker", *flags)
-    wait_for(lambda: models(controller) == [MODEL], 60)
+    wait_for(lambda: models(controller) == [MODEL])
     assert page.get_model_list(controller, "", True) == ([MODEL], [MODEL])
     template = get_conv_template("vicuna_v1.1")
     asked = body(1)

@@ -67,7 +67,7 @@ def test_a_verdict_that_delivery_turns_round_is_uncertain_and_says_by_what() -> 
 
 
 def test_each_version_is_scored_as_if_it_had_been_asked_about() -> None:
-    versions = delivered(CHECKS)
+    versions = list(delivered(CHECKS))
     alone = [pipeline("detail", 0.2, stability=False).detect(version)[0].p_fake for version in versions]
     (verdict,) = pipeline("detail", 0.2).detect(CHECKS)
     assert list(verdict.stability.values()) == pytest.approx(alone, abs=1e-6)

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from datetime import UTC, datetime
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and each of a record's `fields` by its key."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Give the line of a record."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line | getattr(record, "fields", {}), ensure_ascii=False)
+
+
+def log_json() -> None:
+    """Write the log as JSON lines from now on."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonLines())
 
 
 def setup_logging(verbose: bool = False) -> None:

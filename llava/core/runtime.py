@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import shutil
@@ -67,6 +68,13 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         staged.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system where the C library keeps it for each thread, as glibc does."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -26,6 +26,7 @@ from llava.explainer.configuration import ForgeryLlavaConfig, join_config
 from llava.explainer.modeling import ForgeryLlava
 
 log = logging.getLogger(__name__)
+TOKENISER_FILES: Final = ("tokenizer.model", "tokenizer.json")
 TOWER: Final = "model.vision_tower.vision_tower.vision_model."
 DETECTOR: Final = "deepfake_encoder."
 LAYOUT: Final = "published_train"  # what the published explainer was trained with
@@ -88,8 +89,16 @@ class PublishedFolder:
         self.plan: Plan = plan(self.tensors.shapes, wanted, RULES)
 
     def write(self, out: Path) -> None:
-        """Write config, tokeniser, weights and conversion.json. Raises ValueError when tensors do not fit."""
+        """Write config, tokeniser, weights and conversion.json.
+
+        Raises ValueError when tensors do not fit and FileNotFoundError without a tokeniser, before anything is written.
+        """
         self.plan.check(str(self.folder))
+        if not any((self.folder / name).is_file() for name in TOKENISER_FILES):
+            raise FileNotFoundError(
+                f"{str(self.folder)!r} holds no tokeniser ({' or '.join(TOKENISER_FILES)}); copy that of the LLaVA or "
+                "Vicuna it was made from into it."
+            )
         with atomic_path(out) as staged:
             write_shards(staged, self.plan.moves, self.tensors)
             self.config.save_pretrained(staged)

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList
 
 from llava.core.types import Turn
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.modeling import Encoded, ForgeryLlava
 from llava.explainer.processing import ExplainerProcessor
+from llava.explainer.sampling import GenerationSettings
 
 Layers = list[tuple[Tensor, Tensor]]
+UNFINISHED = "\ufffd"  # what a tokeniser gives for the first bytes of a character
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,21 @@ class Prefix:
 
 @dataclass(eq=False)
 class Row:
-    """One answer on its way: `ids` so far, without the end; `is_done` once it ended or reached its limit."""
+    """One answer on its way: `ids` so far, without the end; `is_done` once it ended or reached its limit.
+
+    told: how many characters of it were handed out.
+    """
 
     settings: GenerationSettings
     suffix: list[int]
     prefix: Prefix | None
     ids: list[int] = field(default_factory=list)
     is_done: bool = False
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    told: int = 0
+    processors: LogitsProcessorList = field(init=False)
 
     def __post_init__(self) -> None:
-        self.processors = self.settings.for_generate().get("logits_processor", self.processors)
+        self.processors = self.settings.processors()
 
     @property
     def position(self) -> int:
@@ -67,7 +72,7 @@ class Decoder:
         return tuple(ids[:cut]), ids[cut:]
 
     @torch.inference_mode()
-    def prefixes(self, ids: tuple[int, ...], images: Sequence[Encoded]) -> list[Prefix]:
+    def _prefixes(self, ids: tuple[int, ...], images: Sequence[Encoded]) -> list[Prefix]:
         """Run the same prefix ids for each image, encoded on its own, as one batch."""
         tokens = torch.tensor([ids] * len(images), device=self.model.device)
         features = torch.cat([image.image_features for image in images])
@@ -77,6 +82,14 @@ class Decoder:
         self.model(input_ids=tokens, **given, past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         return [Prefix(ids, [(k[i : i + 1], v[i : i + 1]) for k, v in layers]) for i in range(len(tokens))]
+
+    def prefixes_of(self, wanted: Sequence[tuple[int, ...]], images: Sequence[Encoded]) -> list[Prefix]:
+        """Run the prefix ids wanted for each image; images with the same ids make one batch."""
+        found: dict[int, Prefix] = {}
+        for ids in dict.fromkeys(wanted):
+            same = [n for n, other in enumerate(wanted) if other == ids]
+            found |= zip(same, self._prefixes(ids, [images[n] for n in same]), strict=True)
+        return [found[n] for n in range(len(wanted))]
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
@@ -102,7 +115,9 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Write one more token of every answer that is not done."""
+        """Write one more token of every answer."""
+        if not self.rows:
+            return
         tokens = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.model.device)
         positions = torch.tensor([[row.position] for row in self.rows], device=self.model.device)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
@@ -113,8 +128,18 @@ class Decoder:
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
         self._write(self.rows, logits[:, -1])
 
+    def news(self, row: Row) -> str:
+        """Give what was written of an answer since the last call, in whole characters."""
+        text = self.processor.decode(row.ids)
+        if text.endswith(UNFINISHED) and not row.is_done:
+            return ""
+        new, row.told = text[row.told :], max(row.told, len(text))
+        return new
+
     def leave(self, rows: Sequence[Row]) -> None:
         """Take rows out of the batch, and the cache that only they used."""
+        if not rows:
+            return
         stays = [i for i, row in enumerate(self.rows) if row not in rows]
         self.rows = [self.rows[i] for i in stays]
         mask = self._mask[stays]

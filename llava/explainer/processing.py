@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.prompts import EVIDENCE_TAG, IMAGE_TAG, TAGS, lay_out
 
 IGNORE = -100
+Pixels: TypeAlias = dict[str, Any]  # what `ExplainerProcessor.pixels` gives
 
 
 class ExplainerProcessor:
@@ -47,12 +48,18 @@ class ExplainerProcessor:
         """Read the tokeniser beside the model."""
         return cls(AutoTokenizer.from_pretrained(folder), config, detector_inputs)
 
-    def pixels(self, image: np.ndarray) -> dict[str, Any]:
+    def pixels(self, image: np.ndarray) -> Pixels:
         """Give pixel_values (3, S, S) and the detector's tensors (V, 3, S, S), one per view, from uint8 (H, W, 3)."""
         canvas = _pad_to_square(image) if self.config.image_aspect_ratio == "pad" else image
+        tower, inputs = self.config.vision_input, self.detector_inputs
+        pixel_values = to_tensor(canvas, tower)
+        read_by_both = [name for name, spec in inputs.items() if canvas is image and spec == tower]
         return {
-            "pixel_values": to_tensor(canvas, self.config.vision_input),
-            "detector_inputs": {name: view_tensors(image, spec) for name, spec in self.detector_inputs.items()},
+            "pixel_values": pixel_values,
+            "detector_inputs": {
+                name: pixel_values[None] if name in read_by_both else view_tensors(image, spec)
+                for name, spec in inputs.items()
+            },
         }
 
     def encode(
@@ -120,6 +127,8 @@ def _pad_to_square(image: np.ndarray) -> np.ndarray:
     """Centre the picture on a square canvas of the CLIP mean colour, as LLaVA-1.5 does."""
     height, width = image.shape[:2]
     side = max(height, width)
+    if height == width:
+        return image
     canvas = np.empty((side, side, 3), dtype=np.uint8)
     canvas[:] = [int(c * 255) for c in CLIP_MEAN]
     top, left = (side - height) // 2, (side - width) // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -86,10 +86,11 @@ VERSIONS: dict[str, Change] = {
 }
 
 
-def delivered(image: np.ndarray) -> list[np.ndarray]:
-    """Give the versions of one image, in the order of VERSIONS."""
+def delivered(image: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the versions of one image, in the order of VERSIONS, one at a time: those of a large image are large."""
     rng = np.random.default_rng(0)
-    return [change(image, rng) for change in VERSIONS.values()]
+    for change in VERSIONS.values():
+        yield change(image, rng)
 
 
 def every_change() -> list[Change]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llava.core.types import Explanation, Turn, Verdict
-from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.generation import Explainer
 from llava.explainer.modeling import Encoded
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 
 
@@ -43,10 +44,8 @@ class Chat:
         asked = [*self.turns, Turn(role="human", text=question.strip())]
         pieces: list[str] = []
         for piece in self._explainer.stream(self._encoded, asked, self._settings):
-            shown = piece if pieces else piece.lstrip()
-            if shown:
-                pieces.append(shown)
-                yield shown
+            pieces.append(piece)
+            yield piece
         text = "".join(pieces).rstrip()
         self.turns = [*asked, Turn(role="assistant", text=text)]
         self.last = explanation(self.verdict, question, text)

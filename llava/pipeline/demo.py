@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.core.config import build, setting
 from llava.core.runtime import write_json
+from llava.core.weights import checkpoints_dir
 from llava.evaluation.agreement import read_agreement
 from llava.evaluation.captions import read_caption_set, score_captions
 from llava.evaluation.compare import comparison
@@ -22,6 +23,7 @@ from llava.evaluation.report import text_of
 from llava.pipeline import ddvqa
 from llava.pipeline.demo_data import CONFIGS, Plan, prepare
 from llava.pipeline.demo_report import write_report
+from llava.pipeline.settings import DEMO_MODEL
 from llava.train import infer, stage_1, stages
 from llava.train.tiny_base import TinyBaseConfig, make_tiny_base
 
@@ -37,10 +39,19 @@ class DemoConfig:
         "folder of your own: DD-VQA (annotations/DQ_FFpp, images/c40) or class folders {train,val,test}/{real,fake}; "
         "none = forgeries of the four embedded photos",
     )
-    output: str = setting("outputs/demo", "folder of everything that is made")
+    output: str = setting("outputs/demo", "folder of everything that is made on the way")
+    model: str | None = setting(
+        None, "name of the finished explainer in checkpoints/; none = demo, or demo-FOLDER for data of one's own"
+    )
     recipe: str = setting(
         "scripts/configs/demo.yaml", "what is forged and how long is trained, without data of one's own"
     )
+
+    @property
+    def explainer(self) -> Path:
+        """Give the folder of the finished explainer."""
+        own = DEMO_MODEL if self.data is None else f"{DEMO_MODEL}-{Path(self.data).resolve().name}"
+        return checkpoints_dir() / (self.model or own)
 
 
 class Clock:
@@ -63,21 +74,21 @@ class Clock:
 
 def run_demo(config: DemoConfig) -> Iterator[str]:
     """Run the whole path; yields the scores and where everything is. Raises ValueError where a step fails."""
-    clock, out = Clock(), Path(config.output)
+    clock, out, explainer = Clock(), Path(config.output), config.explainer
     plan: Plan = clock.run("data", lambda: prepare(config.data, config.recipe, out))
-    train(plan, out, clock)
-    answer(plan, out, clock)
+    train(plan, out, explainer, clock)
+    answer(plan, out, explainer, clock)
     clock.run("scores", lambda: judge_answers(plan, out))
     if config.data is None:
-        clock.run("report", lambda: write_report(out, clock.seconds))
+        clock.run("report", lambda: write_report(out, explainer, clock.seconds))
         yield f"The report is {out / 'report.html'}: open it in a browser. This model is a demonstration and no tool.\n"
     write_json(out / "seconds.json", clock.seconds)
     yield text_of(comparison([out]))
     minutes = sum(clock.seconds.values()) / 60
-    yield f"All of it took {minutes:.1f} minutes. Ask it: m2f2 chat IMAGE --model {out / 'explainer'}\n"
+    yield f"All of it took {minutes:.1f} minutes. Ask it: m2f2 chat IMAGE --model {explainer}\n"
 
 
-def train(plan: Plan, out: Path, clock: Clock) -> None:
+def train(plan: Plan, out: Path, explainer: Path, clock: Clock) -> None:
     """Train the detector, the tiny base, the adapter and LoRA, by what the stage scripts call."""
     images = ["--image_folder", str(plan.images)]
     clock.run("stage 1: the detector", lambda: stage_1.main(["--output_dir", str(out / "stage_1"), *plan.stage_1]))
@@ -98,19 +109,19 @@ def train(plan: Plan, out: Path, clock: Clock) -> None:
         "merge.base_of_delta": out / "stage_2-start",
         "merge.delta": out / "stage_2-delta",
         "merge.start": out / "stage_2",
-        "merge.final": out / "explainer",
+        "merge.final": explainer,
         "output_dir": out / "stage_3-delta",
     }
     clock.run("stage 3: LoRA", lambda: stages.main(["3", *flags(third), *images, *plan.stage_3]))
 
 
-def answer(plan: Plan, out: Path, clock: Clock) -> None:
+def answer(plan: Plan, out: Path, explainer: Path, clock: Clock) -> None:
     """Ask the explainer about the test images: the verdict, and the reasons where the data have them."""
     asked = {"det": "verdict_only.json", "exp": "label_free.jsonl"}
     for task, file in asked.items():
         if task == "det" or plan.reasons:
             settings = {
-                "model_path": out / "explainer",
+                "model_path": explainer,
                 "images": plan.images,
                 "questions": plan.conversations / "test" / file,
                 "output": out / f"{task}.jsonl",

@@ -52,8 +52,11 @@ STAGES = {
 }
 
 
-def write_report(out: Path, seconds: Mapping[str, float]) -> Path:
-    """Write report.html into the demonstration's folder from what its steps left there; gives its path."""
+def write_report(out: Path, explainer: Path, seconds: Mapping[str, float]) -> Path:
+    """Write report.html into the demonstration's folder from what its steps left there; gives its path.
+
+    explainer: folder of the finished model.
+    """
     rows = _table(out / "data" / "manifest.csv")
     photos = len({row["original"] for row in rows})
     sections = [
@@ -61,7 +64,7 @@ def write_report(out: Path, seconds: Mapping[str, float]) -> Path:
         _learning(out),
         _scores(out),
         _integrity(out),
-        *_cases(out, rows),
+        *_cases(out, explainer, rows),
         _time(seconds),
     ]
     path = out / "report.html"
@@ -149,12 +152,12 @@ def _integrity(out: Path) -> Section:
     return Section(title="Do the words depend on the picture?", body=body, anchor="integrity")
 
 
-def _cases(out: Path, rows: list[dict[str, str]]) -> Iterator[Section]:
+def _cases(out: Path, explainer: Path, rows: list[dict[str, str]]) -> Iterator[Section]:
     """Show the held-out photograph, and the first of its forgeries in which one region was edited."""
     tested = [row for row in rows if row["split"] == "test"]
     untouched = next(row for row in tested if row["label"] == "real")
     forged = next(row for row in tested if row["region"] in REGIONS)
-    pipeline = Pipeline.from_pretrained(out / "explainer", faces=FaceSettings(face="off"))
+    pipeline = Pipeline.from_pretrained(explainer, faces=FaceSettings(face="off"))
     truth = (
         f"The truth: this is the portrait with the {forged['region']} edited ({forged['artefact'].replace('_', ' ')})."
     )

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from llava.data.faces import FaceBox, crop_face, find_faces
 from llava.data.inputs import NamedImage
+from llava.ops.delivery import delivered
 from llava.pipeline.settings import FaceSettings
+
+if TYPE_CHECKING:
+    from llava.explainer.generation import Explainer
+    from llava.explainer.processing import Pixels
 
 NO_FACE = "no face found; --face off judges the whole image"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Face:
-    """One thing to judge: pixels uint8 (H, W, 3), or None and the reason; `box` is where it was found, if anywhere."""
+    """One thing to judge: pixels uint8 (H, W, 3), or None and the reason; `box` is where it was found, if anywhere.
+
+    prepared: what an explainer reads of it and of its delivered versions; empty = to be made when it is looked at.
+    """
 
     image: str
     pixels: np.ndarray | None
@@ -24,6 +35,19 @@ class Face:
     number: int = 1
     count: int = 1
     reason: str = ""
+    prepared: tuple[Pixels, ...] = ()
+
+    @property
+    def shown(self) -> np.ndarray | Pixels:
+        """Give what a model looks at. A face without pixels has nothing."""
+        assert self.pixels is not None
+        return self.prepared[0] if self.prepared else self.pixels
+
+    @property
+    def versions(self) -> Iterable[np.ndarray | Pixels]:
+        """Give its delivered versions, in the order of VERSIONS, one at a time."""
+        assert self.pixels is not None
+        return self.prepared[1:] or delivered(self.pixels)
 
 
 def faces_of(image: NamedImage, settings: FaceSettings) -> list[Face]:
@@ -52,6 +76,14 @@ def faces_of(image: NamedImage, settings: FaceSettings) -> list[Face]:
         )
         for number, box in enumerate(chosen, 1)
     ]
+
+
+def prepared(face: Face, explainer: Explainer, stability: bool) -> Face:
+    """Give the face with all that the explainer reads of it, so that looking at it only runs the model."""
+    if face.pixels is None:
+        return face
+    images = chain([face.pixels], delivered(face.pixels) if stability else ())
+    return replace(face, prepared=tuple(map(explainer.processor.pixels, images)))
 
 
 def _find(pixels: np.ndarray) -> list[FaceBox]:

@@ -12,7 +12,7 @@ import torch
 
 from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
-from llava.core.types import Explanation, Turn, Verdict, VideoVerdict
+from llava.core.types import Explanation, InputSpec, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config
 from llava.data.images import read_image
 from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
@@ -20,11 +20,13 @@ from llava.data.transforms import view_tensors
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
 from llava.explainer.convert import ready
-from llava.explainer.generation import Explainer, GenerationSettings
+from llava.explainer.generation import Explainer
 from llava.explainer.loading import is_explainer, load_model, load_processor
 from llava.explainer.modeling import Encoded
+from llava.explainer.processing import Pixels
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.ops.delivery import VERSIONS, delivered
+from llava.explainer.sampling import GenerationSettings
+from llava.ops.delivery import VERSIONS
 from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
@@ -193,15 +195,16 @@ class Pipeline:
 
         stability: judge delivered versions of each face as well.
         """
-        pixels = [face.pixels for face in faces if face.pixels is not None]
-        if not pixels:
+        shown = [face for face in faces if face.pixels is not None]
+        if not shown:
             return [Finding(verdict=judge(self.detector, face, None)) for face in faces], None
+        pixels = [face.shown for face in shown]
         encoded = self.explainer.encode(pixels, self.prior) if self.explainer else None
         detection = encoded.detection if encoded else self._detection(pixels)
         scored = self._rows(detection)
         if stability:
-            scored = [row | {"versions": p} for row, p in zip(scored, self._versions(pixels), strict=True)]
-        rows = iter(zip(scored, self._maps(detection, len(pixels)), strict=True))
+            scored = [row | {"versions": p} for row, p in zip(scored, self._versions(shown), strict=True)]
+        rows = iter(zip(scored, self._maps(detection, len(shown)), strict=True))
         found, seen = [], next(iter(self.detector.inputs.values())).seen
         for face in faces:
             scores, evidence_map = (None, None) if face.pixels is None else next(rows)
@@ -217,11 +220,11 @@ class Pipeline:
         for number, image in enumerate(images):
             yield from faces_of(_named(image, number), self.faces)
 
-    def _detection(self, pixels: Sequence[np.ndarray]) -> DetectorOutput:
+    def _detection(self, images: Sequence[np.ndarray | Pixels]) -> DetectorOutput:
         """Run a detector on its own, averaged over the test-time views that it declares."""
         device = next(self.detector.parameters()).device
         inputs = {
-            name: torch.stack([view_tensors(image, spec) for image in pixels]).to(device)  # (B, V, 3, S, S)
+            name: torch.stack([_views_of(image, name, spec) for image in images]).to(device)  # (B, V, 3, S, S)
             for name, spec in self.detector.inputs.items()
         }
         return self.detector.over_views(inputs)
@@ -234,12 +237,12 @@ class Pipeline:
         first_view = next(iter(self.detector.inputs.values())).views[0]
         return list((maps.flip(-1) if first_view == "flip" else maps).numpy())
 
-    def _versions(self, pixels: Sequence[np.ndarray]) -> Iterator[dict[str, float]]:
-        """Yield the raw p_fake of every delivered version of each image by its name.
+    def _versions(self, faces: Sequence[Face]) -> Iterator[dict[str, float]]:
+        """Yield the raw p_fake of every delivered version of each face by its name.
 
         The versions of a whole batch are scored together, `batch_size` at a time, so that memory stays what it was.
         """
-        images = (version for image in pixels for version in delivered(image))
+        images = (image for face in faces for image in face.versions)
         shares_vision = self.detector.shares_vision
         detect = self.explainer.detect if self.explainer and shares_vision else self._detection
         scores: list[float] = []
@@ -273,6 +276,10 @@ def generation_settings(
     """Turn what a command line says of the words into the explainer's settings; None keeps the explainer's limit."""
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     return GenerationSettings(temperature=temperature, layout=layout, seed=seed, **limit)
+
+
+def _views_of(image: np.ndarray | Pixels, name: str, spec: InputSpec) -> torch.Tensor:
+    return view_tensors(image, spec) if isinstance(image, np.ndarray) else image["detector_inputs"][name]
 
 
 def _as_list(images: Image | Sequence[Image]) -> Sequence[Image]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization: TypeAlias = Literal["none", "8bit", "4bit"]
+DEMO_MODEL = "demo"  # what `m2f2 demo` calls its model in checkpoints/
 
 
 @dataclass(frozen=True, kw_only=True)

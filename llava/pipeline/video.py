@@ -17,9 +17,9 @@ from llava.data.images import UnreadableImage
 from llava.data.inputs import NamedImage, NamedVideo, open_input
 from llava.data.tracks import link_faces
 from llava.data.video import open_clip, read_frames
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.modeling import Encoded
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.faces import Face, faces_of
 from llava.pipeline.findings import Finding, VideoFinding

@@ -11,10 +11,10 @@ from contextlib import aclosing
 from threading import Event
 
 from llava.core.types import Turn, Verdict
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.wording import meaning
-from llava.serve.engine import Engine, Piece
+from llava.serve.engine import Engine, Piece, joined
 from llava.serve.protocol import (
     GREEDY_UP_TO,
     MAX_NEW_TOKENS,
@@ -95,8 +95,8 @@ class Answers:
             async with aclosing(
                 from_thread(lambda: self._pieces(asked, turns, stop), self._threads, stop, left)
             ) as said:
-                async for piece in said:
-                    for chunk in writer.take(piece):
+                async for pieces in said:
+                    for chunk in writer.take(joined(pieces)):
                         yield chunk
                     if writer.is_ended:
                         break

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Event
@@ -23,10 +23,10 @@ from starlette.exceptions import HTTPException
 from llava import __version__
 from llava.core.types import Turn, Verdict
 from llava.data.inputs import NamedImage
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
-from llava.serve.engine import Engine, Piece
+from llava.serve.engine import Engine, Piece, joined
 from llava.serve.fetch import Fetcher
 from llava.serve.guard import Guard, refusal_response
 from llava.serve.keys import KeyRing
@@ -34,6 +34,7 @@ from llava.serve.limits import RequestLimits
 from llava.serve.measures import Measures
 from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
 from llava.serve.refusals import Refused
+from llava.serve.streams import from_thread
 from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_still
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def _add_faces(app: FastAPI, service: Service, measures: Measures) -> None:
     @app.post("/v1/detect")
     async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
         """Give a verdict for every face of the images that are sent, largest first."""
-        images = [await _image(file, service) for file in files]
+        images = await _images(files, service)
         found = await asyncio.to_thread(service.engine.findings, images)
         measures.judged([finding.verdict for finding in found])
         return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
@@ -113,7 +114,7 @@ def _add_faces(app: FastAPI, service: Service, measures: Measures) -> None:
         max_tokens: Annotated[int, Form(ge=1, le=MAX_TOKENS)] = 256,
     ) -> dict[str, Any]:
         """Give the verdict on the largest face of each image, and the answer to one question about it."""
-        images = [await _image(file, service) for file in files]
+        images = await _images(files, service)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, measures, image, turns, settings) for image in images))
         said = [explanation(one.verdict, question, one.text) for one in answers]
@@ -151,7 +152,10 @@ async def _lines(
     try:
         async for piece in _pieces(service, measures, image, turns, settings):
             said.add(piece)
-            yield _event(reply.first(piece.verdict) if piece.verdict is not None else reply.later(piece.text))
+            if piece.verdict is not None:
+                yield _event(reply.first(piece.verdict))
+            if piece.text:
+                yield _event(reply.later(piece.text))
     except ValueError as error:
         yield _event(_refusal(error).content)
     else:
@@ -220,16 +224,16 @@ async def _pieces(
 ) -> AsyncIterator[Piece]:
     """Ask the engine from this event loop; a client that leaves stops the answer."""
     stop, started, tokens = Event(), time.monotonic(), 0
-    pieces = service.engine.ask(image.pixels, turns, settings, stop)
+    said = from_thread(lambda: service.engine.ask(image.pixels, turns, settings, stop), service.threads, stop)
     try:
-        loop = asyncio.get_running_loop()
-        while (piece := await loop.run_in_executor(service.threads, next, pieces, None)) is not None:
-            if piece.verdict is not None:
-                measures.judged([piece.verdict])
-            tokens = max(tokens, piece.tokens)
-            yield piece
+        async with aclosing(said) as came:
+            async for pieces in came:
+                piece = joined(pieces)
+                if piece.verdict is not None:
+                    measures.judged([piece.verdict])
+                tokens = max(tokens, piece.tokens)
+                yield piece
     finally:
-        stop.set()
         measures.wrote(tokens, time.monotonic() - started)
 
 
@@ -242,8 +246,18 @@ async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedIma
     return await asyncio.to_thread(read_still, content, "image", service.uploads)
 
 
-async def _image(file: UploadFile, service: Service) -> NamedImage:
-    return await asyncio.to_thread(read_still, await file.read(), file.filename or "", service.uploads)
+async def _images(files: Sequence[UploadFile], service: Service) -> list[NamedImage]:
+    """Read the images of a request. Raises Refused, 413 also where they are too much together."""
+    images: list[NamedImage] = []
+    left = service.uploads.max_request_pixels
+    for file in files:
+        image = await asyncio.to_thread(read_still, await file.read(), file.filename or "", service.uploads)
+        left -= 0 if image.pixels is None else image.pixels.size // 3
+        if left < 0:
+            most = service.uploads.max_request_pixels
+            raise Refused(413, f"The images together have more than {most:,} pixels, the limit; send fewer at a time.")
+        images.append(image)
+    return images
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -13,23 +13,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Semaphore, Thread
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from llava.core.config import setting
 from llava.core.types import Turn, Verdict
 from llava.explainer.decoding import Decoder, Prefix, Row
-from llava.explainer.generation import GenerationSettings
 from llava.explainer.modeling import Encoded
+from llava.explainer.sampling import GenerationSettings
+from llava.pipeline.faces import Face, prepared
 from llava.pipeline.findings import Finding
 from llava.pipeline.pipeline import Image, Pipeline
 from llava.serve.engine import Piece
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
-UNFINISHED = "\ufffd"  # what a tokeniser gives for the first bytes of a character
+PREPARED_TOGETHER = 2  # images; the delivered versions of a large one take hundreds of megabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,19 @@ class BatchConfig:
 
 @dataclass(eq=False)
 class _Job:
-    """A question on its way, and where its pieces go; `None` ends them, an exception is raised at the reader's."""
+    """A question on its way, and where its pieces go; `None` ends them, an exception is raised at the reader's.
+
+    name: of the image. face: what was found in it and made ready, unless the image was looked at before.
+    """
 
     image: np.ndarray
+    name: str
+    face: Future[Face] | None
     turns: Sequence[Turn]
     settings: GenerationSettings
     stop: Event
     pieces: SimpleQueue[Piece | BaseException | None] = field(default_factory=SimpleQueue)
     row: Row | None = None
-    sent: int = 0
 
 
 @dataclass(eq=False)
@@ -88,6 +94,8 @@ class BatchingEngine:
         self._waiting: SimpleQueue[_Job | _Call | None] = SimpleQueue()
         self._active: list[_Job] = []
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
+        self._faces: WeakValueDictionary[str, Future[Face]] = WeakValueDictionary()
+        self._preparing, self._few = Lock(), Semaphore(PREPARED_TOGETHER)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -97,7 +105,8 @@ class BatchingEngine:
         """Yield the verdict, then the text, as `Engine.ask` says; a reader that goes away ends it, too."""
         if image is None:
             raise ValueError("This model answers questions about one face image, and there is none; send one.")
-        job = _Job(image, turns, settings, stop)
+        name = _digest(image)
+        job = _Job(image, name, self._prepared(name, image), turns, settings, stop)
         self._waiting.put(job)
         try:
             while (piece := _next(job)) is not None:
@@ -156,7 +165,7 @@ class BatchingEngine:
                 row = Row(
                     settings=self._within_context(job.settings, len(ids) + len(suffix)), suffix=suffix, prefix=None
                 )
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # a tokeniser raises TypeError for what is no text
                 job.pieces.put(error)
                 continue
             if seen.encoded is None:
@@ -171,6 +180,27 @@ class BatchingEngine:
         self.decoder.join([job.row for job, *_ in asked if job.row is not None])
         self._active += [job for job, *_ in asked]
 
+    def _prepared(self, name: str, image: np.ndarray) -> Future[Face] | None:
+        """Find the face and make it ready in the thread that asks, once for all who ask about the same new image."""
+        with self._preparing:
+            if name in self._seen:
+                return None
+            face = self._faces.get(name)
+            is_first = face is None
+            if face is None:
+                face = self._faces[name] = Future()
+        if is_first:
+            try:
+                face.set_result(self._face(image))
+            except Exception as error:
+                face.set_exception(error)
+        face.result()
+        return face
+
+    def _face(self, image: np.ndarray) -> Face:
+        with self._few:
+            return prepared(self.pipeline.face_of(image), self.pipeline.needed_explainer(), self.pipeline.stability)
+
     def _within_context(self, settings: GenerationSettings, length: int) -> GenerationSettings:
         """Shorten an answer to what the model has room for. Raises ValueError when the conversation fills it."""
         room = self.decoder.model.config.text_config.max_position_embeddings - length
@@ -179,28 +209,26 @@ class BatchingEngine:
         return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
     def _run_prefixes(self, wanted: Sequence[tuple[_Seen, tuple[int, ...]]]) -> None:
-        """Run the prefixes that no earlier question needed, one batch for all images with the same ids."""
-        for ids in dict.fromkeys(ids for _, ids in wanted):
-            new = list(dict.fromkeys(seen for seen, other in wanted if other == ids and ids not in seen.prefixes))
-            images = [seen.encoded for seen in new if seen.encoded is not None]
-            if images:
-                for seen, prefix in zip(new, self.decoder.prefixes(ids, images), strict=True):
-                    seen.prefixes[ids] = prefix
+        """Run the prefixes that no earlier question needed."""
+        new = list(dict.fromkeys((seen, ids) for seen, ids in wanted if ids not in seen.prefixes))
+        images = [seen.encoded for seen, _ in new if seen.encoded is not None]
+        for (seen, ids), prefix in zip(new, self.decoder.prefixes_of([ids for _, ids in new], images), strict=True):
+            seen.prefixes[ids] = prefix
 
     def _look(self, jobs: Sequence[_Job]) -> list[_Seen]:
         """Give what was seen in each question's image; new images are looked at as one batch."""
-        names = [_digest(job.image) for job in jobs]
-        new = {name: job.image for name, job in zip(names, jobs, strict=True) if name not in self._seen}
+        new = {job.name: job for job in jobs if job.name not in self._seen}
         if new:
-            faces = [self.pipeline.face_of(image) for image in new.values()]
+            faces = [job.face.result() if job.face else self._face(job.image) for job in new.values()]
             found, encoded = self.pipeline.look(faces, self.pipeline.stability)
             places = iter(range(len(new)))
             for name, finding in zip(new, found, strict=True):
                 row = encoded.take([next(places)]) if encoded is not None and finding.pixels is not None else None
                 self._seen[name] = _Seen(finding.verdict, row)
-        seen = [self._seen[name] for name in names]
-        for name in names:
-            self._seen.move_to_end(name)
+        seen = [self._seen[job.name] for job in jobs]
+        for job in jobs:
+            job.face = None
+            self._seen.move_to_end(job.name)
         while len(self._seen) > self.config.images:
             self._seen.popitem(last=False)
         return seen
@@ -210,10 +238,8 @@ class BatchingEngine:
         finished = []
         for job in self._active:
             assert job.row is not None
-            text = self.decoder.processor.decode(job.row.ids)
-            if len(text) > job.sent and (job.row.is_done or not text.endswith(UNFINISHED)):
-                job.pieces.put(Piece(text=text[job.sent :], tokens=len(job.row.ids)))
-                job.sent = len(text)
+            if new := self.decoder.news(job.row):
+                job.pieces.put(Piece(text=new, tokens=len(job.row.ids)))
             if job.row.is_done or job.stop.is_set():
                 finished.append(job)
         if finished:

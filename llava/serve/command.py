@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
-from llava.pipeline.settings import JudgeSettings
+from llava.pipeline.settings import DEMO_MODEL, JudgeSettings
 from llava.serve.web import server_of
 
 if TYPE_CHECKING:
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 class ServeSettings(JudgeSettings):
     """What is served, where, and to whom."""
 
-    model_path: str = setting("outputs/demo/explainer", "merged explainer: folder, name in checkpoints/, or hub id")
+    model_path: str | None = setting(
+        None, "merged explainer: folder, name in checkpoints/, or hub id; none = that of m2f2 demo, trained if missing"
+    )
     model_name: str | None = setting(None, "name that clients ask for; none = the name of the folder")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 = every one")
     port: int = setting(8000, "port to listen on; 0 = any free one")
     keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
+    waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times as many")
+    log_json: bool = setting(False, "log JSON lines; a request's has time, id, method, path, status and seconds")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
     ray: bool = setting(False, "serve with Ray: several processes with the model, on one machine or a cluster")
     replicas: int = setting(1, "processes with the model, with --ray; or give the next two")
@@ -53,7 +57,14 @@ class ServeSettings(JudgeSettings):
     @property
     def name(self) -> str:
         """Give the model's name, as clients ask for it."""
-        return self.model_name or Path(self.model_path).name
+        return self.model_name or Path(self.model_path or DEMO_MODEL).name
+
+    @property
+    def model(self) -> str:
+        """Give which model is served, the demonstration's where none was named."""
+        from llava.core.weights import checkpoints_dir
+
+        return self.model_path or str(checkpoints_dir() / DEMO_MODEL)
 
     def ready_line(self, host: str, port: int) -> str:
         """Say that it answers, and where."""
@@ -68,22 +79,46 @@ class ServeSettings(JudgeSettings):
 
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
-    if settings.ray:
-        from llava.serve.ray_command import serve_with_ray
+    if settings.model_path is None:
+        yield from _trained_demo()
+    yield from _with_ray(settings) if settings.ray else _here(settings)
 
-        yield from serve_with_ray(settings)
-        return
+
+def _with_ray(settings: ServeSettings) -> Iterator[str]:
+    from llava.serve.ray_command import serve_with_ray
+
+    return serve_with_ray(settings)
+
+
+def _here(settings: ServeSettings) -> Iterator[str]:
+    """Serve from this process."""
+    from llava.core.logs import log_json
     from llava.serve.batching import BatchConfig, BatchingEngine
 
-    engine = BatchingEngine(settings.load(settings.model_path), BatchConfig(rows=settings.rows))
+    if settings.log_json:
+        log_json()
+    engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
+    listener.listen()  # so that who reads the ready line can connect
     host, port = listener.getsockname()[:2]
     yield settings.ready_line(host, port)
     try:
         server.run(sockets=[listener])
     finally:
         engine.close()
+
+
+def _trained_demo() -> Iterator[str]:
+    """Train the demonstration's model unless it is there; yields what that says."""
+    from llava.core.weights import checkpoints_dir
+
+    folder = checkpoints_dir() / DEMO_MODEL
+    if not folder.is_dir():
+        from llava.pipeline.demo import DemoConfig, run_demo
+
+        yield f"No model was named, and {str(folder)!r} is not there yet: training it, which takes 5 to 10 minutes.\n"
+        yield from run_demo(DemoConfig())
 
 
 def build(settings: ServeSettings, engine: Engine) -> FastAPI:
@@ -101,7 +136,7 @@ def build(settings: ServeSettings, engine: Engine) -> FastAPI:
             limits=RequestLimits(
                 requests_per_minute=settings.requests_per_minute,
                 max_active=at_once,
-                max_waiting=4 * at_once,
+                max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
             ),
         )
     )

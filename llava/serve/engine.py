@@ -12,7 +12,7 @@ from llava.core.types import Turn, Verdict
 if TYPE_CHECKING:
     import numpy as np
 
-    from llava.explainer.generation import GenerationSettings
+    from llava.explainer.sampling import GenerationSettings
     from llava.pipeline.findings import Finding
     from llava.pipeline.pipeline import Image
 
@@ -28,6 +28,16 @@ class Piece:
     verdict: Verdict | None = None
     tokens: int = 0
     prompt_tokens: int = 0
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Give pieces that follow each other as one."""
+    return Piece(
+        text="".join(piece.text for piece in pieces),
+        verdict=next((piece.verdict for piece in pieces if piece.verdict is not None), None),
+        tokens=max(piece.tokens for piece in pieces),
+        prompt_tokens=max(piece.prompt_tokens for piece in pieces),
+    )
 
 
 class Engine(Protocol):

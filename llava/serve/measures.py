@@ -61,6 +61,8 @@ class Measures:
                 path = scope["path"] if scope["path"] in KNOWN else "other"
                 self._requests.labels(path, str(status)).inc()
                 self._seconds.labels(path).observe(seconds)
-                log.info("%s %s %s %d %.3f s", name, scope["method"], path, status, seconds)
+                told = {"id": name, "method": scope["method"], "path": path, "status": status}
+                fields = told | {"seconds": round(seconds, 3)}
+                log.info("%s %s %s %d %.3f s", *told.values(), seconds, extra={"fields": fields})
 
         return counted

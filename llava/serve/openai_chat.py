@@ -10,7 +10,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field
 
 from llava.core.types import Turn, Verdict
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.serve.refusals import Refused
 
 MAX_TEXT = 8_000  # characters of one message
@@ -79,6 +79,8 @@ class ChatRequest(BaseModel):
             text = " ".join(part.text.strip() for part in _parts(message) if part.text).strip()
             if not text:
                 raise Refused(400, "A message has no text; ask something, such as: Is this image real or fake?")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise Refused(400, "A message holds half a character (a lone surrogate); send whole ones.")
             turns.append(Turn(role="human" if message.role == "user" else "assistant", text=text))
         return images[0], turns, notes
 

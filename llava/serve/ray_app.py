@@ -22,17 +22,16 @@ from ray.serve import Application
 
 from llava.core.cluster import keep_replicas_private
 from llava.core.config import build as build_settings
-from llava.core.logs import setup_logging
+from llava.core.logs import log_json, setup_logging
 from llava.core.types import Turn
 from llava.explainer.convert import ready
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding
 from llava.pipeline.pipeline import Image
 from llava.serve.batching import BatchConfig, BatchingEngine
 from llava.serve.command import ServeSettings
 from llava.serve.command import build as build_api
-from llava.serve.engine import Piece
-from llava.serve.limits import RequestLimits
+from llava.serve.engine import Piece, joined
 from llava.serve.ray_engine import RayEngine
 from llava.serve.streams import from_thread
 from llava.serve.web import SHUTDOWN_SECONDS
@@ -47,7 +46,7 @@ class EngineReplica:
 
     def __init__(self, settings: ServeSettings) -> None:
         _set_up(settings)
-        self._engine = BatchingEngine(settings.load(settings.model_path), BatchConfig(rows=settings.rows))
+        self._engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
         self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
 
     async def ask(
@@ -55,13 +54,11 @@ class EngineReplica:
     ) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer; a caller that goes away ends it."""
         stop, outcome = Event(), "caller left"
-        pieces = from_thread(
-            lambda: self._engine.ask(image, turns, settings, stop), self._threads, stop, RequestLimits().work_seconds
-        )
+        pieces = from_thread(lambda: self._engine.ask(image, turns, settings, stop), self._threads, stop)
         try:
             async with aclosing(pieces) as said:
-                async for piece in said:
-                    yield piece
+                async for together in said:
+                    yield joined(together)
             outcome = "done"
         except Exception:
             outcome = "failed"
@@ -91,7 +88,7 @@ def application(settings: ServeSettings) -> Application:
     keys = str(Path(settings.keys).resolve()) if settings.keys else None
     settings = replace(
         settings,
-        model_path=str(ready(settings.model_path).resolve()),
+        model_path=str(ready(settings.model).resolve()),
         model_name=settings.name,
         keys=keys,
     )
@@ -125,6 +122,8 @@ def application(settings: ServeSettings) -> Application:
 def _set_up(settings: ServeSettings) -> None:
     """Prepare the process of a replica."""
     setup_logging()
+    if settings.log_json:
+        log_json()
     if settings.cluster.is_private:
         keep_replicas_private()
 

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from llava.core.types import Turn
-from llava.explainer.generation import GenerationSettings
+from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding
 from llava.pipeline.pipeline import Image
 from llava.serve.engine import Piece

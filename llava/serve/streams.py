@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 async def from_thread(
-    produce: Callable[[], Iterator[T]], threads: Executor, stop: Event, seconds: float
-) -> AsyncGenerator[T, None]:
-    """Yield what `produce` yields in a thread, as it comes.
+    produce: Callable[[], Iterator[T]], threads: Executor, stop: Event, seconds: float | None = None
+) -> AsyncGenerator[list[T], None]:
+    """Yield what `produce` yields in a thread, as it comes; what came while nobody looked comes together.
 
-    Raises what is raised there, and TimeoutError after `seconds`. A reader that leaves sets `stop`, which the thread is
-    to look at, and does not wait for it.
+    Raises what is raised there, and TimeoutError after `seconds` (None = never). A reader that leaves sets `stop`,
+    which the thread is to look at, and does not wait for it.
     """
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     items: list[T] = []
@@ -31,14 +31,16 @@ async def from_thread(
 
     ended = loop.run_in_executor(threads, run)
     ended.add_done_callback(lambda _: arrived.set())
-    deadline = loop.time() + seconds
+    deadline = None if seconds is None else loop.time() + seconds
     try:
         while not ended.done() or items:
             async with asyncio.timeout_at(deadline):
                 await arrived.wait()
             arrived.clear()
-            while items:
-                yield items.pop(0)
+            if items:
+                came = items[:]
+                del items[: len(came)]  # the thread may have put in more since
+                yield came
         ended.result()
     finally:
         stop.set()

@@ -6,9 +6,11 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
+from threading import Semaphore
 from typing import Any
 
 from llava.core.config import setting
+from llava.core.runtime import give_memory_back
 from llava.data.images import ImageTooLarge, UnreadableImage, read_image
 from llava.data.inputs import NamedImage, NamedVideo
 from llava.data.video import open_clip
@@ -16,6 +18,8 @@ from llava.serve.media import PILLOW_FORMATS, media_type, unknown_format
 from llava.serve.refusals import Refused
 
 NAMELESS = "upload"
+DECODING = Semaphore(2)  # at a time in a process, because one image may take 525 MB, see UploadLimits
+LARGE = 10_000_000  # bytes of pixels; reading more than that leaves hundreds of megabytes with each thread
 MAX_NAME = 80
 # RFC 2397, with base64 required; the media type is not believed.
 DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+\"-]*)*;base64,", re.IGNORECASE | re.ASCII)
@@ -31,6 +35,7 @@ class UploadLimits:
     max_bytes: int = setting(20_000_000, "largest image or video, in bytes")
     # A see-through picture that is stored turned takes 21 bytes a pixel while it is read: 525 MB at this limit.
     max_pixels: int = setting(25_000_000, "largest image, or frame of a video, in pixels")
+    max_request_pixels: int = setting(100_000_000, "all images of a request together, in pixels")
     max_seconds: float = setting(300.0, "longest video, in seconds")
     max_frames: int = setting(20_000, "most frames of a video")
 
@@ -51,7 +56,10 @@ def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = No
     known: dict[str, Any] = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "byte_count": len(content)}
     try:
         if kind in PILLOW_FORMATS:
-            pixels = read_image(content, name, limits.max_pixels, formats=(PILLOW_FORMATS[kind],))
+            with DECODING:
+                pixels = read_image(content, name, limits.max_pixels, formats=(PILLOW_FORMATS[kind],))
+            if pixels.size > LARGE:
+                give_memory_back()
             return NamedImage(pixels=pixels, **known)
         _check_clip(content, name, limits)
         return NamedVideo(source=content, **known)

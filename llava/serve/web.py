@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava.core.logs import setup_logging
 from llava.serve.protocol import ErrorCode, error_chunk
@@ -23,6 +24,7 @@ M = TypeVar("M", bound=BaseModel)
 BODY_SECONDS = 30.0
 MAX_CONNECTIONS = 1000
 SHUTDOWN_SECONDS = 10
+HEAD_SECONDS = 10.0
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -79,6 +81,41 @@ def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
     return app
 
 
+class Protocol(H11Protocol):
+    """HTTP by h11, which limits the size of a head; here its time, too: who sends none in HEAD_SECONDS is cut off.
+
+    Without it, as many slow senders as there may be connections would keep everybody else out for as long as they like.
+    """
+
+    _clock: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next head."""
+        super().on_response_complete()
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        super().connection_lost(exc)
+        if self._clock is not None:
+            self._clock.cancel()
+
+    def _wait_for_head(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+        self._clock = self.loop.call_later(HEAD_SECONDS, self._cut_off)
+
+    def _cut_off(self) -> None:
+        """Close the connection unless a request is being answered."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """A server that ends in order on Ctrl+C and SIGTERM; uvicorn's own raises the signal again when it has ended."""
 
@@ -100,7 +137,8 @@ def server_of(app: FastAPI, host: str, port: int) -> Server:
             app,
             host=host,
             port=port,
-            http="h11",  # limits the size of headers
+            http=Protocol,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
