@@ -20,6 +20,7 @@ LONGEST = [
     "test_serve_fschat.py",
     "test_serve_ray.py",
     "test_score.py",
+    "test_serve_attacks.py",
     "test_stage_1.py",
     "test_evaluation_judgement.py",
     "test_evaluation_calibration.py",
