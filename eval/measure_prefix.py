@@ -95,6 +95,8 @@ def make_pipeline(settings: Settings) -> Pipeline:
     )
     model = ForgeryLlava(join_config(base, detector, "pad", 1, "v1")).eval().to(DTYPES[settings.precision])
     model.detector.float()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # never the likeliest, so all answers have their whole length
     explainer = Explainer(model, ExplainerProcessor(tokenizer, model.config, model.detector.inputs))
     faces = FaceSettings(face="off")
     return Pipeline(model.detector, explainer, "random weights", faces, stability=settings.stability)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llava.core import runtime
-from llava.core.logs import setup_logging
+from llava.core.logs import JsonLines, setup_logging
 from llava.core.runtime import atomic_path, git_commit, item_rng, pick_device, write_json, write_run
 
 
@@ -162,3 +162,16 @@ def test_verbose_logging_is_debug_logging(monkeypatch: pytest.MonkeyPatch) -> No
     assert logging.getLogger("llava.x").isEnabledFor(logging.DEBUG)
     setup_logging()
     assert not logging.getLogger("llava.x").isEnabledFor(logging.DEBUG)
+
+
+def test_the_log_may_be_json(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("llava.test")
+    with caplog.at_level(logging.INFO, logger="llava.test"):
+        log.info("asked %d", 1, extra={"fields": {"id": "abc", "status": 200}})
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            log.exception("failed")
+    asked, failed = (json.loads(line) for line in map(JsonLines().format, caplog.records))
+    assert asked["message"] == "asked 1" and (asked["id"], asked["status"], asked["level"]) == ("abc", 200, "INFO")
+    assert asked["time"].endswith("+00:00") and failed["exception"].endswith("ValueError: two\nlines")

@@ -37,7 +37,19 @@ def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("attacked")
     keys, log = str(folder / "keys.json"), folder / "log"
     key = made_key(keys, "good")
-    words = ["--model_path", str(tiny_explainer), "--port", "0", "--keys", keys, "--face", "off", "--stability", "off"]
+    words = [
+        "--model_path",
+        str(tiny_explainer),
+        "--port",
+        "0",
+        "--keys",
+        keys,
+        "--face",
+        "off",
+        "--stability",
+        "off",
+        "--log_json",
+    ]
     process = Process("attacked_server", [*words, "--requests_per_minute", "1000000"], log)
     try:
         wait_for(lambda: "/docs" in log.read_text(), 300)
@@ -141,6 +153,10 @@ def test_afterwards_the_server_is_as_it_was(server: Server, good: tuple[dict[str
     before, memory = good
     assert ask(server) == before
     log = server.log.read_text()
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    requests_logged = [line for line in lines if line["logger"] == "llava.serve.requests"]
+    assert len(requests_logged) > 1000
+    assert {"time", "id", "method", "path", "status", "seconds"} <= requests_logged[-1].keys()
     assert "Traceback" not in log and server.key not in log and "data:image" not in log
     grown = resident_mb(server.pid) - memory
     print(f"memory: {memory:.0f} MB before, {grown:+.0f} MB after all attacks")

@@ -115,6 +115,20 @@ def numbers(verdict: Any) -> dict[str, Any]:
     return {name: getattr(verdict, name) for name in ("p_fake", "raw_p_fake", "probabilities", "evidence", "stability")}
 
 
+def test_a_new_image_is_made_ready_once_for_all_who_ask(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    real, gate = pipeline.face_of, Event()
+    monkeypatch.setattr(pipeline, "face_of", lambda image: made.append("face") or (gate.wait(20) and real(image)))
+    engine = BatchingEngine(pipeline)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, engine, draw(1, 6), QUESTIONS[n % 3]) for n in range(6)]
+        sleep(0.2)
+        gate.set()
+        assert len({str(answer.result(60)[0]) for answer in asked}) == 1
+    assert made == ["face"] and not engine.looks._coming
+    engine.close()
+
+
 def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     long = GenerationSettings(max_new_tokens=400)
     answers = [engine.ask(draw(1, n), human("Why?"), long, Event()) for n in range(4)]

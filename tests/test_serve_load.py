@@ -20,6 +20,8 @@ from servers import free_port, running
 
 from llava.serve.load import bodies, cpu_seconds, picture, resident_mb, send
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
@@ -77,8 +79,34 @@ def test_memory_and_time_of_a_process_are_read() -> None:
         resident_mb(2**30)
 
 
+@pytest.mark.e2e
+def test_settings_are_compared_on_servers_of_its_own(
+    tiny_explainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_path", str(tiny_explainer), "--serve.face", "off", "--serve.stability", "off"]
+    words += ["--compare", "rows=2", "--requests", "8", "--at_a_time", "4", "--json", str(tmp_path / "a.json")]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("sys.argv", ["load_test.py", *words])
+    runpy.run_path(str(ROOT / "eval" / "load_test.py"), run_name="__main__")
+    (run,) = json.loads((tmp_path / "a.json").read_text())["runs"]["rows=2"]
+    assert run["outcomes"] == {"answered": 8} and run["tokens_per_answer"] > 3 and run["memory_mb"]["end"] > 100
+    assert "rows=2" in capsys.readouterr().out
+
+
+def test_one_image_and_many_are_measured_with_the_same_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--width 32 --heads 2 --layers 1 --tiny_detector true --repeats 1 --questions 3 --max_tokens 4 --side 64"
+    monkeypatch.setattr("sys.argv", ["measure_prefix.py", *words.split(), "--json", str(tmp_path / "a.json")])
+    runpy.run_path(str(ROOT / "eval" / "measure_prefix.py"), run_name="__main__")
+    one, many = (runs[0] for runs in json.loads((tmp_path / "a.json").read_text())["runs"].values())
+    assert one["tokens"] == many["tokens"] == 12
+    assert min(one[step] for step in ("look", "prefixes_of", "join", "step")) > 0
+    assert "times as fast" in capsys.readouterr().out
+
+
 def test_only_this_machine_is_asked_unless_one_says_so() -> None:
-    settings: Any = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "load_test.py"))["Settings"]
+    settings: Any = runpy.run_path(str(ROOT / "eval" / "load_test.py"))["Settings"]
     with pytest.raises(ValueError, match="is another machine"):
         settings(url="http://faces.example.org")
     assert settings(url="http://faces.example.org", allow_remote=True).requests == 500

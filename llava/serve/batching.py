@@ -206,7 +206,7 @@ class BatchingEngine:
         finished = []
         for job in self._active:
             assert job.row is not None
-            if new := self.decoder.news(job.row):
+            if (new := self.decoder.news(job.row)) or job.row.is_done:  # the last tokens count, shown or not
                 job.pieces.put(Piece(text=new, tokens=len(job.row.ids)))
             if job.row.is_done or job.stop.is_set():
                 finished.append(job)
