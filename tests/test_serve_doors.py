@@ -15,7 +15,6 @@ import pytest
 from browser import Browser, chromium
 from servers import ROOT, Process, free_port, ready_address, wait_for
 
-from llava.core.types import VerdictLabel
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.serve.protocol import decode_chunk, split_chunks
 
@@ -55,7 +54,7 @@ def answer(doors: dict[str, str]) -> tuple[dict[str, Any], str]:
     client = openai.OpenAI(base_url=f"{doors['alone']}/v1", api_key="none", max_retries=0, timeout=300)
     asked = [{"role": "user", "content": [image, {"type": "text", "text": VERDICT_QUESTION}]}]
     reply = client.chat.completions.create(model=MODEL, messages=asked)
-    assert reply.verdict["label"] in {VerdictLabel.FAKE, VerdictLabel.REAL} and reply.choices[0].message.content
+    assert reply.verdict["p_fake"] is not None and reply.choices[0].message.content
     return reply.verdict, reply.choices[0].message.content
 
 

@@ -278,7 +278,7 @@ def test_no_address_is_fetched_and_no_file_read_for_a_client(address: str) -> No
         f"{address}/gradio_api/upload", files={"files": ("x.png", PHOTO.read_bytes())}, timeout=60
     ).json()
     there = {"path": path, "url": f"{peer.address}/x.png", "orig_name": "x.png", "meta": meta}
-    assert '"success":true' in completed(address, step([there])).replace(" ", "")
+    assert '"success":true' in completed(address, step([there, "m"])).replace(" ", "")
     folder = Path(path).parents[1]
     assert not Path(path).exists() and not [p for p in folder.rglob("*") if p.is_file()], "read once, then deleted"
     assert httpx.get(f"{address}/gradio_api/file={path}").status_code == 404
@@ -296,7 +296,7 @@ def test_who_closes_the_page_ends_the_answer(
     (path,) = httpx.post(
         f"{address}/gradio_api/upload", files={"files": ("x.png", PHOTO.read_bytes())}, timeout=60
     ).json()
-    completed(address, step([{"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}]))
+    completed(address, step([{"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}, "m"]))
     write = engine.decoder.step
     monkeypatch.setattr(engine.decoder, "step", lambda: (time.sleep(0.5), write()))
     question = step(["Does the nose look real or fake?"], number_of(address, "ask"))
@@ -339,7 +339,7 @@ def test_a_key_opens_the_page_and_a_withdrawn_one_does_not(engine: BatchingEngin
         assert client.get("/config").status_code == 200
         assert client.get("/v1/models").status_code == 401, "the API keeps to its header"
         revoke_key(OldKey(name="newsroom", file=str(keys)))
-        assert client.post("/gradio_api/queue/join", json=step([None], 1)).status_code == 200
+        assert client.post("/gradio_api/queue/join", json=step([None, "m"], 1)).status_code == 200
         with client.stream("GET", "/gradio_api/queue/data?session_hash=abc", timeout=60) as stream:
             said = "".join(line for line in stream.iter_lines())
         assert words.LOCKED in said

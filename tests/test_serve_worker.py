@@ -47,7 +47,12 @@ class Reader:
         self.asked: list[tuple[np.ndarray | None, tuple[Turn, ...], GenerationSettings]] = []
 
     def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+        self,
+        image: np.ndarray | None,
+        turns: Sequence[Turn],
+        settings: GenerationSettings,
+        stop: Event,
+        is_crop: bool = False,
     ) -> Iterator[Piece]:
         self.asked.append((image, tuple(turns), settings))
         yield Piece(verdict=self.verdict)
@@ -62,7 +67,12 @@ class Broken:
         self.error = error
 
     def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+        self,
+        image: np.ndarray | None,
+        turns: Sequence[Turn],
+        settings: GenerationSettings,
+        stop: Event,
+        is_crop: bool = False,
     ) -> Iterator[Piece]:
         yield Piece(verdict=VERDICT)
         raise self.error
@@ -75,7 +85,12 @@ class Endless:
         self.active = 0
 
     def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+        self,
+        image: np.ndarray | None,
+        turns: Sequence[Turn],
+        settings: GenerationSettings,
+        stop: Event,
+        is_crop: bool = False,
     ) -> Iterator[Piece]:
         self.active += 1
         try:
