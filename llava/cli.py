@@ -43,6 +43,7 @@ COMMANDS = {
     "data forge": Command(
         "llava.pipeline.forge:build_forgeries", "forge real faces so that region and artefact are known"
     ),
+    "score": Command("llava.pipeline.score:score", "score a folder or list of images into parquet, millions of them"),
     "serve": Command("llava.serve.command:serve", "serve a model: an HTTP API that OpenAI's clients speak"),
     "keys create": Command("llava.serve.keys:create_key", "make an API key for a server and show it, once"),
     "keys list": Command("llava.serve.keys:list_keys", "list the API keys by name, without the keys"),
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if is_debug or (error.name or "").partition(".")[0] == "llava":
             raise
-        extras = "pip install 'm2f2-det[train,eval,serve]'"
+        extras = "pip install 'm2f2-det[train,eval,serve,cluster]'"
         print(f"m2f2: the package {error.name!r} is not installed; the extras bring it: {extras}", file=sys.stderr)
         return 2
     except Incomplete as error:

@@ -18,6 +18,8 @@ LONGEST = [
     "test_stage_1_hdf5.py",
     "test_serve_stack.py",
     "test_serve_fschat.py",
+    "test_serve_ray.py",
+    "test_score.py",
     "test_serve_attacks.py",
     "test_stage_1.py",
     "test_evaluation_judgement.py",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 log = logging.getLogger(__name__)
 MEMBER_MARK = "::"
@@ -86,11 +87,17 @@ def open_store(root: str | Path) -> ImageStore:
 
 
 def stored_image(where: str) -> Path | bytes:
-    """Give what `read_image` reads: the path of a file, or the bytes of an archive's member."""
+    """Give what `read_image` reads: the path of a file, or the bytes of an archive's member.
+
+    Raises KeyError, OSError or BadZipFile for a member that is not there or cannot be unpacked.
+    """
     archive, mark, member = where.partition(MEMBER_MARK)
     if not mark:
         return Path(where)
-    return _open_zip(archive, os.getpid()).read(member)
+    try:
+        return _open_zip(archive, os.getpid()).read(member)
+    except (RuntimeError, zlib.error) as error:
+        raise BadZipFile(f"{where}: locked, damaged or packed in an unknown way ({error}).") from error
 
 
 def require_files(names: Sequence[str], store: ImageStore, what: str) -> list[str]:

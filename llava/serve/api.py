@@ -157,7 +157,7 @@ async def _lines(
             if piece.text:
                 yield _event(reply.later(piece.text))
     except ValueError as error:
-        yield _event(Refused(400, str(error)).content)
+        yield _event(_refusal(error).content)
     else:
         for event in reply.last(said.finish(settings), said.usage if wants_usage else None):
             yield _event(event)
@@ -204,14 +204,19 @@ class _Said:
 async def _answer(
     service: Service, measures: Measures, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
 ) -> _Said:
-    """Give the whole answer. Raises Refused (400) for what can not be answered."""
+    """Give the whole answer. Raises Refused for what can not be answered."""
     said = _Said()
     try:
         async for piece in _pieces(service, measures, image, turns, settings):
             said.add(piece)
     except ValueError as error:
-        raise Refused(400, str(error)) from None
+        raise _refusal(error) from None
     return said
+
+
+def _refusal(error: ValueError) -> Refused:
+    """Give what an engine raised as a refusal; it may be one."""
+    return error if isinstance(error, Refused) else Refused(400, str(error))
 
 
 async def _pieces(

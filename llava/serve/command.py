@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
 from llava.pipeline.settings import DEMO_MODEL, JudgeSettings
 from llava.serve.web import server_of
@@ -15,7 +16,7 @@ from llava.serve.web import server_of
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from llava.serve.batching import BatchingEngine
+    from llava.serve.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,14 @@ class ServeSettings(JudgeSettings):
     keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
     rows: int = setting(16, "answers that are written side by side; further questions wait")
-    waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times rows")
+    waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times as many")
     log_json: bool = setting(False, "log JSON lines; a request's has time, id, method, path, status and seconds")
     requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
+    ray: bool = setting(False, "serve with Ray: several processes with the model, on one machine or a cluster")
+    replicas: int = setting(1, "processes with the model, with --ray; or give the next two")
+    min_replicas: int | None = setting(None, "fewest processes with the model when they follow the load")
+    max_replicas: int | None = setting(None, "most processes with the model when they follow the load; none = replicas")
+    cluster: ClusterSettings = setting(ClusterSettings())
 
     def __post_init__(self) -> None:
         """Raise ValueError for a server that would stand open to the network."""
@@ -42,30 +48,61 @@ class ServeSettings(JudgeSettings):
                 f"host: {self.host!r} can be reached from other machines; give --keys FILE (m2f2 keys create makes "
                 "one), or --allow_unauthenticated true."
             )
+        fewest, most = self.replica_range
+        if not 1 <= fewest <= most:
+            raise ValueError(f"replicas: {fewest} to {most} is not usable; allowed: 1 or more, the fewest first.")
+        if most > 1 and not self.ray:
+            raise ValueError(f"replicas: {most} need Ray; add --ray true, or leave it at 1.")
 
     @property
     def name(self) -> str:
         """Give the model's name, as clients ask for it."""
         return self.model_name or Path(self.model_path or DEMO_MODEL).name
 
+    @property
+    def model(self) -> str:
+        """Give which model is served, the demonstration's where none was named."""
+        from llava.core.weights import checkpoints_dir
+
+        return self.model_path or str(checkpoints_dir() / DEMO_MODEL)
+
+    def ready_line(self, host: str, port: int) -> str:
+        """Say that it answers, and where."""
+        return f"ready: http://{host}:{port}/docs (model {self.name}; stop with Ctrl+C)\n"
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """Give the fewest and the most processes with the model; the same where they do not follow the load."""
+        most = self.replicas if self.max_replicas is None else self.max_replicas
+        return (most if self.max_replicas is None else 1) if self.min_replicas is None else self.min_replicas, most
+
 
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    if settings.model_path is None:
+        yield from _trained_demo()
+    yield from _with_ray(settings) if settings.ray else _here(settings)
+
+
+def _with_ray(settings: ServeSettings) -> Iterator[str]:
+    from llava.serve.ray_command import serve_with_ray
+
+    return serve_with_ray(settings)
+
+
+def _here(settings: ServeSettings) -> Iterator[str]:
+    """Serve from this process."""
     from llava.core.logs import log_json
-    from llava.core.weights import checkpoints_dir
     from llava.serve.batching import BatchConfig, BatchingEngine
 
     if settings.log_json:
         log_json()
-    if settings.model_path is None:
-        yield from _trained_demo()
-    model = settings.load(settings.model_path or str(checkpoints_dir() / DEMO_MODEL))
-    engine = BatchingEngine(model, BatchConfig(rows=settings.rows))
+    engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
     listener.listen()  # so that who reads the ready line can connect
     host, port = listener.getsockname()[:2]
-    yield f"ready: http://{host}:{port}/docs (model {settings.name}; stop with Ctrl+C)\n"
+    yield settings.ready_line(host, port)
     try:
         server.run(sockets=[listener])
     finally:
@@ -84,12 +121,13 @@ def _trained_demo() -> Iterator[str]:
         yield from run_demo(DemoConfig())
 
 
-def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
+def build(settings: ServeSettings, engine: Engine) -> FastAPI:
     """Give the application of these settings."""
     from llava.serve.api import Service, build_app
     from llava.serve.keys import KeyRing
     from llava.serve.limits import RequestLimits
 
+    at_once = settings.rows * settings.replica_range[1]
     return build_app(
         Service(
             engine=engine,
@@ -97,8 +135,8 @@ def build(settings: ServeSettings, engine: BatchingEngine) -> FastAPI:
             keys=KeyRing(settings.keys) if settings.keys else None,
             limits=RequestLimits(
                 requests_per_minute=settings.requests_per_minute,
-                max_active=settings.rows,
-                max_waiting=4 * settings.rows if settings.waiting is None else settings.waiting,
+                max_active=at_once,
+                max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
             ),
         )
     )

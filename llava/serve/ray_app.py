@@ -1,0 +1,142 @@
+"""The HTTP API as a Ray Serve application: an ingress with the guards, and replicas that hold the model.
+
+`serve run llava.serve.ray_app:app model_path=... keys=...`; `m2f2 serve --ray true` runs the same on a Ray of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from llava.core.cluster import keep_replicas_private
+from llava.core.config import build as build_settings
+from llava.core.logs import log_json, setup_logging
+from llava.core.types import Turn
+from llava.explainer.convert import ready
+from llava.explainer.sampling import GenerationSettings
+from llava.pipeline.findings import Finding
+from llava.pipeline.pipeline import Image
+from llava.serve.batching import BatchConfig, BatchingEngine
+from llava.serve.command import ServeSettings
+from llava.serve.command import build as build_api
+from llava.serve.engine import Piece, joined
+from llava.serve.ray_engine import RayEngine
+from llava.serve.streams import from_thread
+from llava.serve.web import SHUTDOWN_SECONDS
+
+log = logging.getLogger(__name__)
+ENGINE, INGRESS = "engine", "ingress"
+ANYWHERE = "0.0.0.0"  # `serve run` does not tell where Ray listens
+
+
+class EngineReplica:
+    """Holds the model in a process of its own. Questions that arrive together are answered together by its engine."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        _set_up(settings)
+        self._engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
+        self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
+
+    async def ask(
+        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings
+    ) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer; a caller that goes away ends it."""
+        stop, outcome = Event(), "caller left"
+        pieces = from_thread(lambda: self._engine.ask(image, turns, settings, stop), self._threads, stop)
+        try:
+            async with aclosing(pieces) as said:
+                async for together in said:
+                    yield joined(together)
+            outcome = "done"
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            log.info("answer outcome=%s", outcome)
+
+    async def findings(self, images: Sequence[Image]) -> list[Finding]:
+        """Give a finding for each face of images."""
+        return await asyncio.to_thread(self._engine.findings, images)
+
+
+def app(args: dict[str, Any]) -> Application:
+    """Build the application for `serve run` and for Serve's config files, from settings of `m2f2 serve` by name.
+
+    Raises ValueError without `keys` unless `allow_unauthenticated` is true: Ray decides where it listens, not we.
+    """
+    unfit = sorted({"host", "port", "cluster"} & args.keys())
+    if unfit:
+        raise ValueError(f"{unfit[0]}: this is a setting of Ray here; give it to `serve start` or `ray start`.")
+    theirs = {"ray": True, "host": ANYWHERE, "cluster": {"address": "auto"}}
+    return application(build_settings(ServeSettings, {**args, **theirs}))
+
+
+def application(settings: ServeSettings) -> Application:
+    """Give the application; the model's folder and the file of keys have to be there on every machine."""
+    keys = str(Path(settings.keys).resolve()) if settings.keys else None
+    settings = replace(
+        settings,
+        model_path=str(ready(settings.model).resolve()),
+        model_name=settings.name,
+        keys=keys,
+    )
+
+    def make_api() -> FastAPI:
+        _set_up(settings)
+        return build_api(settings, RayEngine(serve.get_deployment_handle(ENGINE)))
+
+    common = {
+        "logging_config": {"enable_access_log": False},
+        "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+    engine = serve.deployment(EngineReplica).options(
+        name=ENGINE,
+        max_ongoing_requests=_most_at_once(settings),
+        ray_actor_options=settings.cluster.resources,
+        **_scale(settings),
+        **common,
+    )
+    ingress = serve.deployment(serve.ingress(make_api)()).options(
+        name=INGRESS,
+        num_replicas=1,  # it counts requests by key; more of them would each let the whole rate in
+        max_ongoing_requests=10 * _most_at_once(settings) * settings.replica_range[1],  # its own gate says no earlier
+        ray_actor_options={"num_cpus": 0},
+        **common,
+    )
+    return ingress.bind(engine.bind(settings))
+
+
+def _set_up(settings: ServeSettings) -> None:
+    """Prepare the process of a replica."""
+    setup_logging()
+    if settings.log_json:
+        log_json()
+    if settings.cluster.is_private:
+        keep_replicas_private()
+
+
+def _scale(settings: ServeSettings) -> dict[str, Any]:
+    """Say how many replicas there are, as Ray Serve names it."""
+    fewest, most = settings.replica_range
+    if fewest == most:
+        return {"num_replicas": most}
+    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": settings.rows}
+    return {"autoscaling_config": scaling}
+
+
+def _most_at_once(settings: ServeSettings) -> int:
+    """Give how many questions one replica takes: those of its batch, and as many to fill the places that get free."""
+    return 2 * settings.rows

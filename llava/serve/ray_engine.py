@@ -1,0 +1,106 @@
+"""An engine that is somewhere else: the replicas of a Ray Serve application, asked through their handle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import TypeVar
+
+import numpy as np
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from llava.core.types import Turn
+from llava.explainer.sampling import GenerationSettings
+from llava.pipeline.findings import Finding
+from llava.pipeline.pipeline import Image
+from llava.serve.engine import Piece
+from llava.serve.refusals import Refused
+
+log = logging.getLogger(__name__)
+LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError, BackPressureError)
+ATTEMPTS = 2
+WAIT_SECONDS = 0.1
+T = TypeVar("T")
+
+
+class RayEngine:
+    """Answers questions as the engine of one replica does; which one, Ray Serve decides by how much they have to do.
+
+    A replica that dies before its first piece is replaced once by another one; one that dies later ends the answer.
+    """
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._loop = asyncio.new_event_loop()
+        Thread(target=self._loop.run_forever, name="ray-engine", daemon=True).start()
+
+    def ask(
+        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+    ) -> Iterator[Piece]:
+        """Yield the verdict, then the text, as `Engine.ask` says. Raises Refused (503) when replicas die over it."""
+        yield from _again(lambda: self._pieces(image, turns, settings, stop), stop)
+
+    def findings(self, images: Sequence[Image]) -> list[Finding]:
+        """Give a finding for each face, as `Engine.findings` says. Raises Refused (503) when replicas die over it."""
+        (found,) = _again(lambda: iter([self._handle.findings.remote(images).result()]), Event())
+        return found
+
+    def _pieces(
+        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, stop: Event
+    ) -> Iterator[Piece]:
+        """Yield what one replica says; `stop` frees its place there at once, also before the first piece."""
+        said: SimpleQueue[Piece | None] = SimpleQueue()
+
+        async def read() -> None:
+            response = self._handle.options(stream=True).ask.remote(image, turns, settings)
+            try:
+                async for piece in response:
+                    said.put(piece)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+
+        reading = asyncio.run_coroutine_threadsafe(read(), self._loop)
+        reading.add_done_callback(lambda _: said.put(None))
+        try:
+            while not stop.is_set():
+                try:
+                    piece = said.get(timeout=WAIT_SECONDS)
+                except Empty:
+                    continue
+                if piece is None:
+                    reading.result()
+                    return
+                yield piece
+        finally:
+            reading.cancel()
+
+
+def _again(attempt: Callable[[], Iterator[T]], stop: Event) -> Iterator[T]:
+    """Yield what an attempt yields; where a replica was lost before it yielded anything, of one more attempt.
+
+    What a replica raised is raised here: a ValueError with its own words. A reader that goes away sets `stop`.
+    """
+    has_begun = False
+    try:
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                for item in attempt():
+                    has_begun = True
+                    yield item
+                return
+            except LOST as error:
+                log.warning("a replica was lost: %s", type(error).__name__)
+                if has_begun or not left:
+                    raise Refused(503, "What wrote this answer has failed; ask again in a moment.", 5.0) from None
+            except RayTaskError as error:
+                if isinstance(error.cause, ValueError):
+                    raise ValueError(str(error.cause)) from None
+                raise
+    finally:
+        stop.set()
