@@ -18,7 +18,8 @@ import yaml
 from llava.core.config import parse
 from llava.serve.command import ServeSettings
 from llava.serve.controller import ControllerSettings
-from llava.serve.model_worker import WorkerSettings, translate
+from llava.serve.flags import translated
+from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings
 
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent
@@ -71,7 +72,9 @@ def test_every_service_is_contained_and_takes_its_flags(services: dict[str, Any]
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         if "entrypoint" in service:
             assert service["profiles"] == ["cluster"] and "M2F2_WORKER_SECRET" in service["environment"]
-            settings: Any = parse(READERS[service["entrypoint"][-1]], list(translate(service["command"])))
+            settings: Any = parse(
+                READERS[service["entrypoint"][-1]], list(translated(service["command"], ALIASES, REFUSED))
+            )
             assert settings.port in (21001, 21002)
             assert name == "controller" or settings.address == f"http://{name}:21002"
 
