@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
 from llava.core.types import Explanation, InputSpec, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config
-from llava.data.images import read_image
-from llava.data.inputs import FetchLimits, NamedImage, fetch, is_url
 from llava.data.transforms import view_tensors
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
@@ -31,11 +29,10 @@ from llava.pipeline.agreement import explanation
 from llava.pipeline.chat import Chat
 from llava.pipeline.faces import Face, faces_of
 from llava.pipeline.findings import Finding, VideoFinding
+from llava.pipeline.given import Image, as_list, named
 from llava.pipeline.judging import judge
 from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
 from llava.pipeline.video import Video, explained_video_finding, video_finding
-
-Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
 
 
 class Pipeline:
@@ -112,7 +109,7 @@ class Pipeline:
 
     def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
         """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
-        return [finding.verdict for finding in self.findings(_as_list(images))]
+        return [finding.verdict for finding in self.findings(as_list(images))]
 
     def explain(self, image: Image, question: str | None = None) -> Explanation:
         """Give the verdict on an image's largest face with the words that explain it."""
@@ -222,7 +219,7 @@ class Pipeline:
 
     def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
         for number, image in enumerate(images):
-            yield from faces_of(_named(image, number), self.faces)
+            yield from faces_of(named(image, number), self.faces)
 
     def _detection(self, images: Sequence[np.ndarray | Pixels]) -> DetectorOutput:
         """Run a detector on its own, averaged over the test-time views that it declares."""
@@ -284,21 +281,3 @@ def generation_settings(
 
 def _views_of(image: np.ndarray | Pixels, name: str, spec: InputSpec) -> torch.Tensor:
     return view_tensors(image, spec) if isinstance(image, np.ndarray) else image["detector_inputs"][name]
-
-
-def _as_list(images: Image | Sequence[Image]) -> Sequence[Image]:
-    return [images] if isinstance(images, (str, Path, bytes, np.ndarray, NamedImage)) else images
-
-
-def _named(image: Image, number: int) -> NamedImage:
-    """Read an image if it is not read yet; arrays and bytes are named by their number."""
-    if isinstance(image, NamedImage):
-        return image
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image {number}: expected uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}.")
-        return NamedImage(name=f"image {number}", pixels=image)
-    if isinstance(image, bytes):
-        return NamedImage(name=f"image {number}", pixels=read_image(image, f"image {number}"))
-    source = fetch(str(image), FetchLimits()) if is_url(str(image)) else Path(image)
-    return NamedImage(name=str(image), pixels=read_image(source, str(image)))

@@ -23,7 +23,8 @@ from llava.data.inputs import NamedVideo
 from llava.explainer.decoding import Decoder, Row
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding, VideoFinding
-from llava.pipeline.pipeline import Image, Pipeline
+from llava.pipeline.given import Image
+from llava.pipeline.pipeline import Pipeline
 from llava.serve.engine import Piece
 from llava.serve.looks import Asked, Looks, Seen
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llava.data.inputs import NamedVideo
     from llava.explainer.sampling import GenerationSettings
     from llava.pipeline.findings import Finding, VideoFinding
-    from llava.pipeline.pipeline import Image
+    from llava.pipeline.given import Image
 
 
 @dataclass(frozen=True, kw_only=True)

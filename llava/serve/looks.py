@@ -16,7 +16,8 @@ from llava.explainer.decoding import Prefix
 from llava.explainer.modeling import Encoded
 from llava.pipeline.faces import Face, prepared
 from llava.pipeline.findings import Finding
-from llava.pipeline.pipeline import Image, Pipeline
+from llava.pipeline.given import Image
+from llava.pipeline.pipeline import Pipeline
 
 PREPARED_TOGETHER = 2  # images; the delivered versions of a large one take hundreds of megabytes
 

@@ -28,7 +28,7 @@ from llava.data.inputs import NamedVideo
 from llava.explainer.convert import ready
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding, VideoFinding
-from llava.pipeline.pipeline import Image
+from llava.pipeline.given import Image
 from llava.serve.batching import BatchConfig, BatchingEngine
 from llava.serve.command import ServeSettings
 from llava.serve.command import build as build_api

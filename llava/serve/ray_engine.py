@@ -18,7 +18,7 @@ from llava.core.types import Turn
 from llava.data.inputs import NamedVideo
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding, VideoFinding
-from llava.pipeline.pipeline import Image
+from llava.pipeline.given import Image
 from llava.serve.engine import Piece
 from llava.serve.refusals import Refused
 

@@ -19,8 +19,8 @@ from llava.explainer.prompts import IMAGE_TAG, VERDICT_QUESTION, strip_tags
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.faces import Face, faces_of
 from llava.pipeline.findings import Finding, VideoFinding
+from llava.pipeline.given import Image
 from llava.pipeline.pages import png_bytes
-from llava.pipeline.pipeline import Image
 from llava.pipeline.settings import FaceSettings
 from llava.serve.engine import Piece
 from llava.serve.protocol import Chunk, GenerateRequest, decode_chunk, split_chunks

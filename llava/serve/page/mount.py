@@ -42,8 +42,7 @@ def open_page(
 ) -> PageDoor:
     """Give the page behind its door; with keys it asks for the name of one and the key.
 
-    engines: of each model by its name, see `build_page`. examples: folder with the photos that are offered; None =
-    none. Uploads go to a folder that is gone at the end.
+    engines, examples: see `build_page`. Uploads go to a folder that is gone at the end.
     """
     limits, uploads = limits or RequestLimits(), uploads or UploadLimits()
     folder = tempfile.TemporaryDirectory(prefix="m2f2-uploads-")
