@@ -21,6 +21,8 @@ LONGEST = [
     "test_serve_ray.py",
     "test_score.py",
     "test_serve_attacks.py",
+    "test_serve_page.py",
+    "test_serve_doors.py",
     "test_stage_1.py",
     "test_evaluation_judgement.py",
     "test_evaluation_calibration.py",
