@@ -29,8 +29,16 @@ def draw(browser: Browser, address: str, folder: Path) -> None:
         browser.wait_for_answer(2)
         browser.value("document.activeElement.blur(), scrollTo(0, 0)")
         image = Image.open(io.BytesIO(browser.picture())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        with atomic_path(folder / f"{name}.png") as staged:
-            image.save(staged, optimize=True)
+        write(folder / f"{name}.png", image)
+        if name == "page-wide":  # down to the words, for the first screen of README.md
+            top = browser.value("document.querySelector('#tabs').getBoundingClientRect().top")
+            write(folder / "page.png", image.crop((0, 0, image.width, int(top))))
+
+
+def write(path: Path, image: Image.Image) -> None:
+    """Write a PNG file, moved into place complete."""
+    with atomic_path(path) as staged:
+        image.save(staged, optimize=True)
 
 
 def main(model: str, folder: str = "docs/pictures") -> None:
