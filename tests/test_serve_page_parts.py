@@ -88,8 +88,8 @@ def test_a_card_says_it_all_in_words() -> None:
         "Map: eyes",
     ):
         assert part in text, part
-    assert "not calibrated" not in text
-    for label, word in words.HEADLINES.items():
+    assert "not calibrated" not in text and "Looks fake" not in text
+    for label, word in (words.HEADLINES | words.UNCALIBRATED).items():
         score = None if label == VerdictLabel.INCONCLUSIVE else 0.5
         shown = card(Finding(verdict=verdict(label, score, reason="both look alike", evidence={})), "x")
         assert word in shown and f'data-label="{label}"' in shown and "<svg" in shown

@@ -25,6 +25,7 @@ HEADLINES = {
     VerdictLabel.UNCERTAIN: "Uncertain",
     VerdictLabel.INCONCLUSIVE: "No verdict",
 }
+UNCALIBRATED = {VerdictLabel.FAKE: "Looks fake", VerdictLabel.REAL: "Looks real"}
 EVIDENCE = {"p_real": "Speaks for real", "p_fake": "Speaks for fake"}
 
 NO_MODEL = "This model is not there now; try again in a minute, or load the page again."
@@ -56,8 +57,9 @@ EXAMPLES = (
 
 
 def headline(verdict: Verdict) -> str:
-    """Give the verdict in a word or two."""
-    return HEADLINES[verdict.label]
+    """Give the verdict in a word or two; without calibration nobody knows how often it is right, so it only looks so."""
+    known = HEADLINES if verdict.is_calibrated else HEADLINES | UNCALIBRATED
+    return known[verdict.label]
 
 
 def evidence_name(name: str) -> str:
