@@ -57,7 +57,7 @@ EXAMPLES = (
 
 
 def headline(verdict: Verdict) -> str:
-    """Give the verdict in a word or two; without calibration nobody knows how often it is right, so it only looks so."""
+    """Give the verdict in a word or two; without calibration nobody knows how often it is right."""
     known = HEADLINES if verdict.is_calibrated else HEADLINES | UNCALIBRATED
     return known[verdict.label]
 
