@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
+
+from llava.serve.web import server_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,7 +45,7 @@ def wait_for(is_so: Callable[[], object], seconds: float = 300.0) -> None:
 def running(app: FastAPI) -> Iterator[str]:
     """Run an app in a thread; gives its address."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, proxy_headers=False))
+    server = server_of(app, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)

@@ -18,7 +18,7 @@ from attacks import ATTACKS, CHAT, CLOSED, SLOW, Server, checked, made_key
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from servers import Process, wait_for
+from servers import Process, ready_address
 from test_serve_api import messages
 from tiny_world import draw
 
@@ -52,8 +52,7 @@ def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     ]
     process = Process("attacked_server", [*words, "--requests_per_minute", "1000000"], log)
     try:
-        wait_for(lambda: "/docs" in log.read_text(), 300)
-        address = log.read_text().partition("ready: ")[2].partition("/docs")[0]
+        address = ready_address(process, 300)
         with (
             ThreadPoolExecutor(len(SLOW)) as threads,
             httpx.Client(base_url=address, timeout=300, trust_env=False) as client,

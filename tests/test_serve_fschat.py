@@ -91,6 +91,7 @@ def test_our_controller_takes_fastchat_s_worker_and_client(start: Start, tmp_pat
     worker_port = free_port()
     start("fschat_worker", controller, str(worker_port))
     wait_for(lambda: models(controller) == ["echo"])
+    wait_for(lambda: httpx.post(f"http://localhost:{worker_port}/worker_get_status").is_success)  # it registers first
     assert httpx.post(f"{controller}/list_language_models").json() == {"models": ["echo"]}
     said = ask(controller, {"model": "echo", "prompt": "say hello"})
     assert [chunk.text for chunk in said] == ["h", "he", "hel", "hell", "hello"]

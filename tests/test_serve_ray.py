@@ -63,7 +63,7 @@ def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         while "ready:" not in out.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        address = re.findall(r"ready: (\S+)/docs", out.read_text())[0]
+        address = re.findall(r"ready: (\S+)", out.read_text())[0]
         yield Running(address=address, process=process, mark=f"M2F2_TEST={folder}", log=log)
     finally:
         process.kill()
