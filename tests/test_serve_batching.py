@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Thread
@@ -20,6 +20,7 @@ from llava.explainer.sampling import GenerationSettings
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.batching import BatchConfig, BatchingEngine
+from llava.serve.engine import Question
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = (VERDICT_QUESTION, "Does the nose look real or fake?", "Why?")
@@ -42,6 +43,12 @@ def human(text: str) -> list[Turn]:
     return [Turn(role="human", text=text)]
 
 
+def why(
+    image: np.ndarray | None, turns: Sequence[Turn] | None = None, settings: GenerationSettings = SHORT
+) -> Question:
+    return Question(image=image, turns=human("Why?") if turns is None else turns, settings=settings)
+
+
 def ask(
     engine: BatchingEngine,
     image: np.ndarray,
@@ -49,7 +56,7 @@ def ask(
     settings: GenerationSettings = SHORT,
     is_crop: bool = False,
 ) -> tuple[Any, str]:
-    first, *rest = engine.ask(image, human(question), settings, Event(), is_crop)
+    first, *rest = engine.ask(Question(image=image, turns=human(question), settings=settings, is_crop=is_crop), Event())
     assert first.text == "" and all(piece.verdict is None for piece in rest)
     return first.verdict, "".join(piece.text for piece in rest)
 
@@ -131,7 +138,7 @@ def test_a_new_image_is_made_ready_once_for_all_who_ask(pipeline: Pipeline, monk
 
 def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     long = GenerationSettings(max_new_tokens=400)
-    answers = [engine.ask(draw(1, n), human("Why?"), long, Event()) for n in range(4)]
+    answers = [engine.ask(why(draw(1, n), settings=long), Event()) for n in range(4)]
     for answer in answers:
         next(answer), next(answer)
     for answer in answers:
@@ -139,7 +146,7 @@ def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     _, text = ask(engine, draw(1, 9), "Why?")
     assert text and not engine.decoder.rows and not engine._active
     stop = Event()
-    stopped = engine.ask(draw(1, 2), human("Why?"), long, stop)
+    stopped = engine.ask(why(draw(1, 2), settings=long), stop)
     next(stopped)
     stop.set()
     assert len(list(stopped)) < 100, "of 400 tokens"
@@ -149,10 +156,10 @@ def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline, monkeypatch: 
     engine, stop, gate = BatchingEngine(pipeline, BatchConfig(rows=1)), Event(), Event()
     step = engine.decoder.step
     monkeypatch.setattr(engine.decoder, "step", lambda: gate.wait(20) and step())
-    running = engine.ask(draw(1, 5), human("Why?"), SHORT, Event())
+    running = engine.ask(why(draw(1, 5)), Event())
     next(running), next(running)
     found: list[Any] = []
-    waiting = Thread(target=lambda: found.extend(engine.ask(draw(0, 5), human("Why?"), SHORT, stop)))
+    waiting = Thread(target=lambda: found.extend(engine.ask(why(draw(0, 5)), stop)))
     waiting.start()
     sleep(0.2)
     assert waiting.is_alive() and not found
@@ -171,16 +178,16 @@ def test_the_words_are_those_of_a_chat(engine: BatchingEngine, pipeline: Pipelin
         first, second = "".join(chat.ask(VERDICT_QUESTION)), "".join(chat.ask(QUESTIONS[1]))
         turns = [*human(VERDICT_QUESTION), Turn(role="assistant", text=first), *human(QUESTIONS[1])]
         for asked, text in ((turns[:1], first), (turns, second)):
-            start, *rest = engine.ask(draw(label, 5), asked, GenerationSettings(), Event())
+            start, *rest = engine.ask(why(draw(label, 5), asked, settings=GenerationSettings()), Event())
             assert start.verdict.label == chat.verdict.label and start.prompt_tokens > 0
             assert "".join(piece.text for piece in rest) == text and rest[-1].tokens > 3
 
 
 def test_a_bad_question_fails_alone(engine: BatchingEngine) -> None:
     with pytest.raises(ValueError, match="must be by the human"):
-        list(engine.ask(draw(1, 1), [Turn(role="assistant", text="Fake.")], SHORT, Event()))
+        list(engine.ask(why(draw(1, 1), [Turn(role="assistant", text="Fake.")]), Event()))
     with pytest.raises(ValueError, match="there is none; send one"):
-        list(engine.ask(None, human("Why?"), SHORT, Event()))
+        list(engine.ask(why(None), Event()))
     with pytest.raises(ValueError, match="more than the model reads"):
         ask(engine, draw(1, 1), "why " * 3000)
     with pytest.raises(ValueError, match="temperature"):
@@ -192,7 +199,7 @@ def test_no_face_is_a_verdict_without_words(tiny_explainer: Path) -> None:
     with pytest.raises(ValueError, match="gives verdicts and no words"):
         BatchingEngine(Pipeline.from_pretrained(tiny_explainer.parent / "detector"))
     engine = BatchingEngine(Pipeline.from_pretrained(tiny_explainer, stability=False))
-    (only,) = engine.ask(np.zeros((64, 64, 3), np.uint8), human("Why?"), SHORT, Event())
+    (only,) = engine.ask(why(np.zeros((64, 64, 3), np.uint8)), Event())
     assert only.verdict is not None and only.verdict.label == VerdictLabel.INCONCLUSIVE
     engine.close()
 

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from itertools import count, pairwise
@@ -23,7 +23,7 @@ from PIL import Image
 
 from llava.core.types import Turn, Verdict, VerdictLabel
 from llava.explainer.sampling import GenerationSettings
-from llava.serve.engine import Piece
+from llava.serve.engine import Piece, Question
 from llava.serve.flags import translated
 from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, build_app
 from llava.serve.protocol import Chunk, decode_chunk, split_chunks
@@ -46,15 +46,8 @@ class Reader:
         self.verdict = verdict
         self.asked: list[tuple[np.ndarray | None, tuple[Turn, ...], GenerationSettings]] = []
 
-    def ask(
-        self,
-        image: np.ndarray | None,
-        turns: Sequence[Turn],
-        settings: GenerationSettings,
-        stop: Event,
-        is_crop: bool = False,
-    ) -> Iterator[Piece]:
-        self.asked.append((image, tuple(turns), settings))
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
+        self.asked.append((question.image, tuple(question.turns), question.settings))
         yield Piece(verdict=self.verdict)
         for number, word in enumerate(self.words, 1):
             yield Piece(text=word, tokens=number)
@@ -66,14 +59,7 @@ class Broken:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def ask(
-        self,
-        image: np.ndarray | None,
-        turns: Sequence[Turn],
-        settings: GenerationSettings,
-        stop: Event,
-        is_crop: bool = False,
-    ) -> Iterator[Piece]:
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         yield Piece(verdict=VERDICT)
         raise self.error
 
@@ -84,14 +70,7 @@ class Endless:
     def __init__(self) -> None:
         self.active = 0
 
-    def ask(
-        self,
-        image: np.ndarray | None,
-        turns: Sequence[Turn],
-        settings: GenerationSettings,
-        stop: Event,
-        is_crop: bool = False,
-    ) -> Iterator[Piece]:
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         self.active += 1
         try:
             yield Piece(verdict=VERDICT)
@@ -291,8 +270,8 @@ def test_a_reader_that_leaves_stops_the_thread_at_once() -> None:
     async def run() -> float:
         stop = Event()
         with ThreadPoolExecutor(1) as threads:
-            ask: Callable[[], Iterator[Piece]] = lambda: engine.ask(None, (), GenerationSettings(), stop)  # noqa: E731
-            stream = from_thread(ask, threads, stop, 10)
+            question = Question(image=None, turns=(), settings=GenerationSettings())
+            stream = from_thread(lambda: engine.ask(question, stop), threads, stop, 10)
             async for pieces in stream:
                 if pieces[-1].tokens >= 3:
                     break

@@ -15,7 +15,7 @@ from llava.core.types import Turn, Verdict
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.wording import meaning
-from llava.serve.engine import Engine, Piece, joined
+from llava.serve.engine import Engine, Piece, Question, joined
 from llava.serve.protocol import (
     GREEDY_UP_TO,
     MAX_NEW_TOKENS,
@@ -115,7 +115,8 @@ class Answers:
             temperature=asked.temperature if asked.temperature > GREEDY_UP_TO else 0.0,
             top_p=asked.top_p,
         )
-        return self._engine.ask(image, turns, settings, stop, asked.is_crop)
+        question = Question(image=image, turns=turns, settings=settings, is_crop=asked.is_crop)
+        return self._engine.ask(question, stop)
 
 
 class _Writer:

@@ -26,7 +26,7 @@ from llava.data.inputs import NamedImage
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
-from llava.serve.engine import Engine, Piece, joined
+from llava.serve.engine import Engine, Piece, Question, joined
 from llava.serve.fetch import Fetcher
 from llava.serve.guard import Guard, refusal_response
 from llava.serve.keys import KeyRing
@@ -236,7 +236,8 @@ async def _pieces(
 ) -> AsyncIterator[Piece]:
     """Ask the engine from this event loop; a client that leaves stops the answer."""
     stop, started, tokens = Event(), time.monotonic(), 0
-    said = from_thread(lambda: service.engine.ask(image.pixels, turns, settings, stop), service.threads, stop)
+    question = Question(image=image.pixels, turns=turns, settings=settings)
+    said = from_thread(lambda: service.engine.ask(question, stop), service.threads, stop)
     try:
         async with aclosing(said) as came:
             async for pieces in came:

@@ -15,8 +15,6 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
 
-import numpy as np
-
 from llava.core.config import setting
 from llava.core.types import Turn
 from llava.data.inputs import NamedVideo
@@ -25,7 +23,7 @@ from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image
 from llava.pipeline.pipeline import Pipeline
-from llava.serve.engine import Piece
+from llava.serve.engine import Piece, Question
 from llava.serve.looks import Asked, Looks, Seen
 
 T = TypeVar("T")
@@ -82,18 +80,10 @@ class BatchingEngine:
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def ask(
-        self,
-        image: np.ndarray | None,
-        turns: Sequence[Turn],
-        settings: GenerationSettings,
-        stop: Event,
-        is_crop: bool = False,
-    ) -> Iterator[Piece]:
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says; a reader that goes away ends it, too."""
-        if image is None:
-            raise ValueError("This model answers questions about one face image, and there is none; send one.")
-        job = _Job(self.looks.asked(image, is_crop), turns, settings, stop)
+        about = self.looks.asked(question.pixels(), question.is_crop)
+        job = _Job(about, question.turns, question.settings, stop)
         self._waiting.put(job)
         try:
             while (piece := _next(job)) is not None:

@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     from llava.pipeline.given import Image
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """A conversation that ends with a question about one image, uint8 RGB (H, W, 3), None where none was sent.
+
+    is_crop: the image is what a finding was made of (`Finding.pixels`), and is judged whole.
+    """
+
+    image: np.ndarray | None
+    turns: Sequence[Turn]
+    settings: GenerationSettings
+    is_crop: bool = False
+
+    def pixels(self) -> np.ndarray:
+        """Give the image. Raises ValueError where there is none."""
+        if self.image is None:
+            raise ValueError("This model answers questions about one face image, and there is none; send one.")
+        return self.image
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """A part of an answer: the verdict, before any text; then text to append.
@@ -43,17 +62,9 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 class Engine(Protocol):
     """Answers one conversation about one face image; may be asked from several threads at once."""
 
-    def ask(
-        self,
-        image: np.ndarray | None,
-        turns: Sequence[Turn],
-        settings: GenerationSettings,
-        stop: Event,
-        is_crop: bool = False,
-    ) -> Iterator[Piece]:
-        """Yield the verdict on the largest face of an image (H, W, 3) uint8 RGB, then the text; `stop` ends it soon.
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
+        """Yield the verdict on the image's largest face, then the text; `stop` ends it soon.
 
-        is_crop: the image is what a finding was made of (`Finding.pixels`), and is judged whole.
         There is no text where there is no verdict. Raises ValueError for what can not be answered.
         """
         ...

@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -23,16 +22,14 @@ from ray.serve import Application
 from llava.core.cluster import keep_replicas_private
 from llava.core.config import build as build_settings
 from llava.core.logs import log_json, setup_logging
-from llava.core.types import Turn
 from llava.data.inputs import NamedVideo
 from llava.explainer.convert import ready
-from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image
 from llava.serve.batching import BatchConfig, BatchingEngine
 from llava.serve.command import ServeSettings
 from llava.serve.command import build as build_api
-from llava.serve.engine import Piece, joined
+from llava.serve.engine import Piece, Question, joined
 from llava.serve.ray_engine import RayEngine
 from llava.serve.streams import from_thread
 from llava.serve.web import SHUTDOWN_SECONDS
@@ -50,13 +47,10 @@ class EngineReplica:
         self._engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
         self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
 
-    async def ask(
-        self, image: np.ndarray | None, turns: Sequence[Turn], settings: GenerationSettings, is_crop: bool
-    ) -> AsyncIterator[Piece]:
+    async def ask(self, question: Question) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer; a caller that goes away ends it."""
         stop, outcome = Event(), "caller left"
-        asked = (image, turns, settings, stop, is_crop)
-        pieces = from_thread(lambda: self._engine.ask(*asked), self._threads, stop)
+        pieces = from_thread(lambda: self._engine.ask(question, stop), self._threads, stop)
         try:
             async with aclosing(pieces) as said:
                 async for together in said:

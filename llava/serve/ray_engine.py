@@ -9,17 +9,14 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
 
-import numpy as np
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from llava.core.types import Turn
 from llava.data.inputs import NamedVideo
-from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image
-from llava.serve.engine import Piece
+from llava.serve.engine import Piece, Question
 from llava.serve.refusals import Refused
 
 log = logging.getLogger(__name__)
@@ -40,16 +37,9 @@ class RayEngine:
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, name="ray-engine", daemon=True).start()
 
-    def ask(
-        self,
-        image: np.ndarray | None,
-        turns: Sequence[Turn],
-        settings: GenerationSettings,
-        stop: Event,
-        is_crop: bool = False,
-    ) -> Iterator[Piece]:
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says. Raises Refused (503) when replicas die over it."""
-        yield from _again(lambda: self._pieces((image, turns, settings, is_crop), stop), stop)
+        yield from _again(lambda: self._pieces(question, stop), stop)
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face, as `Engine.findings` says. Raises Refused (503) when replicas die over it."""
@@ -63,12 +53,12 @@ class RayEngine:
         """Give what a case file says of the model. Raises Refused (503) as `findings` does."""
         return _once(lambda: self._handle.model_facts.remote().result())
 
-    def _pieces(self, asked: tuple[Any, ...], stop: Event) -> Iterator[Piece]:
+    def _pieces(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield what one replica says; `stop` frees its place there at once, also before the first piece."""
         said: SimpleQueue[Piece | None] = SimpleQueue()
 
         async def read() -> None:
-            response = self._handle.options(stream=True).ask.remote(*asked)
+            response = self._handle.options(stream=True).ask.remote(question)
             try:
                 async for piece in response:
                     said.put(piece)

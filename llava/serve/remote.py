@@ -22,11 +22,15 @@ from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image
 from llava.pipeline.pages import png_bytes
 from llava.pipeline.settings import FaceSettings
-from llava.serve.engine import Piece
+from llava.serve.engine import Piece, Question
 from llava.serve.protocol import Chunk, GenerateRequest, decode_chunk, split_chunks
 
 CONNECT_SECONDS, SILENCE_SECONDS = 5.0, 300.0
 ROLE_WORDS = ("USER:", "ASSISTANT:", "</s>", "###")
+TOO_MUCH = {
+    "prompt": "The conversation is too long for a worker; begin a new one.",
+    "images": "The picture is too large for a worker; send a smaller one.",
+}
 VERDICTS = TypeAdapter(Verdict)
 
 
@@ -52,20 +56,11 @@ class RemoteEngine:
         self._controller, self._model = controller, model
         self._faces = faces or FaceSettings()
 
-    def ask(
-        self,
-        image: np.ndarray | None,
-        turns: Sequence[Turn],
-        settings: GenerationSettings,
-        stop: Event,
-        is_crop: bool = False,
-    ) -> Iterator[Piece]:
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says. Raises ValueError with what the worker says."""
-        if image is None:
-            raise ValueError("This model answers questions about one face image, and there is none; send one.")
-        named = NamedImage(name="image", pixels=image)
-        face = Face(image=named.name, pixels=image) if is_crop else faces_of(named, self._faces)[0]
-        shown, chunks = "", self._chunks(face, image, turns, settings)
+        named = NamedImage(name="image", pixels=question.pixels())
+        face = Face(image=named.name, pixels=named.pixels) if question.is_crop else faces_of(named, self._faces)[0]
+        shown, chunks = "", self._chunks(face, question)
         with closing(chunks):
             for chunk in chunks:
                 if stop.is_set():
@@ -96,28 +91,15 @@ class RemoteEngine:
         return {"name": self._model, "controller": self._controller.address}
 
     def _finding(self, face: Face, image: np.ndarray) -> Finding:
-        question = [Turn(role="human", text=VERDICT_QUESTION)]
-        with closing(self._chunks(face, image, question, GenerationSettings(max_new_tokens=1))) as chunks:
-            piece = _first_piece(next(chunks), face)
+        turns, settings = [Turn(role="human", text=VERDICT_QUESTION)], GenerationSettings(max_new_tokens=1)
+        with closing(self._chunks(face, Question(image=image, turns=turns, settings=settings))) as chunks:
+            piece = _first_piece(next(chunks, None), face)
         assert piece.verdict is not None
         return Finding(verdict=piece.verdict, pixels=face.pixels, evidence_map=piece.evidence_map, seen=piece.seen)
 
-    def _chunks(
-        self, face: Face, image: np.ndarray, turns: Sequence[Turn], settings: GenerationSettings
-    ) -> Generator[Chunk, None, None]:
+    def _chunks(self, face: Face, question: Question) -> Generator[Chunk, None, None]:
         """Yield the chunks of an answer about a face, or about the whole image where there is none."""
-        asked = GenerateRequest(
-            model=self._model,
-            prompt=prompt_of(turns),
-            images=[base64.b64encode(png_bytes(image if face.pixels is None else face.pixels)).decode()],
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-            stop="</s>",
-            echo=False,
-            evidence_map=True,
-            is_crop=face.pixels is not None,
-        )
+        asked = self._request(face, question)
         limits = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
         address = f"{self._controller.address}/worker_generate_stream"
         try:
@@ -133,6 +115,26 @@ class RemoteEngine:
         except httpx.HTTPError as error:
             raise ValueError(f"The model can not be reached now ({type(error).__name__}); try again soon.") from error
 
+    def _request(self, face: Face, question: Question) -> GenerateRequest:
+        """Write a question for a worker. Raises ValueError where it is more than a worker takes."""
+        pixels, settings = question.pixels() if face.pixels is None else face.pixels, question.settings
+        try:
+            return GenerateRequest(
+                model=self._model,
+                prompt=prompt_of(question.turns),
+                images=[base64.b64encode(png_bytes(pixels)).decode()],
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_new_tokens=settings.max_new_tokens,
+                stop="</s>",
+                echo=False,
+                evidence_map=True,
+                is_crop=face.pixels is not None,
+            )
+        except ValidationError as error:  # its own words would show what was sent
+            name = error.errors(include_input=False)[0]["loc"][0]
+            raise ValueError(TOO_MUCH.get(str(name), f"{name}: a worker takes no such value.")) from None
+
 
 def prompt_of(turns: Sequence[Turn]) -> str:
     """Write a conversation about one image as clients of LLaVA do, vicuna v1; role words in it can not end a turn."""
@@ -146,9 +148,9 @@ def prompt_of(turns: Sequence[Turn]) -> str:
     return "".join(said)
 
 
-def _first_piece(chunk: Chunk, face: Face) -> Piece:
+def _first_piece(chunk: Chunk | None, face: Face) -> Piece:
     """Give the verdict of an answer's first chunk, under the name and place of the face in its image."""
-    if chunk.verdict is None:
+    if chunk is None or chunk.verdict is None:
         raise ValueError("This worker gives no verdict: it is no M2F2-Det worker of this version.")
     try:
         verdict = VERDICTS.validate_python(chunk.verdict)

@@ -20,7 +20,7 @@ from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.cases import case_about, entry_of, render_case
 from llava.pipeline.findings import Finding
-from llava.serve.engine import Engine
+from llava.serve.engine import Engine, Question
 from llava.serve.page import views, words
 from llava.serve.page.visits import Visit, Visits
 from llava.serve.refusals import Refused
@@ -198,8 +198,9 @@ class Flow:
         is_crop = True
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):
             picture, is_crop = visit.source.pixels, False  # as through the API: the largest face of the whole picture
+        asked = Question(image=picture, turns=turns(before, question), settings=settings, is_crop=is_crop)
         yield Screen(words=_unfinished(finding, before, question, text), notice="", is_busy=True)
-        for piece in visit.engine.ask(picture, turns(before, question), settings, stop, is_crop):
+        for piece in visit.engine.ask(asked, stop):
             if visit.stop is not stop:
                 return
             text += piece.text
