@@ -15,8 +15,9 @@ from page_parser import Page
 from llava.core.config import build, load_yaml
 from llava.data.csv_table import CsvSource
 from llava.data.sources import DataConfig
-from llava.pipeline.demo import Clock, DemoConfig, run_demo
+from llava.pipeline.demo import DemoConfig, run_demo
 from llava.pipeline.demo_data import DemoRecipe, prepare
+from llava.pipeline.demo_steps import Clock
 from llava.pipeline.overlays import outlined
 
 ROOT = Path(__file__).parents[1]

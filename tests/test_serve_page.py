@@ -17,10 +17,14 @@ from browser import Browser, chromium
 from page_parser import Page
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
-from servers import ROOT, Process, ready_address, wait_for
+from servers import ROOT, Process, ready_address, running, wait_for
 
 from llava.core.types import Explanation, Verdict
 from llava.explainer.prompts import VERDICT_QUESTION
+from llava.pipeline import Pipeline
+from llava.serve.api import Service, build_app
+from llava.serve.batching import BatchingEngine
+from llava.serve.page.mount import open_page
 from llava.serve.page.words import SUGGESTIONS
 
 pytestmark = [
@@ -120,6 +124,20 @@ def test_a_follow_up_goes_on_with_the_conversation(answered: Browser, address: s
     assert answers(answered)[:2] == [first, second]
 
 
+def test_what_the_page_says_is_counted(answered: Browser, address: str) -> None:
+    def counted() -> dict[str, float]:
+        lines = [line for line in httpx.get(f"{address}/metrics").text.splitlines() if line.startswith("m2f2_")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    before, told = counted(), len(answers(answered))
+    answered.click(SUGGESTIONS[1])
+    answered.wait_for_answer(told + 1)
+    after = counted()
+    assert after["m2f2_answer_seconds_count"] == before["m2f2_answer_seconds_count"] + 1
+    assert after["m2f2_tokens_total"] > before["m2f2_tokens_total"]
+    assert sum(value for name, value in before.items() if 'call="findings"' in name and "_total" in name) >= 1
+
+
 def test_the_map_is_shown_or_said_to_be_missing(answered: Browser) -> None:
     answered.click("Heatmap")
     answered.wait("document.getElementById('heatmap').innerText.length > 20")
@@ -141,6 +159,9 @@ def test_the_reports_say_what_the_card_says(answered: Browser, address: str, dow
     assert entry["explanation"]["text"] == wanted["text"] and entry["explanation"]["question"] == VERDICT_QUESTION
     page = Page(paths[1].read_text())
     assert wanted["verdict"]["label"] in page.text and wanted["text"] in page.text
+    told = [wanted["text"], *(said["text"] for said in entry["follow_ups"])]
+    assert told == answers(answered) and len(told) > 2 and all(text in page.text for text in told)
+    assert entry["follow_ups"][0]["question"] == FOLLOW_UP and f"Then asked: {FOLLOW_UP}" in page.text
 
 
 def test_everything_has_a_name_and_the_keyboard_reaches_it(answered: Browser) -> None:
@@ -229,6 +250,31 @@ def test_an_example_is_explained_and_nothing_was_asked_of_anybody_else(browser: 
     asked = browser.requests()
     assert len(asked) > 20 and {httpx.URL(one).netloc.decode() for one in asked} == {address.removeprefix("http://")}
     assert browser.errors() == []
+
+
+def test_stop_keeps_what_is_written_and_clear_forgets_it(
+    browser: Browser, tiny_explainer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = BatchingEngine(Pipeline.from_pretrained(tiny_explainer, stability=False))
+    write = engine.decoder.step
+    monkeypatch.setattr(engine.decoder, "step", lambda: (time.sleep(0.5), write())[1])
+    with running(build_app(Service(engine=engine, model="m", page=open_page({"m": engine})))) as address:
+        browser.open(address)
+        browser.drop(PHOTO)
+        browser.wait("document.querySelector('#words .answer')?.textContent.trim()")
+        (job,) = engine._active
+        browser.click("Stop")
+        browser.wait_for_answer()
+        (kept,) = answers(browser)
+        wait_for(lambda: not engine._active)
+        assert job.row is not None and not job.row.is_done, "the rest is not written"
+        monkeypatch.undo()
+        whole = explained(address)["text"]
+        assert kept and whole.startswith(kept) and len(kept) < len(whole)
+        browser.click("Clear, take another")
+        browser.wait("!document.querySelector('#card .verdict')")
+        assert kept not in browser.find("body").text and browser.find("#drop input[type=file]")
+    engine.close()
 
 
 def test_an_open_page_does_not_hold_the_server_up(browser: Browser, process: Process, address: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from llava import __version__
 from llava.core.config import to_dict
 from llava.core.runtime import software
-from llava.core.types import VideoVerdict
+from llava.core.types import Explanation, VideoVerdict
 from llava.data.inputs import NamedImage, NamedInput
 from llava.evaluation.pictures import timeline_png
 from llava.explainer.convert import ready
@@ -34,12 +34,15 @@ if TYPE_CHECKING:
 Facts: TypeAlias = dict[str, Any]
 
 
-def entry_of(finding: Finding, source: NamedInput) -> Facts:
+def entry_of(finding: Finding, source: NamedInput, said: Sequence[Explanation] | None = None) -> Facts:
     """Give what a case file says of one face or video, as plain JSON values; pictures are PNG `data:` addresses.
 
-    source: the input that was asked about. Pictures of faces are shrunk to 512 px; their real sizes stand beside them.
+    source: the input that was asked about. said: all answers about it, oldest first; None = the finding's explanation.
+    Pictures of faces are shrunk to 512 px; their real sizes stand beside them.
     """
-    verdict, explained = finding.verdict, finding.explanation
+    verdict = finding.verdict
+    if said is None:
+        said = [] if finding.explanation is None else [finding.explanation]
     words = {"meaning": meaning(verdict), "band": band_in_words(verdict), "regions": regions_in_words(verdict)}
     if verdict.likelihood_ratio is not None and verdict.prior is not None:
         words |= {"likelihood_ratio": ratio_in_words(verdict.likelihood_ratio), "prior": prior_in_words(verdict.prior)}
@@ -49,16 +52,8 @@ def entry_of(finding: Finding, source: NamedInput) -> Facts:
         "input": {"name": source.name, "sha256": source.sha256, "bytes": source.byte_count, "size": size},
         "verdict": {**verdict.to_dict(), "score": verdict.score_text},
         "in_words": words,
-        "explanation": None
-        if explained is None
-        else {
-            "question": explained.question,
-            "about": explained.about,
-            "text": explained.text,
-            "text_verdict": explained.text_verdict,
-            "agrees": explained.agrees,
-            "remark": explained.remark,
-        },
+        "explanation": next(map(_words, said), None),
+        "follow_ups": [_words(answer) for answer in said[1:]],
         "video": _video(verdict) if isinstance(verdict, VideoVerdict) else None,
         **_pictures(finding, image),
     }
@@ -113,6 +108,18 @@ def render_case(case: Facts) -> str:
 def write_case_html(path: str | Path, case: Facts) -> None:
     """Write a case file for people; it appears complete."""
     write_page(path, render_case(case))
+
+
+def _words(said: Explanation) -> Facts:
+    """Give a question and its answer."""
+    return {
+        "question": said.question,
+        "about": said.about,
+        "text": said.text,
+        "text_verdict": said.text_verdict,
+        "agrees": said.agrees,
+        "remark": said.remark,
+    }
 
 
 def _video(verdict: VideoVerdict) -> Facts:

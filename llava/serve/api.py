@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext
@@ -47,10 +46,11 @@ MAX_FILES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What the API works with."""
+    """What the API works with. measures: the counters that /metrics shows; those of the engine, where it counts."""
 
     engine: Engine
     model: str
+    measures: Measures = field(default_factory=Measures)
     keys: KeyRing | None = None
     limits: RequestLimits = field(default_factory=RequestLimits)
     uploads: UploadLimits = field(default_factory=UploadLimits)
@@ -69,7 +69,7 @@ class Service:
 
 def build_app(service: Service) -> FastAPI:
     """Make the application; it holds no other state than `service` and its counters."""
-    fetcher, measures = service.fetcher or Fetcher(), Measures()
+    fetcher = service.fetcher or Fetcher()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,20 +80,20 @@ def build_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, redoc_url=None)
     app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=service.is_guarded)
-    app.add_middleware(measures.middleware)
+    app.add_middleware(service.measures.middleware)
     app.add_exception_handler(Refused, refusal_response)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    _add_basics(app, service, measures)
-    _add_faces(app, service, measures)
-    _add_chat(app, service, fetcher, measures)
+    _add_basics(app, service)
+    _add_faces(app, service)
+    _add_chat(app, service, fetcher)
     if service.page is not None:
         app.mount("/", service.page)
         app.state.close_streams = service.page.close
     return app
 
 
-def _add_basics(app: FastAPI, service: Service, measures: Measures) -> None:
+def _add_basics(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Say that the server answers."""
@@ -102,7 +102,7 @@ def _add_basics(app: FastAPI, service: Service, measures: Measures) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
         """Give the counters in Prometheus' text form."""
-        return generate_latest(measures.registry).decode()
+        return generate_latest(service.measures.registry).decode()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -110,13 +110,12 @@ def _add_basics(app: FastAPI, service: Service, measures: Measures) -> None:
         return {"object": "list", "data": [{"id": service.model, "object": "model", "created": 0, "owned_by": "m2f2"}]}
 
 
-def _add_faces(app: FastAPI, service: Service, measures: Measures) -> None:
+def _add_faces(app: FastAPI, service: Service) -> None:
     @app.post("/v1/detect")
     async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
         """Give a verdict for every face of the images that are sent, largest first."""
         images = await _images(files, service)
         found = await asyncio.to_thread(service.engine.findings, images)
-        measures.judged([finding.verdict for finding in found])
         return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
 
     @app.post("/v1/explain")
@@ -128,12 +127,12 @@ def _add_faces(app: FastAPI, service: Service, measures: Measures) -> None:
         """Give the verdict on the largest face of each image, and the answer to one question about it."""
         images = await _images(files, service)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
-        answers = await asyncio.gather(*(_answer(service, measures, image, turns, settings) for image in images))
+        answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
         said = [explanation(one.verdict, question, one.text) for one in answers]
         return {"model": service.model, "explanations": [one.to_dict() for one in said]}
 
 
-def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher, measures: Measures) -> None:
+def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(asked: ChatRequest) -> dict[str, Any] | StreamingResponse:
         """Answer a conversation about one image, as OpenAI's clients ask it; `verdict` is an extra key."""
@@ -144,15 +143,14 @@ def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher, measures: Measur
         settings, reply = asked.generation(), ChatReply(service.model, notes)
         if asked.stream:
             wants_usage = bool((asked.stream_options or {}).get("include_usage"))
-            lines = _lines(service, measures, image, turns, settings, reply, wants_usage)
+            lines = _lines(service, image, turns, settings, reply, wants_usage)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        said = await _answer(service, measures, image, turns, settings)
+        said = await _answer(service, image, turns, settings)
         return reply.whole(said.verdict, said.text, said.usage, said.finish(settings))
 
 
 async def _lines(
     service: Service,
-    measures: Measures,
     image: NamedImage,
     turns: Sequence[Turn],
     settings: GenerationSettings,
@@ -162,7 +160,7 @@ async def _lines(
     """Yield the events of a stream; a failure after the first one is the last event, in a sentence."""
     said = _Said()
     try:
-        async for piece in _pieces(service, measures, image, turns, settings):
+        async for piece in _pieces(service, image, turns, settings):
             said.add(piece)
             if piece.verdict is not None:
                 yield _event(reply.first(piece.verdict))
@@ -213,13 +211,11 @@ class _Said:
         return "length" if self._tokens >= settings.max_new_tokens else "stop"
 
 
-async def _answer(
-    service: Service, measures: Measures, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
-) -> _Said:
+async def _answer(service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings) -> _Said:
     """Give the whole answer. Raises Refused for what can not be answered."""
     said = _Said()
     try:
-        async for piece in _pieces(service, measures, image, turns, settings):
+        async for piece in _pieces(service, image, turns, settings):
             said.add(piece)
     except ValueError as error:
         raise _refusal(error) from None
@@ -232,22 +228,15 @@ def _refusal(error: ValueError) -> Refused:
 
 
 async def _pieces(
-    service: Service, measures: Measures, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
+    service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
 ) -> AsyncIterator[Piece]:
     """Ask the engine from this event loop; a client that leaves stops the answer."""
-    stop, started, tokens = Event(), time.monotonic(), 0
+    stop = Event()
     question = Question(image=image.pixels, turns=turns, settings=settings)
     said = from_thread(lambda: service.engine.ask(question, stop), service.threads, stop)
-    try:
-        async with aclosing(said) as came:
-            async for pieces in came:
-                piece = joined(pieces)
-                if piece.verdict is not None:
-                    measures.judged([piece.verdict])
-                tokens = max(tokens, piece.tokens)
-                yield piece
-    finally:
-        measures.wrote(tokens, time.monotonic() - started)
+    async with aclosing(said) as came:
+        async for pieces in came:
+            yield joined(pieces)
 
 
 async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedImage:

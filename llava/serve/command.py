@@ -125,7 +125,10 @@ def build(settings: ServeSettings, engine: Engine) -> FastAPI:
     from llava.serve.api import Service, build_app
     from llava.serve.keys import KeyRing
     from llava.serve.limits import RequestLimits
+    from llava.serve.measures import MeasuredEngine, Measures
 
+    measures = Measures()
+    engine = MeasuredEngine(engine, measures)
     keys = KeyRing(settings.keys) if settings.keys else None
     at_once = settings.rows * settings.replica_range[1]
     limits = RequestLimits(
@@ -138,7 +141,9 @@ def build(settings: ServeSettings, engine: Engine) -> FastAPI:
         from llava.serve.page.mount import open_page
 
         page = open_page({settings.name: engine}, limits, keys=keys, examples=settings.examples)
-    return build_app(Service(engine=engine, model=settings.name, keys=keys, limits=limits, page=page))
+    return build_app(
+        Service(engine=engine, model=settings.name, measures=measures, keys=keys, limits=limits, page=page)
+    )
 
 
 def require_keys(host: str, keys: str | None, allow_unauthenticated: bool) -> None:

@@ -1,16 +1,25 @@
-"""Counters of a server, for Prometheus, and one log line per request; nothing of an image or a text is kept."""
+"""Counters of a server, for Prometheus, and one log line per request; nothing of an image or a text is kept.
+
+`MeasuredEngine` counts what an engine says, by whichever door it was asked.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from threading import Event
+from typing import Any
 from uuid import uuid4
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.core.types import Verdict
+from llava.data.inputs import NamedVideo
+from llava.pipeline.findings import Finding, VideoFinding
+from llava.pipeline.given import Image
+from llava.serve.engine import Engine, Piece, Question
 
 log = logging.getLogger("llava.serve.requests")
 KNOWN = ("/health", "/metrics", "/v1/models", "/v1/detect", "/v1/explain", "/v1/chat/completions")
@@ -24,14 +33,14 @@ class Measures:
         kept = self.registry
         self._requests = Counter("m2f2_requests", "requests by path and status", ("path", "status"), registry=kept)
         self._seconds = Histogram("m2f2_request_seconds", "seconds of a request by path", ("path",), registry=kept)
-        self._verdicts = Counter("m2f2_verdicts", "verdicts by label", ("label",), registry=kept)
+        self._verdicts = Counter("m2f2_verdicts", "verdicts by label and call", ("label", "call"), registry=kept)
         self._tokens = Counter("m2f2_tokens", "tokens written", registry=kept)
         self._answer = Histogram("m2f2_answer_seconds", "seconds of an answer in words", registry=kept)
 
-    def judged(self, verdicts: Sequence[Verdict]) -> None:
-        """Count verdicts."""
+    def judged(self, call: str, verdicts: Sequence[Verdict]) -> None:
+        """Count verdicts. call: what the engine was asked for: an answer, findings or a video."""
         for verdict in verdicts:
-            self._verdicts.labels(str(verdict.label)).inc()
+            self._verdicts.labels(str(verdict.label), call).inc()
 
     def wrote(self, tokens: int, seconds: float) -> None:
         """Count an answer."""
@@ -68,3 +77,38 @@ class Measures:
                 log.log(level, "%s %s %s %d %.3f s", *told.values(), seconds, extra={"fields": fields})
 
         return counted
+
+
+class MeasuredEngine:
+    """An engine whose verdicts, tokens and seconds are counted; else it is the one that it was made of."""
+
+    def __init__(self, engine: Engine, measures: Measures) -> None:
+        self._engine, self._measures = engine, measures
+
+    def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
+        """Yield the verdict, then the text, as `Engine.ask` says; what was said until a caller left counts, too."""
+        started, tokens = time.monotonic(), 0
+        try:
+            for piece in self._engine.ask(question, stop):
+                if piece.verdict is not None:
+                    self._measures.judged("answer", [piece.verdict])
+                tokens = max(tokens, piece.tokens)
+                yield piece
+        finally:
+            self._measures.wrote(tokens, time.monotonic() - started)
+
+    def findings(self, images: Sequence[Image]) -> list[Finding]:
+        """Give a finding for each face, as `Engine.findings` says."""
+        found = self._engine.findings(images)
+        self._measures.judged("findings", [finding.verdict for finding in found])
+        return found
+
+    def video_finding(self, video: NamedVideo) -> VideoFinding:
+        """Give the finding on a video, as `Engine.video_finding` says."""
+        found = self._engine.video_finding(video)
+        self._measures.judged("video", [found.verdict])
+        return found
+
+    def model_facts(self) -> dict[str, Any]:
+        """Give what a case file says of the model."""
+        return self._engine.model_facts()

@@ -137,8 +137,7 @@ class Flow:
         """Give the case file of a visit as a file to save: name, type and text. Raises Refused."""
         visit = self._visit(page)
         entries = [
-            entry_of(replace(finding, explanation=next(iter(visit.said.get(number, ())), None)), visit.source)
-            for number, finding in enumerate(visit.findings)
+            entry_of(finding, visit.source, visit.said.get(number, ())) for number, finding in enumerate(visit.findings)
         ]
         case = case_about(visit.engine.model_facts(), entries, {"question": VERDICT_QUESTION})
         stem = f"{Path(visit.source.name).stem or 'picture'}-report"
