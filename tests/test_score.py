@@ -49,7 +49,7 @@ def settings(images: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreSet
     return ScoreSettings(
         source=str(images),
         out=str(folder / "whole"),
-        model_path=str(folder / "detector"),
+        model=str(folder / "detector"),
         face="off",
         stability=False,
         part_rows=PART_ROWS,
@@ -85,7 +85,7 @@ def test_every_image_has_one_row_with_its_verdict(
         f"{images}/caf\\xe9.png"
     ]
     assert list(good.label) == ["REAL", "FAKE"] * (GOOD // 2)
-    pipeline = Pipeline.from_pretrained(settings.model_path, faces=FaceSettings(face="off"), stability=False)
+    pipeline = Pipeline.from_pretrained(settings.model, faces=FaceSettings(face="off"), stability=False)
     for path, p_fake, detector in zip(good.path[:8], good.p_fake, good.detector, strict=False):
         (verdict,) = pipeline.detect(path)
         assert p_fake == pytest.approx(verdict.p_fake, abs=1e-6) and detector == verdict.detector
@@ -124,12 +124,12 @@ def test_another_run_is_not_mixed_in(
     with pytest.raises(ValueError, match=r"begun with other settings.*\(face was \"off\", now \"largest\"\)"):
         list(score(replace(settings, face="largest")))
     other = tmp_path / "detector"
-    shutil.copytree(settings.model_path, other)
-    assert run(replace(settings, model_path=str(other)))  # the same model under another name
+    shutil.copytree(settings.model, other)
+    assert run(replace(settings, model=str(other)))  # the same model under another name
     config = other / "config.json"
     config.write_text(config.read_text().replace("0.5", "0.75"))
     with pytest.raises(ValueError, match="model was "):
-        list(score(replace(settings, model_path=str(other))))
+        list(score(replace(settings, model=str(other))))
     source = tmp_path / "list.txt"
     source.write_text("a.png\n")
     with pytest.raises(ValueError, match="images was 70, now 1; names was"):
@@ -184,7 +184,7 @@ def test_killed_runs_go_on_and_end_as_an_unbroken_one(
 
 def killed_after(settings: ScoreSettings, parts: int) -> dict[str, int]:
     """Score in processes that are killed once so many parts are there; gives the times of those parts."""
-    words = [f"--{name}={getattr(settings, name)}" for name in ("out", "model_path", "face", "stability", "part_rows")]
+    words = [f"--{name}={getattr(settings, name)}" for name in ("out", "model", "face", "stability", "part_rows")]
     words += ["--engine", settings.engine, *(["--cluster.cpus", "2"] if settings.engine == "ray" else [])]
     command = [sys.executable, "-m", "llava.cli", "score", settings.source, *words]
     place = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "M2F2_TEST": settings.out}

@@ -12,8 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -47,13 +49,17 @@ class Running:
     def said(self, text: str) -> int:
         return self.log.read_text().count(text)
 
+    @property
+    def replicas(self) -> list[int]:
+        """List the processes that hold the model."""
+        return [pid for pid, words in processes_with(self.mark).items() if "m2f2:engine" in words]
 
-@pytest.fixture(scope="module")
-def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("ray")
-    words = [sys.executable, "-m", "llava.cli", "serve", "--ray", "true", "--replicas", "2", "--cluster.cpus", "2"]
-    words += ["--model_path", str(tiny_explainer), "--port", "0", "--face", "off", "--stability", "false"]
-    words += ["--requests_per_minute", "100000"]
+
+@contextmanager
+def serving(model: Path, folder: Path, *flags: str) -> Iterator[Running]:
+    """Start `m2f2 serve --ray true` and wait until it is ready."""
+    words = [sys.executable, "-m", "llava.cli", "serve", "--ray", "true", "--cluster.cpus", "2", "--port", "0", *flags]
+    words += ["--model_path", str(model), "--face", "off", "--stability", "false", "--requests_per_minute", "100000"]
     place = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "M2F2_TEST": str(folder)}
     out, log = folder / "out", folder / "log"
     with out.open("w") as stdout, log.open("w") as stderr:
@@ -68,6 +74,12 @@ def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(tiny_explainer, tmp_path_factory.mktemp("ray"), "--replicas", "2") as started:
+        yield started
 
 
 @pytest.mark.e2e
@@ -138,9 +150,7 @@ def test_a_replica_that_is_killed_under_load_hangs_nobody(server: Running) -> No
         asking = [threads.submit(ask, index) for index in range(60)]
         while not answered:
             time.sleep(0.01)
-        os.kill(
-            next(pid for pid, words in processes_with(server.mark).items() if "m2f2:engine" in words), signal.SIGKILL
-        )
+        os.kill(server.replicas[0], signal.SIGKILL)
         for each in asking:
             each.result(timeout=120)
     refused = [said for said in answered if said.startswith("503 What wrote this answer has failed")]
@@ -159,6 +169,32 @@ def test_sigterm_ends_every_process(server: Running) -> None:
         assert time.monotonic() < deadline, alive
         time.sleep(0.2)
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.e2e
+def test_a_second_replica_comes_when_there_is_more_to_do(tiny_explainer: Path, tmp_path: Path) -> None:
+    with serving(tiny_explainer, tmp_path, "--min_replicas", "1", "--max_replicas", "2", "--rows", "1") as server:
+        assert len(server.replicas) == 1
+        answered: Counter[str | None] = Counter()
+        deadline, is_enough = time.monotonic() + START_SECONDS, Event()
+
+        def ask(number: int) -> None:
+            while not is_enough.is_set():
+                reply = server.client.chat.completions.create(model="explainer", messages=messages(draw(1, number)))
+                answered[reply.choices[0].message.content] += 1
+
+        with ThreadPoolExecutor(6) as threads:
+            asking = [threads.submit(ask, number) for number in range(6)]
+            try:
+                while len(server.replicas) < 2 and time.monotonic() < deadline:
+                    time.sleep(1)
+            finally:
+                is_enough.set()
+            for each in asking:
+                each.result(timeout=120)
+        assert len(server.replicas) == 2 and set(answered) == {"The image is fake."}
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(END_SECONDS) == 0
 
 
 def test_replicas_need_ray_and_make_sense() -> None:

@@ -32,7 +32,7 @@ Engine: TypeAlias = Callable[["ScoreSettings", "Parts", Missing], Iterator[int]]
 LINE_SECONDS = 30.0
 MODEL_FILES = ("*.json", "*.safetensors")
 # What does not change a row, so that a run may go on with another value.
-FREE = ("source", "out", "model_path", "column", "root", "engine", "workers", "cluster")
+FREE = ("source", "out", "model", "column", "root", "engine", "workers", "cluster")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ScoreSettings(JudgeSettings):
 
     source: str = setting(help="folder, zip, image, or a list of images: .txt, .csv, .parquet", positional=True)
     out: str = setting(help="folder to write; its rows/ is one table for pandas and pyarrow")
-    model_path: str = setting("m2f2", "detector or merged explainer: folder, name in checkpoints/, or hub id")
+    model: str = setting("m2f2", "detector or merged explainer: folder, name in checkpoints/, or hub id")
     face: Literal["largest", "off"] = setting("largest", "largest = the largest face, off = the whole image")
     column: str = setting("path", "column of a .csv or .parquet list that holds the names")
     root: str | None = setting(None, "folder where relative names of a list begin; none = that of the list")
@@ -73,7 +73,7 @@ def score(settings: ScoreSettings) -> Iterator[str]:
     parts = Parts(folder=Path(settings.out), part_rows=settings.part_rows)
     asked = {name: value for name, value in to_dict(settings).items() if name not in FREE}
     images = {"images": len(listed.names), "names": digest_of(listed.names)}
-    begin(parts, to_dict(settings), {"model": _model_digest(settings.model_path), **images, **asked})
+    begin(parts, to_dict(settings), {"model": _model_digest(settings.model), **images, **asked})
     missing = {number: parts.names(number, listed.names) for number in parts.missing(len(listed.names))}
     todo = sum(map(len, missing.values()))
     if todo < len(listed.names):
@@ -95,7 +95,7 @@ def score_here(settings: ScoreSettings, parts: Parts, missing: Missing) -> Itera
     """Score the missing parts in this process; yields how many images were done, batch by batch."""
     from llava.pipeline.score_parts import score_part
 
-    pipeline = settings.load(settings.model_path)
+    pipeline = settings.load(settings.model)
     for number, names in missing.items():
         yield from score_part(pipeline, parts, number, names)
 

@@ -32,7 +32,7 @@ class PartScorer:
         setup_logging()
         os.chdir(folder)  # relative names mean here what they mean where the command was typed
         self._parts = parts
-        self._pipeline = settings.load(settings.model_path)
+        self._pipeline = settings.load(settings.model)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Score and write parts; `batch` has their numbers and names, what comes back how many images they held."""
@@ -44,7 +44,7 @@ class PartScorer:
 
 def score_with_ray(settings: ScoreSettings, parts: Parts, missing: Missing) -> Iterator[int]:
     """Score the missing parts; yields how many images were done, part by part."""
-    settings = replace(settings, model_path=str(ready(settings.model_path).resolve()))
+    settings = replace(settings, model=str(ready(settings.model).resolve()))
     with connected(settings.cluster):
         import ray
         from ray.data import ActorPoolStrategy, DataContext
