@@ -30,6 +30,7 @@ from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings, Precision
 from llava.serve.batching import BatchConfig, BatchingEngine
+from llava.serve.engine import Question
 from llava.serve.load import picture
 from llava.train.tiny_base import SPECIAL_TOKENS, train_tokenizer
 
@@ -120,7 +121,8 @@ def ask_all(pipeline: Pipeline, images: Sequence[np.ndarray], settings: Settings
 
     def ask(number: int) -> int:
         turns = [Turn(role="human", text=question(number))]
-        return max(piece.tokens for piece in engine.ask(images[number], turns, words, Event()))
+        asked = Question(image=images[number], turns=turns, settings=words)
+        return max(piece.tokens for piece in engine.ask(asked, Event()))
 
     started = time.perf_counter()
     with ThreadPoolExecutor(len(images)) as pool:
