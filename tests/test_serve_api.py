@@ -135,11 +135,22 @@ def test_sixteen_at_once_are_one_batch(server: str, pipeline: Pipeline, monkeypa
     assert max(widest) > 2, "questions that come together share a batch"
 
 
+def long_message(more: int = 2) -> list[dict[str, Any]]:
+    (message,) = messages(draw(0, 1))
+    return [{**message, "content": [*message["content"][-1:], *[{"type": "text", "text": "Why? " * 1600}] * more]}]
+
+
+def turns_after(count: int) -> list[dict[str, Any]]:
+    return [{"role": ("assistant", "user")[n % 2], "content": "Why? " * 1600} for n in range(count)]
+
+
 BAD = {
     "no image": ({"messages": [{"role": "user", "content": "Why?"}]}, "holds 0 images"),
     "two images": ({"messages": messages(draw(0, 1)) + messages(draw(0, 1))}, "holds 2 images"),
     "wrong order": ({"messages": [*messages(draw(0, 1)), {"role": "assistant", "content": "Real."}]}, "must alternate"),
     "empty": ({"messages": messages(draw(0, 1), " ")}, "has no text"),
+    "long in parts": ({"messages": long_message()}, "A message has 16,000 characters"),
+    "long in turns": ({"messages": long_message(1) + turns_after(8)}, "The conversation has 72,000 characters"),
     "model": ({"messages": messages(draw(0, 1)), "model": "gpt"}, "There is no model 'gpt' here; ask 'tiny'"),
     "tools": ({"messages": messages(draw(0, 1)), "tools": []}, "tools: Extra inputs are not permitted"),
     "tokens": ({"messages": messages(draw(0, 1)), "max_tokens": 10**6}, "max_tokens: Input should be less than"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -14,6 +14,7 @@ from llava.explainer.sampling import GenerationSettings
 from llava.serve.refusals import Refused
 
 MAX_TEXT = 8_000  # characters of one message
+MAX_CONVERSATION = 64_000  # characters of all messages, as for a worker; they are read in the engine's one thread
 MAX_TOKENS = 1_024
 SYSTEM_NOTE = "The system message was not used: the model has one of its own."
 
@@ -64,7 +65,8 @@ class ChatRequest(BaseModel):
     def conversation(self) -> tuple[str, list[Turn], list[str]]:
         """Give the address of the one image, the turns without it, and notes on what was not used.
 
-        Raises Refused (400) unless user and assistant alternate, a user asks last and there is exactly one image.
+        Raises Refused (400) unless user and assistant alternate, a user asks last, there is exactly one image, and text
+        has its limits.
         """
         notes = [SYSTEM_NOTE] if any(message.role == "system" for message in self.messages) else []
         said = [message for message in self.messages if message.role != "system"]
@@ -74,6 +76,7 @@ class ChatRequest(BaseModel):
         expected = ["user", "assistant"] * len(said)
         if [message.role for message in said] != expected[: len(said)] or said[-1].role != "user":
             raise Refused(400, "The messages must alternate, user first, and end with a question of the user.")
+        _require_short(said)
         turns = []
         for message in said:
             text = " ".join(part.text.strip() for part in _parts(message) if part.text).strip()
@@ -115,6 +118,17 @@ class ChatReply:
     def _with_verdict(self, kind: str, choice: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
         notes = {"notes": self._notes} if self._notes else {}
         return self._head | {"object": kind, "choices": [choice], "verdict": verdict.to_dict(), **notes}
+
+
+def _require_short(messages: Sequence[Message]) -> None:
+    """Raise Refused (400) for a message or a conversation with more text than is read, however many parts it has."""
+    lengths = [sum(len(part.text or "") for part in _parts(message)) for message in messages]
+    for what, count, most in (
+        ("A message", max(lengths), MAX_TEXT),
+        ("The conversation", sum(lengths), MAX_CONVERSATION),
+    ):
+        if count > most:
+            raise Refused(400, f"{what} has {count:,} characters; at most {most:,} are read.")
 
 
 def _parts(message: Message) -> list[Part]:
