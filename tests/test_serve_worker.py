@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from servers import running, wait_for
 
 from llava.core.types import Turn, Verdict, VerdictLabel
 from llava.explainer.sampling import GenerationSettings
+from llava.serve import web
 from llava.serve.engine import Piece, Question
 from llava.serve.flags import translated
 from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, build_app
@@ -264,6 +267,23 @@ def test_requests_beyond_the_limit_wait_and_beyond_that_are_refused() -> None:
     assert codes == [1, 1, 3, 3, 3]  # two refused at once, three ended by the time limit
 
 
+def test_a_client_that_does_not_read_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "READING_SECONDS", 0.3)
+    settings = WorkerSettings(model_path="m", no_register=True, limit_model_concurrency=1, limit_waiting=0)
+    asked = json.dumps(body(prompt=PROMPT.replace("Is it", "Is it " * 9_000))).encode()  # comes back in every chunk
+    kind = f"Content-Type: application/json\r\nContent-Length: {len(asked)}"
+    with running(build_app(settings, Endless())) as url, socket.socket() as client:  # type: ignore[arg-type]
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        client.sendall(f"POST /worker_generate_stream HTTP/1.1\r\nHost: w\r\n{kind}\r\n\r\n".encode() + asked)
+
+        def waiting() -> int:
+            return int(httpx.post(f"{url}/worker_get_status").json()["queue_length"])
+
+        wait_for(lambda: waiting() == 1, 30)
+        wait_for(lambda: waiting() == 0, 60)
+
+
 def test_a_reader_that_leaves_stops_the_thread_at_once() -> None:
     engine = Endless()
 
@@ -304,6 +324,6 @@ def test_published_flags_are_taken_mapped_or_refused() -> None:
 
 
 def test_a_worker_of_a_distant_controller_needs_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("M2F2_WORKER_SECRET", raising=False)
+    monkeypatch.delenv("M2F2_WORKER_SECRET")
     with pytest.raises(ValueError, match="--controller-address"):
         build_app(WorkerSettings(model_path="a", controller_address="http://10.0.0.1:21001"), Reader())

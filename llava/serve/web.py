@@ -27,6 +27,7 @@ BODY_SECONDS = 30.0
 MAX_CONNECTIONS = 1000
 SHUTDOWN_SECONDS = 10
 HEAD_SECONDS = 10.0
+READING_SECONDS = 30.0
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -86,10 +87,12 @@ def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
 class Protocol(H11Protocol):
     """HTTP by h11, which limits the size of a head; here its time, too: who sends none in HEAD_SECONDS is cut off.
 
-    Without it, as many slow senders as there may be connections would keep everybody else out for as long as they like.
+    So is who reads nothing of an answer for READING_SECONDS. Without both, as many slow senders as there may be
+    connections, and as many slow readers as there may be answers, would keep everybody else out as long as they like.
     """
 
     _clock: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
@@ -104,8 +107,20 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
         super().connection_lost(exc)
-        if self._clock is not None:
-            self._clock.cancel()
+        for timer in (self._clock, self._reading):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a client that does not read."""
+        super().pause_writing()
+        self._reading = self.loop.call_later(READING_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Wait no more for a client that reads again."""
+        super().resume_writing()
+        if self._reading is not None:
+            self._reading.cancel()
 
     def _wait_for_head(self) -> None:
         if self._clock is not None:
