@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Thread
@@ -21,6 +21,7 @@ from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.batching import BatchConfig, BatchingEngine
 from llava.serve.engine import Question
+from llava.serve.refusals import Refused
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = (VERDICT_QUESTION, "Does the nose look real or fake?", "Why?")
@@ -170,6 +171,32 @@ def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline, monkeypatch: 
     gate.set()
     assert ask(engine, draw(0, 5), "Why?")[1]
     engine.close()
+
+
+def test_closing_waits_for_no_answer_and_leaves_nobody_waiting(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, gate, raised = BatchingEngine(pipeline, BatchConfig(rows=1)), Event(), []
+    monkeypatch.setattr(engine.decoder, "step", lambda: gate.wait(20))  # never writes a token
+
+    def told(work: Callable[[], object]) -> None:
+        with pytest.raises(Refused, match="The server ends") as caught:
+            work()
+        raised.append(caught.value.status)
+
+    running = engine.ask(why(draw(1, 5)), Event())
+    next(running)
+    works = (lambda: list(running), lambda: list(engine.ask(why(draw(0, 5)), Event())), lambda: engine.findings([]))
+    asking = [Thread(target=told, args=(work,), daemon=True) for work in works]
+    for thread in asking:
+        thread.start()
+    sleep(0.3)
+    closing = Thread(target=engine.close, daemon=True)
+    closing.start()
+    gate.set()
+    for thread in (closing, *asking):
+        thread.join(20)
+    assert not closing.is_alive() and raised == [503] * 3
 
 
 def test_the_words_are_those_of_a_chat(engine: BatchingEngine, pipeline: Pipeline) -> None:

@@ -25,6 +25,7 @@ from llava.pipeline.given import Image
 from llava.pipeline.pipeline import Pipeline
 from llava.serve.engine import Piece, Question
 from llava.serve.looks import Asked, Looks, Seen
+from llava.serve.refusals import Refused
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class BatchingEngine:
         self.decoder = Decoder(explainer.model, explainer.processor)
         self._waiting: SimpleQueue[_Job | _Call | None] = SimpleQueue()
         self._active: list[_Job] = []
+        self._is_closing = False
         self.looks = Looks(pipeline, self.config.images)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -112,8 +114,9 @@ class BatchingEngine:
         return model_facts(self.pipeline)
 
     def close(self) -> None:
-        """End the thread; questions on their way are not finished."""
-        self._waiting.put(None)
+        """End the thread soon; what is on its way, or waits, ends with an error. Nothing can be asked afterwards."""
+        self._is_closing = True
+        self._waiting.put(None)  # wakes it
         self._thread.join()
 
     def _call(self, work: Callable[[], T]) -> T:
@@ -134,22 +137,35 @@ class BatchingEngine:
             except Exception as error:
                 log.exception("the batch of %d answers failed", len(self._active))
                 self._fail([*jobs, *self._active], error)
+        self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Tell everyone who is answered or waits that the engine ends."""
+        error = Refused(503, "The server ends; ask again when it is back.", 10.0)
+        self._fail(self._active, error)
+        while True:
+            try:
+                left = self._waiting.get_nowait()
+            except Empty:
+                return
+            if isinstance(left, _Call):
+                left.result.set_exception(error)
+            elif left is not None:
+                left.pieces.put(error)
 
     def _take(self) -> list[_Job] | None:
         """Give the questions that may join now, waiting only when there is nothing to do; None = close."""
         jobs: list[_Job] = []
-        while len(self._active) + len(jobs) < self.config.rows:
+        while not self._is_closing and len(self._active) + len(jobs) < self.config.rows:
             try:
                 job = self._waiting.get(block=not (self._active or jobs))
             except Empty:
                 break
-            if job is None:
-                return None
             if isinstance(job, _Call):
                 job.run()
-            elif not job.stop.is_set():
+            elif job is not None and not job.stop.is_set():
                 jobs.append(job)
-        return jobs
+        return None if self._is_closing and not jobs else jobs
 
     def _begin(self, jobs: Sequence[_Job]) -> None:
         """Look at the images of new questions, tell their verdicts, and let them into the batch."""
