@@ -77,6 +77,12 @@ def test_no_worker_is_one_chunk_with_code_2(address: str) -> None:
     assert httpx.post(f"{address}/get_worker_address", json={"model": "nobody"}).json() == {"address": ""}
 
 
+def test_a_model_name_makes_no_log_line_of_its_own(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="llava"):
+        ask(address, "m\nrequest id=1 model=forged outcome=done")
+    assert "request id=" in caplog.text and "\nrequest id=1" not in caplog.text
+
+
 @pytest.mark.parametrize("early", [b"", http(b""), http(b"", 10), http(ANSWER[:5], 100), b"no http\r\n\r\n"])
 def test_a_worker_that_dies_before_its_first_chunk_is_replaced_once(
     address: str, peers: list[Peer], early: bytes
@@ -190,6 +196,7 @@ def test_without_a_status_the_worker_is_asked_for_it(address: str, peers: list[P
         ("http://user@127.0.0.1:1", {}, 400),
         ("http://127.0.0.1:1", {"X-Forwarded-For": "8.8.8.8"}, 403),
         ("http://127.0.0.1:1", {"Host": "evil.example"}, 403),
+        ("http://127.0.0.1:1", {"Host": "[::1"}, 403),
         ("x" * 257, {}, 422),
     ],
 )

@@ -157,7 +157,7 @@ class Controller:
                     self.pool.done(worker.address.name)
         finally:
             seconds = time.monotonic() - started
-            line = "request id=%s model=%s workers=%s seconds=%.2f outcome=%s"
+            line = "request id=%s model=%r workers=%s seconds=%.2f outcome=%s"
             log.info(line, request_id, model, ",".join(tried) or "-", seconds, outcome)
 
 

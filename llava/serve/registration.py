@@ -98,7 +98,10 @@ def is_admitted(
         return hmac.compare_digest(headers.get(SECRET_HEADER, "").encode(), secret.encode())
     if allow_unauthenticated:
         return True
-    host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    try:
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    except ValueError:  # such as "["
+        return False
     is_direct = not any(name in headers for name in PROXY_HEADERS)
     return is_direct and is_loopback(server) and is_loopback(peer) and is_loopback(host)
 
