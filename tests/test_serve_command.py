@@ -49,6 +49,19 @@ def test_an_open_server_must_be_asked_for() -> None:
     assert ServeSettings(host="0.0.0.0", allow_unauthenticated=True).name == "demo"
 
 
+def test_what_can_not_be_served_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    for name in ("rows", "requests_per_minute"):
+        with pytest.raises(ValueError, match=f"{name}: 0 is not usable"):
+            ServeSettings(**{name: 0})
+    with pytest.raises(FileNotFoundError, match="m2f2 keys create"):
+        next(serve(ServeSettings(model_path="no-such-model", keys=str(tmp_path / "keys.json"))))
+
+
+def test_the_ready_line_is_an_address() -> None:
+    assert "http://[::1]:8000 " in ServeSettings(host="::1").ready_line("::1", 8000)
+    assert "http://127.0.0.1:1/docs " in ServeSettings(page=False).ready_line("127.0.0.1", 1)
+
+
 def test_without_a_model_the_demonstration_is_trained_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path))
     said = next(serve(ServeSettings()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
 from llava.pipeline.settings import DEMO_MODEL, JudgeSettings
+from llava.serve.keys import read_keys
 from llava.serve.web import server_of
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class ServeSettings(JudgeSettings):
     def __post_init__(self) -> None:
         """Raise ValueError for a server that would stand open to the network."""
         require_keys(self.host, self.keys, self.allow_unauthenticated)
+        for name, least in {"rows": 1, "waiting": 0, "requests_per_minute": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: {value} is not usable; allowed: {least} or more.")
         fewest, most = self.replica_range
         if not 1 <= fewest <= most:
             raise ValueError(f"replicas: {fewest} to {most} is not usable; allowed: 1 or more, the fewest first.")
@@ -67,7 +72,8 @@ class ServeSettings(JudgeSettings):
     def ready_line(self, host: str, port: int) -> str:
         """Say that it answers, and where."""
         where = "" if self.page else "/docs"
-        return f"ready: http://{host}:{port}{where} (model {self.name}; stop with Ctrl+C)\n"
+        shown = f"[{host}]" if ":" in host else host
+        return f"ready: http://{shown}:{port}{where} (model {self.name}; stop with Ctrl+C)\n"
 
     @property
     def replica_range(self) -> tuple[int, int]:
@@ -78,6 +84,8 @@ class ServeSettings(JudgeSettings):
 
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    if settings.keys:
+        read_keys(Path(settings.keys))  # before the model, which takes minutes
     if settings.model_path is None:
         yield from _trained_demo()
     yield from _with_ray(settings) if settings.ray else _here(settings)
