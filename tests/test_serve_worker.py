@@ -319,11 +319,15 @@ def test_published_flags_are_taken_mapped_or_refused() -> None:
     assert WorkerSettings(model_path="a/b", port=7).address == "http://localhost:7"
     with pytest.raises(ValueError, match="Give one of"):
         WorkerSettings(model_path="a", load_4bit=True, quantization="8bit")
-    with pytest.raises(ValueError, match="limit_model_concurrency"):
-        WorkerSettings(model_path="a", limit_model_concurrency=0)
+    for name in ("limit_model_concurrency", "limit_seconds", "heartbeat_seconds"):
+        with pytest.raises(ValueError, match=f"{name}: 0 is not usable"):
+            WorkerSettings(model_path="a", **{name: 0})
+    for address in ("http://localhost:abc", "localhost:21001", "http://"):
+        with pytest.raises(ValueError, match=r"http://HOST:PORT"):
+            WorkerSettings(model_path="a", controller_address=address)
 
 
 def test_a_worker_of_a_distant_controller_needs_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("M2F2_WORKER_SECRET")
+    monkeypatch.delenv("M2F2_WORKER_SECRET", raising=False)
     with pytest.raises(ValueError, match="--controller-address"):
         build_app(WorkerSettings(model_path="a", controller_address="http://10.0.0.1:21001"), Reader())

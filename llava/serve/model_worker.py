@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
@@ -63,8 +64,11 @@ class WorkerSettings(SecretSettings, JudgeSettings):
         chosen = {f"--load-{bits}bit" for bits in (8, 4) if getattr(self, f"load_{bits}bit")}
         if len(chosen) + (self.quantization != "none") > 1:
             raise ValueError("Give one of --load-8bit, --load-4bit and --quantization.")
-        if self.limit_model_concurrency < 1:
-            raise ValueError(f"limit_model_concurrency: {self.limit_model_concurrency}; allowed: 1 or more.")
+        least = {"limit_model_concurrency": 1, "limit_waiting": 0, "limit_seconds": 1e-3, "heartbeat_seconds": 1e-3}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}: {getattr(self, name)} is not usable; allowed: {bound} or more.")
+        require_address(self.controller_address)
 
     @property
     def name(self) -> str:
@@ -80,6 +84,16 @@ class WorkerSettings(SecretSettings, JudgeSettings):
     def bits(self) -> Quantization:
         """Give the quantisation, however it was spelled."""
         return "8bit" if self.load_8bit else "4bit" if self.load_4bit else self.quantization
+
+
+def require_address(controller: str) -> None:
+    """Raise ValueError for what is no address of a controller; its heartbeat would end, or try for ever."""
+    try:
+        url = httpx.URL(controller)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"controller_address: {controller!r} is no address ({error}); give http://HOST:PORT.") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"controller_address: {controller!r} is not of the form http://HOST:PORT.")
 
 
 def build_app(settings: WorkerSettings, engine: Engine) -> FastAPI:
