@@ -290,6 +290,16 @@ def test_no_address_is_fetched_and_no_file_read_for_a_client(address: str) -> No
 
 
 @pytest.mark.e2e
+def test_a_step_or_file_that_no_page_asks_for_is_no_error_of_the_server(address: str) -> None:
+    files = [{"path": "a\0b"}, {"path": "\ud800"}]
+    asked = [json.dumps({**step([file])}) for file in files] + ['{"data":' + "[" * 450 + "]" * 450 + "}"]
+    asked += [json.dumps({**step([]), "fn_index": number}) for number in (99_999, -1, "99999", [], 0.5)]
+    replies = [httpx.post(f"{address}/gradio_api/queue/join", content=body, timeout=60) for body in asked]
+    assert [reply.status_code for reply in replies] == [400] * len(asked), [reply.text for reply in replies]
+    assert httpx.get(f"{address}/assets/{'a' * 3000}").status_code == 404
+
+
+@pytest.mark.e2e
 def test_who_closes_the_page_ends_the_answer(
     engine: BatchingEngine, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ SMALL = ("/gradio_api/cancel", "/gradio_api/reset")
 FILES_PER_MINUTE = 1200  # of one address; the page has about a hundred, which a browser then keeps
 MAX_STREAMS = 500  # a page holds one while something is going on there
 MAX_STEP_BYTES = 100_000
+MAX_PATH = 250  # bytes; no file of the page has a longer one, and a file system has limits of its own
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
@@ -42,10 +43,11 @@ class PageDoor:
 
     So no file of the server is read, no address fetched and nothing proxied. Steps of the page (uploads, questions,
     logins) count against `requests_per_minute` of their address, its files and streams have limits of their own.
+    steps: the numbers of what a person can do on the page.
     """
 
-    def __init__(self, app: FastAPI, limits: RequestLimits) -> None:
-        self._app, self._limits, self._folder = app, limits, Path(get_upload_folder()).resolve()
+    def __init__(self, app: FastAPI, limits: RequestLimits, steps: Collection[int]) -> None:
+        self._app, self._limits, self._steps, self._folder = app, limits, steps, Path(get_upload_folder()).resolve()
         self._rates, self._streams, self._closing = RateLimiter(), 0, asyncio.Event()
 
     def owns(self, path: str) -> bool:
@@ -67,7 +69,7 @@ class PageDoor:
             raise HTTPException(404)
         path, method = scope["path"], scope["method"]
         try:
-            if method in ("GET", "HEAD") and (path in FILES or path.startswith(FILE_FOLDERS)):
+            if method in ("GET", "HEAD") and (path in FILES or _is_file(path)):
                 self._count(scope, "files", FILES_PER_MINUTE)
                 await self._app(_without_links(scope), receive, _with_headers(send))
             elif method == "GET" and path in STREAMS:
@@ -91,7 +93,7 @@ class PageDoor:
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 if scope["path"] == JOIN:
-                    receive = _again(await _checked(request, self._folder))
+                    receive = _again(await self._checked(request))
                 await self._app(scope, receive, _with_headers(send))
         except TimeoutError:
             raise Refused(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
@@ -116,25 +118,32 @@ class PageDoor:
             closing.cancel()
             await asyncio.gather(answer, closing, return_exceptions=True)
 
+    async def _checked(self, request: Request) -> bytes:
+        """Read a step. Raises Refused where it is too long, none of the page's, or names another file (400, 413)."""
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_STEP_BYTES:
+                raise Refused(413, f"A question is larger than {MAX_STEP_BYTES:,} bytes, the limit.")
+        try:
+            content = json.loads(body)
+            is_harmless = _is_harmless(content, self._folder)
+        except (ValueError, RecursionError):  # a path with a zero byte or half a character raises ValueError, too
+            raise Refused(400, "The request is no JSON that this page sends.") from None
+        if not is_harmless:
+            raise Refused(400, "The request names a file or an address that was not uploaded here.")
+        number = content.get("fn_index") if isinstance(content, Mapping) else None
+        if number is not None and not (isinstance(number, int) and number in self._steps):
+            raise Refused(400, "The page has no such step; load it again.")
+        return bytes(body)
+
     def _count(self, scope: Scope, what: str, per_minute: int) -> None:
         host = (scope.get("client") or ("unknown",))[0]
         self._rates.hit(f"{what} {address_identity(host)}", per_minute)
 
 
-async def _checked(request: Request, folder: Path) -> bytes:
-    """Read a step. Raises Refused where it is too long, no JSON, or names a file that was not uploaded (400, 413)."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_STEP_BYTES:
-            raise Refused(413, f"A question is larger than {MAX_STEP_BYTES:,} bytes, the limit.")
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "The request is no JSON.") from None
-    if not _is_harmless(content, folder):
-        raise Refused(400, "The request names a file or an address that was not uploaded here.")
-    return bytes(body)
+def _is_file(path: str) -> bool:
+    return path.startswith(FILE_FOLDERS) and len(path.encode()) <= MAX_PATH
 
 
 def _is_harmless(content: Any, folder: Path) -> bool:

@@ -59,9 +59,10 @@ def open_page(
 
     shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     shown = None if examples is None else Path(examples)
+    page = build_page(engines, uploads, shown, lambda user: _may_ask(keys, user), limits.max_active)
     gr.mount_gradio_app(
         shell,
-        build_page(engines, uploads, shown, lambda user: _may_ask(keys, user), limits.max_active),
+        page,
         path="/",
         auth=None if keys is None else lambda name, secret: keys.is_of(secret, name),
         auth_message=None if keys is None else "Log in with the name of a key and the key.",
@@ -72,7 +73,7 @@ def open_page(
         head='<meta name="color-scheme" content="light dark">',
         **CLOSED,
     )
-    return PageDoor(shell, limits)
+    return PageDoor(shell, limits, page.fns)
 
 
 def _may_ask(keys: KeyRing | None, user: str | None) -> bool:
