@@ -222,6 +222,22 @@ def test_a_bad_question_fails_alone(engine: BatchingEngine) -> None:
     assert ask(engine, draw(1, 1), "Why?")[1]
 
 
+def test_an_answer_says_whether_its_limit_cut_it(engine: BatchingEngine, pipeline: Pipeline) -> None:
+    def pieces(words: int, limit: int) -> tuple[int, Any]:
+        first, *_, last = engine.ask(
+            why(draw(1, 1), human("why " * words), GenerationSettings(max_new_tokens=limit)), Event()
+        )
+        return first.prompt_tokens, last
+
+    (short, cut), (longer, _) = pieces(1, 2), pieces(101, 1)
+    assert cut.is_cut and cut.tokens == 2
+    *_, whole = engine.ask(why(draw(1, 1), human(VERDICT_QUESTION), GenerationSettings()), Event())
+    assert not whole.is_cut and whole.tokens > 3
+    room = pipeline.needed_explainer().model.config.text_config.max_position_embeddings - short
+    read, last = pieces(1 + 100 * (room - 1) // (longer - short), 200)
+    assert last.is_cut and last.tokens == room + short - read < 200, "the model reads no more"
+
+
 def test_no_face_is_a_verdict_without_words(tiny_explainer: Path) -> None:
     with pytest.raises(ValueError, match="gives verdicts and no words"):
         BatchingEngine(Pipeline.from_pretrained(tiny_explainer.parent / "detector"))

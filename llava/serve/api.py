@@ -146,7 +146,7 @@ def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher) -> None:
             lines = _lines(service, image, turns, settings, reply, wants_usage)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         said = await _answer(service, image, turns, settings)
-        return reply.whole(said.verdict, said.text, said.usage, said.finish(settings))
+        return reply.whole(said.verdict, said.text, said.usage, said.finish)
 
 
 async def _lines(
@@ -169,7 +169,7 @@ async def _lines(
     except ValueError as error:
         yield _event(_refusal(error).content)
     else:
-        for event in reply.last(said.finish(settings), said.usage if wants_usage else None):
+        for event in reply.last(said.finish, said.usage if wants_usage else None):
             yield _event(event)
     yield "data: [DONE]\n\n"
 
@@ -181,6 +181,7 @@ class _Said:
         self._verdict: Verdict | None = None
         self._texts: list[str] = []
         self._tokens = self._prompt_tokens = 0
+        self._is_cut = False
 
     def add(self, piece: Piece) -> None:
         """Take the next piece."""
@@ -188,6 +189,7 @@ class _Said:
         self._texts.append(piece.text)
         self._tokens = max(self._tokens, piece.tokens)
         self._prompt_tokens = max(self._prompt_tokens, piece.prompt_tokens)
+        self._is_cut = self._is_cut or piece.is_cut
 
     @property
     def verdict(self) -> Verdict:
@@ -206,9 +208,10 @@ class _Said:
         read, written = self._prompt_tokens, self._tokens
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
-    def finish(self, settings: GenerationSettings) -> str:
+    @property
+    def finish(self) -> str:
         """Say why the answer ended."""
-        return "length" if self._tokens >= settings.max_new_tokens else "stop"
+        return "length" if self._is_cut else "stop"
 
 
 async def _answer(service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings) -> _Said:

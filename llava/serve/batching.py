@@ -214,7 +214,8 @@ class BatchingEngine:
         for job in self._active:
             assert job.row is not None
             if (new := self.decoder.news(job.row)) or job.row.is_done:  # the last tokens count, shown or not
-                job.pieces.put(Piece(text=new, tokens=len(job.row.ids)))
+                is_cut = len(job.row.ids) >= job.row.settings.max_new_tokens
+                job.pieces.put(Piece(text=new, tokens=len(job.row.ids), is_cut=is_cut))
             if job.row.is_done or job.stop.is_set():
                 finished.append(job)
         if finished:

@@ -42,13 +42,15 @@ class Piece:
     """A part of an answer: the verdict, before any text; then text to append.
 
     evidence_map, seen: with the verdict, as `Finding` has them. tokens: written so far. prompt_tokens: read, with the
-    verdict; 0 where there is nothing to be asked about.
+    verdict; 0 where there is nothing to be asked about. is_cut: with the last token, whether the answer ends there
+    because of its limit, or because the model reads no more.
     """
 
     text: str = ""
     verdict: Verdict | None = None
     tokens: int = 0
     prompt_tokens: int = 0
+    is_cut: bool = False
     evidence_map: np.ndarray | None = None
     seen: float = 1.0
 
@@ -56,7 +58,8 @@ class Piece:
 def joined(pieces: Sequence[Piece]) -> Piece:
     """Give pieces that follow each other as one."""
     first = next((piece for piece in pieces if piece.verdict is not None), pieces[0])
-    return replace(first, text="".join(piece.text for piece in pieces), tokens=max(piece.tokens for piece in pieces))
+    text, tokens = "".join(piece.text for piece in pieces), max(piece.tokens for piece in pieces)
+    return replace(first, text=text, tokens=tokens, is_cut=any(piece.is_cut for piece in pieces))
 
 
 class Engine(Protocol):
