@@ -192,6 +192,7 @@ def test_files_are_judged_and_explained(server: str, pipeline: Pipeline) -> None
     for explained, picture in zip(reply["explanations"], pictures, strict=True):
         wanted = said_alone(pipeline, picture, "Does the nose look real or fake?")
         assert explained["text"] == wanted.text and explained["agrees"] == wanted.agrees
+    assert [one["verdict"]["image"] for one in reply["explanations"]] == ["0.png", "1.png"]
     broken = httpx.post(f"{server}/v1/detect", files=[("files", ("x.png", b"no image", "image/png"))])
     assert broken.status_code == 415 and "x.png" in broken.json()["error"]["message"]
     assert httpx.post(f"{server}/v1/detect").status_code == 400

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -233,13 +233,15 @@ def _refusal(error: ValueError) -> Refused:
 async def _pieces(
     service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
 ) -> AsyncIterator[Piece]:
-    """Ask the engine from this event loop; a client that leaves stops the answer."""
+    """Ask the engine from this event loop, and name what it judged; a client that leaves stops the answer."""
     stop = Event()
     question = Question(image=image.pixels, turns=turns, settings=settings)
     said = from_thread(lambda: service.engine.ask(question, stop), service.threads, stop)
     async with aclosing(said) as came:
         async for pieces in came:
-            yield joined(pieces)
+            piece = joined(pieces)
+            named = piece.verdict and replace(piece.verdict, image=image.name)
+            yield replace(piece, verdict=named)
 
 
 async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedImage:
