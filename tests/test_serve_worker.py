@@ -30,6 +30,7 @@ from llava.serve.engine import Piece, Question
 from llava.serve.flags import translated
 from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, build_app
 from llava.serve.protocol import Chunk, decode_chunk, split_chunks
+from llava.serve.remote import Controller, RemoteEngine
 from llava.serve.streams import StopAt, from_thread
 
 PROMPT = "A chat. USER: <image>\n<deepfake>\nIs it real? ASSISTANT:"
@@ -128,16 +129,32 @@ def test_the_verdict_comes_first_and_the_text_grows_after_the_prompt() -> None:
     image, turns, words = engine.asked[0]
     assert image is not None and image.shape == (32, 32, 3) and image[0, 0].tolist() == [10, 200, 30]
     assert turns == (Turn(role="human", text="Is it real?"),)
-    assert words == GenerationSettings(max_new_tokens=256, temperature=0.0)
+    assert words == GenerationSettings(max_new_tokens=256, temperature=0.0, seed=words.seed)
 
 
 def test_settings_are_read_as_published() -> None:
     engine = Reader()
-    post(engine, body(temperature=0.001, max_new_tokens=5000))
-    post(engine, body(temperature=0.2, top_p=0.7, max_new_tokens=7))
+    post(engine, body(temperature=0.001, max_new_tokens=5000, seed=0))
+    post(engine, body(temperature=0.2, top_p=0.7, max_new_tokens=7, seed=5))
     (_, _, greedy), (_, _, sampled) = engine.asked
     assert greedy == GenerationSettings(max_new_tokens=1024, temperature=0.0)
-    assert sampled == GenerationSettings(max_new_tokens=7, temperature=0.2, top_p=0.7)
+    assert sampled == GenerationSettings(max_new_tokens=7, temperature=0.2, top_p=0.7, seed=5)
+
+
+def test_a_request_without_a_seed_is_sampled_anew() -> None:
+    engine = Reader()
+    for _ in range(2):
+        post(engine, body(temperature=0.7))
+    assert len({settings.seed for *_, settings in engine.asked}) == 2
+
+
+def test_the_page_of_a_controller_sends_its_seed() -> None:
+    engine, image = Reader(), np.zeros((32, 32, 3), np.uint8)
+    turns = [Turn(role="human", text="Why?")]
+    asked = Question(image=image, turns=turns, settings=GenerationSettings(seed=3), is_crop=True)
+    with running(build_app(WorkerSettings(model_path="m", no_register=True), engine)) as url:  # type: ignore[arg-type]
+        assert list(RemoteEngine(Controller(url), "m").ask(asked, Event()))
+    assert engine.asked[0][2].seed == 3
 
 
 def test_without_echo_the_text_is_the_answer_alone() -> None:

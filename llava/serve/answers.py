@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,7 @@ class Answers:
             max_new_tokens=min(asked.max_new_tokens, MAX_NEW_TOKENS),
             temperature=asked.temperature if asked.temperature > GREEDY_UP_TO else 0.0,
             top_p=asked.top_p,
+            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
         )
         question = Question(image=image, turns=turns, settings=settings, is_crop=asked.is_crop)
         return self._engine.ask(question, stop)

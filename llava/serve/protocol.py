@@ -74,9 +74,9 @@ class GenerateRequest(BaseModel):
     """A question with its whole prompt template, as clients of FastChat and LLaVA send it.
 
     images: base64, as many as `<image>` in the prompt. max_new_tokens: more than 1024 counts as 1024, as published.
-    echo: whether the answer's text begins with the prompt; FastChat's clients send false. evidence_map: whether the
-    first chunk is to hold the detector's map; is_crop: whether the image is a face's crop, to be judged whole (both are
-    ours alone).
+    echo: whether the answer's text begins with the prompt; FastChat's clients send false. Ours alone: evidence_map,
+    whether the first chunk is to hold the detector's map; is_crop, whether the image is a face's crop, to be judged
+    whole; seed, of the sampling, None = another one for each request, as clients that know none expect it.
     """
 
     model: str = Field("", max_length=256)
@@ -89,6 +89,7 @@ class GenerateRequest(BaseModel):
     echo: bool = True
     evidence_map: bool = False
     is_crop: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -125,6 +125,7 @@ class RemoteEngine:
                 images=[base64.b64encode(png_bytes(pixels)).decode()],
                 temperature=settings.temperature,
                 top_p=settings.top_p,
+                seed=settings.seed,
                 max_new_tokens=settings.max_new_tokens,
                 stop="</s>",
                 echo=False,
