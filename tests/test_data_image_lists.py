@@ -52,11 +52,11 @@ def test_a_list_begins_at_its_folder_and_names_each_once(tmp_path: Path, suffix:
 
 def test_a_zip_is_listed(folder: Path, tmp_path: Path) -> None:
     with ZipFile(tmp_path / "a.zip", "w") as archive:
-        for name in ("x/1.jpg", "x/2.png", "x/3.mp4"):
+        for name in ("x/1.jpg", "x/2.png", "x/3.mp4", "x/notes.txt", "x/"):
             archive.writestr(name, b"x")
     found = list_names(str(tmp_path / "a.zip"))
     assert found.names == [f"{tmp_path}/a.zip::x/1.jpg", f"{tmp_path}/a.zip::x/2.png"]
-    assert found.left_out == 1
+    assert found.left_out == 2
 
 
 def test_a_source_that_names_nothing_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile, is_zipfile
 
 from llava.core.registry import nearest
 from llava.data.images import IMAGE_SUFFIXES
@@ -46,7 +47,8 @@ def list_names(source: str, column: str = "path", root: str | None = None) -> Im
         names, left_out = [_below(start, name) for name in _in_list(path, column)], 0
     else:
         found = expand([source])
-        names, left_out = [name for name in found if not is_video(name)], sum(map(is_video, found))
+        names = [name for name in found if not is_video(name)]
+        left_out = (_member_count(path) if is_zipfile(path) else len(found)) - len(names)
     if not names:
         raise ValueError(f"Source {source!r} names no image; images end in {' '.join(IMAGE_SUFFIXES)}.")
     kept = _each_once(names)
@@ -68,6 +70,11 @@ def _in_folder(folder: str) -> Iterator[str]:
         entries = [*files, *(name for name in folders if _is_image(name))]
         found += [str(Path(place, name)) for name in entries if not name.startswith(".")]
     yield from sorted(found)
+
+
+def _member_count(path: Path) -> int:
+    with ZipFile(path) as archive:
+        return len({member.filename for member in archive.infolist() if not member.is_dir()})
 
 
 def _in_list(path: Path, column: str) -> Iterator[str]:
