@@ -48,8 +48,8 @@ class Settings:
         """Raise ValueError for what cannot be asked."""
         if not (self.allow_remote or is_loopback(httpx.URL(self.url).host)):
             raise ValueError(f"url: {self.url!r} is another machine; give --allow_remote true if it is yours.")
-        for name in ("requests", "at_a_time", "repeats", "max_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("requests", "at_a_time", "repeats", "max_tokens", "distinct"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not usable; allowed: 1 or more.")
         if self.compare and not (self.model_path and "=" in self.compare):
             raise ValueError(f"compare: {self.compare!r} needs --model_path, and the form NAME=VALUE,VALUE.")
@@ -67,7 +67,7 @@ def main() -> None:
             for name, (url, pid) in list(servers.items())[:: -1 if repeat % 2 else 1]:
                 found.setdefault(name, []).append(one_run(settings, contents, url, pid).numbers())
     out = console()
-    out.print(table_of({name: found[name] for name in servers}, settings))
+    out.print(table_of({name: found[name] for name in servers}, settings, len(contents)))
     if settings.json:
         write_json(settings.json, {"settings": settings.__dict__, **software(), "runs": found})
 
@@ -111,7 +111,7 @@ def contents_of(settings: Settings) -> list[bytes]:
     if settings.pictures is None:
         return [picture(number) for number in range(count)]
     paths = list_images(Path(settings.pictures))[:count]
-    if len(paths) < (settings.distinct or 1):
+    if len(paths) < (count if settings.distinct else 1):
         raise ValueError(f"pictures: {settings.pictures!r} holds {len(paths)} pictures; fewer than {count}.")
     return [path.read_bytes() for path in paths]
 
@@ -126,11 +126,11 @@ def one_run(settings: Settings, contents: Sequence[bytes], url: str, pid: int | 
     return asyncio.run(send(url, asked, settings.at_a_time, key, pid))
 
 
-def table_of(found: Mapping[str, Sequence[Mapping[str, Any]]], settings: Settings) -> Table:
+def table_of(found: Mapping[str, Sequence[Mapping[str, Any]]], settings: Settings, pictures: int) -> Table:
     """Give the table: a column for each server, medians over its runs."""
     many = f"{settings.requests} requests, {settings.at_a_time} at a time, "
-    pictures = f"{settings.distinct or settings.requests} different pictures, {settings.repeats} runs of each"
-    table = titled_table(many + pictures, "", *found)
+    asked = f"{pictures} different pictures, {settings.repeats} runs of each"
+    table = titled_table(many + asked, "", *found)
 
     def row(name: str, *keys: str) -> None:
         table.add_row(name, *(number(runs, keys) for runs in found.values()))

@@ -112,5 +112,18 @@ def test_only_this_machine_is_asked_unless_one_says_so() -> None:
     assert settings(url="http://faces.example.org", allow_remote=True).requests == 500
     with pytest.raises(ValueError, match="needs --model_path"):
         settings(compare="rows=1,2")
-    with pytest.raises(ValueError, match="at_a_time"):
-        settings(at_a_time=0)
+    for name in ("at_a_time", "distinct"):
+        with pytest.raises(ValueError, match=name):
+            settings(**{name: 0})
+
+
+def test_the_table_counts_the_pictures_that_there_are(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "eval" / "load_test.py"))
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+    settings = script["Settings"](pictures=str(tmp_path), requests=10)
+    contents = script["contents_of"](settings)
+    assert "10 requests, 32 at a time, 3 different pictures" in script["table_of"]({}, settings, len(contents)).title
+    with pytest.raises(ValueError, match="holds 3 pictures; fewer than 4"):
+        script["contents_of"](script["Settings"](pictures=str(tmp_path), requests=10, distinct=4))
+    assert len(script["contents_of"](script["Settings"](pictures=str(tmp_path), requests=2, distinct=5))) == 2
