@@ -42,10 +42,10 @@ def wait_for(is_so: Callable[[], object], seconds: float = 300.0) -> None:
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """Run an app in a thread; gives its address."""
+def running(app: FastAPI, proxies: Sequence[str] = ()) -> Iterator[str]:
+    """Run an app in a thread; gives its address. proxies: as in `server_of`."""
     port = free_port()
-    server = server_of(app, "127.0.0.1", port)
+    server = server_of(app, "127.0.0.1", port, proxies)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)

@@ -53,6 +53,9 @@ def test_what_can_not_be_served_is_said_before_a_model_is_loaded(tmp_path: Path)
     for name in ("rows", "requests_per_minute"):
         with pytest.raises(ValueError, match=f"{name}: 0 is not usable"):
             ServeSettings(**{name: 0})
+    for wrong in (["proxy.example"], ["*"]):
+        with pytest.raises(ValueError, match="trusted_proxies: "):
+            ServeSettings(trusted_proxies=wrong)
     with pytest.raises(FileNotFoundError, match="m2f2 keys create"):
         next(serve(ServeSettings(model_path="no-such-model", keys=str(tmp_path / "keys.json"))))
 

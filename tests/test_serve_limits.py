@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from servers import running
 from starlette.types import Receive, Scope, Send
 
 from llava.serve.guard import Guard, refusal_response
@@ -132,6 +133,20 @@ def test_without_keys_the_address_counts() -> None:
     guard = Guard(echo, None, RequestLimits(requests_per_minute=1))
     clients = ("192.0.2.1", "192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::ffff", "2001:db8:0:1::1")
     assert [ask(guard, client=client)[0] for client in clients] == [200, 429, 200, 200, 429, 200]
+
+
+@pytest.mark.parametrize(
+    ("proxies", "wanted"),
+    [((), [200, 429, 429]), (["127.0.0.0/8"], [200, 200, 429]), (["192.0.2.0/24"], [200, 429, 429])],
+)
+def test_behind_a_proxy_that_is_trusted_its_clients_are_counted(proxies: list[str], wanted: list[int]) -> None:
+    app = FastAPI()
+    app.add_middleware(Guard, limits=RequestLimits(requests_per_minute=1))
+    app.get("/health")(dict)
+    with running(app, proxies) as url:
+        clients = ("192.0.2.1", "192.0.2.2", "192.0.2.2")
+        found = [httpx.get(f"{url}/health", headers={"X-Forwarded-For": client}).status_code for client in clients]
+    assert found == wanted
 
 
 def test_an_ipv6_customer_is_one_address() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from llava.core.config import setting
 from llava.pipeline.settings import DEMO_MODEL, JudgeSettings
 from llava.serve.keys import read_keys
 from llava.serve.web import server_of
+
+PROXIES = "addresses or networks of proxies in front; who asks is then who their X-Forwarded-For names"
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,6 +34,7 @@ class ServeSettings(JudgeSettings):
     port: int = setting(8000, "port to listen on; 0 = any free one")
     keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
+    trusted_proxies: list[str] = setting([], PROXIES)
     rows: int = setting(16, "answers that are written side by side; further questions wait")
     waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times as many")
     log_json: bool = setting(False, "log JSON lines; a request's has time, id, method, path, status and seconds")
@@ -51,6 +54,9 @@ class ServeSettings(JudgeSettings):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: {value} is not usable; allowed: {least} or more.")
+        require_networks(self.trusted_proxies)
+        if self.ray and self.trusted_proxies:
+            raise ValueError("trusted_proxies: with --ray the connections are those of Ray's own proxy; leave it out.")
         fewest, most = self.replica_range
         if not 1 <= fewest <= most:
             raise ValueError(f"replicas: {fewest} to {most} is not usable; allowed: 1 or more, the fewest first.")
@@ -105,7 +111,7 @@ def _here(settings: ServeSettings) -> Iterator[str]:
     if settings.log_json:
         log_json()
     engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
-    server = server_of(build(settings, engine), settings.host, settings.port)
+    server = server_of(build(settings, engine), settings.host, settings.port, settings.trusted_proxies)
     listener = server.config.bind_socket()
     listener.listen()  # so that who reads the ready line can connect
     host, port = listener.getsockname()[:2]
@@ -161,6 +167,15 @@ def require_keys(host: str, keys: str | None, allow_unauthenticated: bool) -> No
             f"host: {host!r} can be reached from other machines; give --keys FILE (m2f2 keys create makes one), or "
             "--allow_unauthenticated true."
         )
+
+
+def require_networks(proxies: Sequence[str]) -> None:
+    """Raise ValueError for a proxy that is no address and no network."""
+    for proxy in proxies:
+        try:
+            ip_network(proxy)
+        except ValueError as error:
+            raise ValueError(f"trusted_proxies: {error}; give addresses or networks, such as 10.0.3.0/24.") from None
 
 
 def is_loopback(host: str) -> bool:

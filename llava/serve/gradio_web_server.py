@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
-from llava.serve.command import require_keys
+from llava.serve.command import PROXIES, require_keys, require_networks
 from llava.serve.flags import translated
 from llava.serve.web import serve
 
@@ -44,12 +44,14 @@ class WebSettings:
     requests_per_minute: int = setting(60, "steps that one address may take on the page")
     keys: str | None = setting(None, "file of API keys (m2f2 keys create) that people log in with; none = no login")
     allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
+    trusted_proxies: list[str] = setting([], PROXIES)
     examples: str | None = setting("utils/demo_faces", "folder of the photos that the page offers; none = none")
     embed: bool = setting(False, "accepted; the page fits into the width that it has")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a page that would stand open to the network."""
         require_keys(self.host, self.keys, self.allow_unauthenticated)
+        require_networks(self.trusted_proxies)
 
 
 class Models(Mapping[str, "Engine"]):
@@ -131,7 +133,7 @@ def main() -> None:
         app = build_app(settings, models_of(settings))
     except (ValueError, OSError) as error:
         sys.exit(f"gradio_web_server: {error}")
-    serve(app, settings.host, settings.port)
+    serve(app, settings.host, settings.port, settings.trusted_proxies)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TypeVar
 
@@ -156,8 +156,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server_of(app: FastAPI, host: str, port: int) -> Server:
-    """Give the server of an app; when it is told to stop, requests under way have a few seconds to end."""
+def server_of(app: FastAPI, host: str, port: int, proxies: Sequence[str] = ()) -> Server:
+    """Give the server of an app; when it is told to stop, requests under way have a few seconds to end.
+
+    proxies: addresses or networks whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed.
+    """
     return Server(
         uvicorn.Config(
             app,
@@ -168,15 +171,16 @@ def server_of(app: FastAPI, host: str, port: int) -> Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # who registers is the real peer, whatever a header says
+            proxy_headers=bool(proxies),  # else who asks is the real peer, whatever a header says
+            forwarded_allow_ips=list(proxies),
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
     )
 
 
-def serve(app: FastAPI, host: str, port: int) -> None:
-    """Run an app until it is told to stop."""
+def serve(app: FastAPI, host: str, port: int, proxies: Sequence[str] = ()) -> None:
+    """Run an app until it is told to stop; `proxies` as in `server_of`."""
     setup_logging()
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)
-    server_of(app, host, port).run()
+    server_of(app, host, port, proxies).run()
