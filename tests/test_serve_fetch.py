@@ -10,6 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
@@ -388,3 +389,21 @@ def test_a_slow_name_server_counts_as_time() -> None:
 def test_the_system_s_resolver_gives_plain_addresses() -> None:
     assert asyncio.run(resolve("127.0.0.1", 443)) == ["127.0.0.1"]  # numbers ask no name server
     assert asyncio.run(resolve("::1", 443)) == ["::1"]
+
+
+def test_silent_name_servers_leave_the_threads_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: gate.wait(20) and [])
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        lookups = [asyncio.create_task(resolve(HOST, 443)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.to_thread(int)
+        finally:
+            gate.set()
+        assert await asyncio.gather(*lookups) == [[]] * 4
+
+    asyncio.run(run())

@@ -7,9 +7,11 @@ checked, so that a second answer of the name server changes nothing. Each redire
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from socket import SOCK_STREAM
+from functools import partial
 from typing import TypeAlias
 
 import httpx
@@ -26,6 +28,8 @@ REDIRECTS = (301, 302, 303, 307, 308)
 # One connection per download: a kept one was opened for another host name and checked for that one only.
 NO_REUSE = httpx.Limits(max_keepalive_connections=0)
 MAX_ADDRESSES = 3
+# Threads of its own: a name server that keeps silent would take those in which images are decoded, one for each name.
+LOOKUPS = ThreadPoolExecutor(8, thread_name_prefix="lookup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,8 @@ class ServerFetchLimits(FetchLimits):
 
 async def resolve(host: str, port: int) -> list[str]:
     """Look up all IPv4 and IPv6 addresses of a host. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(LOOKUPS, look_up)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
