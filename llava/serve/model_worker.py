@@ -91,9 +91,7 @@ def require_address(controller: str) -> None:
     try:
         url = httpx.URL(controller)
     except httpx.InvalidURL as error:
-        raise ValueError(
-            f"controller_address: {controller!r} is no address ({error}); http://HOST:PORT is."
-        ) from None
+        raise ValueError(f"controller_address: {controller!r} is no address ({error}); http://HOST:PORT is.") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"controller_address: {controller!r} is not of the form http://HOST:PORT.")
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,7 @@ def open_page(
             yield
 
     shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    shown = None if examples is None else Path(examples)
-    page = build_page(engines, uploads, shown, lambda user: _may_ask(keys, user), limits.max_active)
+    page = build_page(engines, uploads, _folder(examples), partial(_may_ask, keys), limits.max_active)
     gr.mount_gradio_app(
         shell,
         page,
@@ -74,6 +74,10 @@ def open_page(
         **CLOSED,
     )
     return PageDoor(shell, limits, page.fns)
+
+
+def _folder(name: str | Path | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _may_ask(keys: KeyRing | None, user: str | None) -> bool:
