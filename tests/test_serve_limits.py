@@ -142,7 +142,11 @@ def test_without_keys_the_address_counts() -> None:
 def test_behind_a_proxy_that_is_trusted_its_clients_are_counted(proxies: list[str], wanted: list[int]) -> None:
     app = FastAPI()
     app.add_middleware(Guard, limits=RequestLimits(requests_per_minute=1))
-    app.get("/health")(dict)
+
+    @app.get("/health")
+    async def health() -> None:
+        """Answer nothing."""
+
     with running(app, proxies) as url:
         clients = ("192.0.2.1", "192.0.2.2", "192.0.2.2")
         found = [httpx.get(f"{url}/health", headers={"X-Forwarded-For": client}).status_code for client in clients]
