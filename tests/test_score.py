@@ -24,7 +24,8 @@ from tiny_world import draw, train_detector
 from llava.core.cluster import ClusterSettings
 from llava.core.errors import Incomplete
 from llava.pipeline import Pipeline
-from llava.pipeline.score import ScoreSettings, score
+from llava.pipeline.score import score
+from llava.pipeline.score_settings import ScoreSettings
 from llava.pipeline.settings import FaceSettings
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import stdev
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from scipy.stats import trim_mean
 
@@ -27,7 +27,8 @@ from llava.pipeline.judging import judge
 from llava.pipeline.settings import FaceSettings, VideoSettings
 
 if TYPE_CHECKING:
-    from llava.pipeline.pipeline import Pipeline
+    from llava.detectors.base import Detector
+    from llava.explainer.generation import Explainer
 
 Answer: TypeAlias = Verdict | Explanation
 Video: TypeAlias = str | Path | NamedVideo
@@ -38,7 +39,24 @@ TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (-
 DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 
 
-def video_finding(pipeline: Pipeline, video: Video, settings: VideoSettings, look: Look | None = None) -> VideoFinding:
+class Judge(Protocol):
+    """What a video is judged with; a `Pipeline` is one."""
+
+    detector: Detector
+    prior: float | None
+    faces: FaceSettings
+    batch_size: int
+
+    def look(self, faces: Sequence[Face], stability: bool = False) -> tuple[list[Finding], Encoded | None]:
+        """Judge a batch of faces; beside the findings, what the explainer made of those that have pixels."""
+        ...
+
+    def needed_explainer(self) -> Explainer:
+        """Give the explainer. Raises ValueError where there is none."""
+        ...
+
+
+def video_finding(pipeline: Judge, video: Video, settings: VideoSettings, look: Look | None = None) -> VideoFinding:
     """Give the verdict on the face that a video shows longest; INCONCLUSIVE with the reason where there is none.
 
     The score is the trimmed mean of the raw p_fake of the frames with this face; threshold and calibration of the
@@ -48,7 +66,7 @@ def video_finding(pipeline: Pipeline, video: Video, settings: VideoSettings, loo
 
 
 def explained_video_finding(
-    pipeline: Pipeline,
+    pipeline: Judge,
     video: Video,
     settings: VideoSettings,
     question: str | None = None,
@@ -99,9 +117,7 @@ def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]
     return drawn
 
 
-def _watch(
-    pipeline: Pipeline, video: Video, settings: VideoSettings, look: Look
-) -> tuple[VideoFinding, Encoded | None]:
+def _watch(pipeline: Judge, video: Video, settings: VideoSettings, look: Look) -> tuple[VideoFinding, Encoded | None]:
     """Give what was found, and what the explainer made of the most telling frame, where there is one of each."""
     named = video if isinstance(video, NamedVideo) else open_input(str(video))
     if not isinstance(named, NamedVideo):

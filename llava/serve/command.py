@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
-from llava.pipeline.settings import DEMO_MODEL, JudgeSettings
+from llava.pipeline.loading import load
+from llava.pipeline.settings import DEMO_MODEL, PipelineSettings
 from llava.serve.web import server_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(JudgeSettings):
+class ServeSettings(PipelineSettings):
     """What is served, where, and to whom."""
 
     model_path: str | None = setting(
@@ -96,7 +97,7 @@ def _here(settings: ServeSettings) -> Iterator[str]:
 
     if settings.log_json:
         log_json()
-    engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
+    engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
     listener.listen()  # so that who reads the ready line can connect

@@ -26,6 +26,7 @@ from llava.data.inputs import NamedVideo
 from llava.explainer.convert import ready
 from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image
+from llava.pipeline.loading import load
 from llava.serve.batching import BatchConfig, BatchingEngine
 from llava.serve.command import ServeSettings
 from llava.serve.command import build as build_api
@@ -44,7 +45,7 @@ class EngineReplica:
 
     def __init__(self, settings: ServeSettings) -> None:
         _set_up(settings)
-        self._engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
+        self._engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
         self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
 
     async def ask(self, question: Question) -> AsyncIterator[Piece]:
