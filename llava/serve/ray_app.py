@@ -27,11 +27,11 @@ from llava.explainer.convert import ready
 from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image
 from llava.pipeline.loading import load
+from llava.serve.app import build as build_api
 from llava.serve.batching import BatchConfig, BatchingEngine
-from llava.serve.command import ServeSettings
-from llava.serve.command import build as build_api
 from llava.serve.engine import Piece, Question, joined
 from llava.serve.ray_engine import RayEngine
+from llava.serve.settings import ServeSettings
 from llava.serve.streams import from_thread
 from llava.serve.web import SHUTDOWN_SECONDS
 
