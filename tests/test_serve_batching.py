@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clips import write_clip
 from PIL import Image
 from tiny_world import draw
 
 from llava.core.types import Turn, VerdictLabel
+from llava.data.inputs import NamedVideo
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline import Pipeline
+from llava.pipeline.faces import faces_of
 from llava.pipeline.settings import FaceSettings
-from llava.serve.batching import BatchConfig, BatchingEngine
+from llava.serve.batching import BatchConfig, BatchingEngine, _Call
 from llava.serve.engine import Question
 from llava.serve.refusals import Refused
 
@@ -153,6 +156,29 @@ def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     assert len(list(stopped)) < 100, "of 400 tokens"
 
 
+@pytest.mark.parametrize("what", ["images", "video"])
+def test_the_model_is_free_while_faces_are_looked_for(
+    engine: BatchingEngine, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = []
+
+    def slowly(*given: Any) -> Any:
+        call = _Call(lambda: True)
+        engine._waiting.put(call)
+        free.append(call.result.result(timeout=20))
+        return faces_of(*given)
+
+    for module in ("pipeline", "video"):
+        monkeypatch.setattr(f"llava.pipeline.{module}.faces_of", slowly)
+    if what == "images":
+        assert len(engine.findings([draw(0, 21), draw(0, 22)])) == 2
+    else:
+        clip = write_clip(tmp_path / "clip.mp4", [draw(0, 23)] * 4)
+        found = engine.video_finding(NamedVideo(name="clip.mp4", source=clip.read_bytes()))
+        assert found.verdict.p_fake is not None
+    assert len(free) >= 2 and all(free)
+
+
 def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, stop, gate = BatchingEngine(pipeline, BatchConfig(rows=1)), Event(), Event()
     step = engine.decoder.step
@@ -186,7 +212,11 @@ def test_closing_waits_for_no_answer_and_leaves_nobody_waiting(
 
     running = engine.ask(why(draw(1, 5)), Event())
     next(running)
-    works = (lambda: list(running), lambda: list(engine.ask(why(draw(0, 5)), Event())), lambda: engine.findings([]))
+    works = (
+        lambda: list(running),
+        lambda: list(engine.ask(why(draw(0, 5)), Event())),
+        lambda: engine.findings([draw(1, 6)]),
+    )
     asking = [Thread(target=told, args=(work,), daemon=True) for work in works]
     for thread in asking:
         thread.start()
@@ -196,7 +226,9 @@ def test_closing_waits_for_no_answer_and_leaves_nobody_waiting(
     gate.set()
     for thread in (closing, *asking):
         thread.join(20)
-    assert not closing.is_alive() and raised == [503] * 3
+    for work in works[1:]:
+        told(work)
+    assert not closing.is_alive() and raised == [503] * 5
 
 
 def test_the_words_are_those_of_a_chat(engine: BatchingEngine, pipeline: Pipeline) -> None:

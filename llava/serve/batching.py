@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Semaphore, Thread
 from typing import Any, TypeVar
 
 from llava.core.config import setting
@@ -30,6 +30,8 @@ from llava.serve.refusals import Refused
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
+ENDING = "The server ends; ask again when it is back."
+VIDEOS_TOGETHER = 2  # whose frames are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +79,9 @@ class BatchingEngine:
         self.decoder = Decoder(explainer.model, explainer.processor)
         self._waiting: SimpleQueue[_Job | _Call | None] = SimpleQueue()
         self._active: list[_Job] = []
-        self._is_closing = False
+        self._entry, self._is_closing = Lock(), False
         self.looks = Looks(pipeline, self.config.images)
+        self._videos = Semaphore(VIDEOS_TOGETHER)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -86,7 +89,7 @@ class BatchingEngine:
         """Yield the verdict, then the text, as `Engine.ask` says; a reader that goes away ends it, too."""
         about = self.looks.asked(question.pixels(), question.is_crop)
         job = _Job(about, question.turns, question.settings, stop)
-        self._waiting.put(job)
+        self._wait(job)
         try:
             while (piece := _next(job)) is not None:
                 if isinstance(piece, BaseException):
@@ -97,11 +100,15 @@ class BatchingEngine:
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face of images, without words, as `Engine.findings` says."""
-        return self._call(lambda: self.looks.findings(images))
+        found: list[Finding] = []
+        for faces in self.looks.ready(images):
+            found += self._call(partial(self.looks.judged, faces))
+        return found
 
     def video_finding(self, video: NamedVideo) -> VideoFinding:
-        """Give the finding on a video, as `Engine.video_finding` says."""
-        return self._call(lambda: self.pipeline.video_finding(video))
+        """Give the finding on a video, as `Engine.video_finding` says; the engine's thread sees its faces alone."""
+        with self._videos:
+            return self.pipeline.video_finding(video, look=lambda faces: self._call(partial(self.pipeline.look, faces)))
 
     def model_facts(self) -> dict[str, Any]:
         """Give what a case file says of the model; its weight files are read at the first call alone."""
@@ -114,15 +121,23 @@ class BatchingEngine:
         return model_facts(self.pipeline)
 
     def close(self) -> None:
-        """End the thread soon; what is on its way, or waits, ends with an error. Nothing can be asked afterwards."""
-        self._is_closing = True
-        self._waiting.put(None)  # wakes it
+        """End the thread soon; what is on its way, waits or is asked afterwards ends with an error."""
+        with self._entry:
+            self._is_closing = True
+            self._waiting.put(None)  # wakes it
         self._thread.join()
+
+    def _wait(self, work: _Job | _Call) -> None:
+        """Put something to do behind all else. Raises Refused (503) when the engine ends."""
+        with self._entry:
+            if self._is_closing:
+                raise Refused(503, ENDING, 10.0)
+            self._waiting.put(work)
 
     def _call(self, work: Callable[[], T]) -> T:
         """Have the engine's thread do something between two tokens, and wait for what it gives or raises."""
         call = _Call(work)
-        self._waiting.put(call)
+        self._wait(call)
         result: T = call.result.result()
         return result
 
@@ -141,7 +156,7 @@ class BatchingEngine:
 
     def _turn_away(self) -> None:
         """Tell everyone who is answered or waits that the engine ends."""
-        error = Refused(503, "The server ends; ask again when it is back.", 10.0)
+        error = Refused(503, ENDING, 10.0)
         self._fail(self._active, error)
         while True:
             try:
