@@ -14,7 +14,7 @@ from llava.data.image_lists import list_names
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("b/2.png", "a.JPG", "b/1.jpeg", "notes.md", ".hidden.png", "clip.mp4"):
+    for name in ("b/2.png", "a.JPG", "b/1.jpeg", "notes.md", ".hidden.png", ".git/4.png", "clip.mp4"):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
@@ -28,7 +28,7 @@ def test_a_folder_is_listed_to_the_bottom_with_all_that_is_named_like_an_image(f
     found = list_names(str(folder))
     names = ["a.JPG", "b/1.jpeg", "b/2.png", "c.png", "c.png/3.png", "gone.jpg"]
     assert found.names == [str(folder / name) for name in names]
-    assert (found.duplicates, found.left_out) == (0, 2)
+    assert (found.duplicates, found.left_out) == (0, 4)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet"])

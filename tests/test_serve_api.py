@@ -106,6 +106,13 @@ def test_the_stream_begins_with_the_verdict(client: openai.OpenAI, pipeline: Pip
     assert chunks[-2].choices[0].finish_reason == "stop"
 
 
+def test_null_is_a_setting_that_was_not_sent(server: str, pipeline: Pipeline) -> None:
+    asked = {"model": "tiny", "messages": messages(draw(1, 2)), "max_tokens": 8}
+    unset = dict.fromkeys(("tools", "stop", "response_format", "seed", "temperature", "stream", "n"))
+    plain, sent = (httpx.post(f"{server}/v1/chat/completions", json=body) for body in (asked, asked | unset))
+    assert sent.status_code == 200 and sent.json()["choices"] == plain.json()["choices"]
+
+
 def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
     first = messages(draw(1, 3))
     said = client.chat.completions.create(model="tiny", messages=first).choices[0].message.content

@@ -15,9 +15,10 @@ import pytest
 from test_serve_api import messages
 from tiny_world import draw
 
+from llava.serve.addresses import is_loopback
 from llava.serve.command import serve
 from llava.serve.keys import NewKey, create_key
-from llava.serve.settings import ServeSettings, is_loopback
+from llava.serve.settings import ServeSettings
 
 ROOT = Path(__file__).parents[1]
 

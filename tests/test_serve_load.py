@@ -46,6 +46,18 @@ def address() -> Iterator[str]:
         yield url
 
 
+def test_a_refusal_of_another_server_is_told_as_it_stands() -> None:
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    async def chat() -> Response:
+        return Response('{\n "error": {\n  "text": "no"}}\n', 503)
+
+    with running(app) as url:
+        found = asyncio.run(send(url, bodies("m", [picture(0)], 2, 5), 1)).numbers()
+    assert found["outcomes"] == {"refused 503": 2} and found["problems"] == {'"error": {': 2}
+
+
 def test_no_request_is_lost_from_the_count(address: str) -> None:
     asked = bodies("m", [picture(0), picture(1)], 40, 5)
     found = asyncio.run(send(address, asked, 8, pid=os.getpid())).numbers()

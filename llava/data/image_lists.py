@@ -20,7 +20,8 @@ LIST_SUFFIXES = (".txt", ".csv", ".parquet")
 class ImageList:
     """The names of images, each once.
 
-    duplicates: how often a name was there again; left_out: files of a folder or zip that are not named like images.
+    duplicates: how often a name was there again; left_out: files of a folder or zip that are not named like
+    images, or are hidden in a folder (`.name`).
     """
 
     names: list[str]
@@ -38,8 +39,9 @@ def list_names(source: str, column: str = "path", root: str | None = None) -> Im
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_dir():
-        found = list(_in_folder(source))
-        names, left_out = [name for name in found if _is_image(name)], sum(not _is_image(name) for name in found)
+        below = sorted(_in_folder(path), key=str)
+        names = [str(path / name) for name in below if _is_image(name.name) and not _is_hidden(name)]
+        left_out = len(below) - len(names)
     elif not path.is_file():
         raise FileNotFoundError(f"Source {source!r} does not exist; give a folder, a zip or a list of images.")
     elif suffix in LIST_SUFFIXES:
@@ -63,13 +65,15 @@ def _each_once(names: list[str]) -> list[str]:
     return list(seen.values())
 
 
-def _in_folder(folder: str) -> Iterator[str]:
-    """Yield what is below a folder, sorted: files, and folders that are named like images; hidden ones are left out."""
-    found = []
+def _in_folder(folder: Path) -> Iterator[Path]:
+    """Yield what is below a folder, from there: files, and folders that are named like images."""
     for place, folders, files in os.walk(folder, onerror=_raise):
-        entries = [*files, *(name for name in folders if _is_image(name))]
-        found += [str(Path(place, name)) for name in entries if not name.startswith(".")]
-    yield from sorted(found)
+        below = Path(place).relative_to(folder)
+        yield from (below / name for name in (*files, *filter(_is_image, folders)))
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
 
 
 def _member_count(path: Path) -> int:

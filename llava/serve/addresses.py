@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import TypeAlias
 
 import httpx
 
 from llava.serve.refusals import Refused
 
+Address: TypeAlias = IPv4Address | IPv6Address
 MAX_URL = 2048
 # IANA special-purpose registries (RFC 6890 and updates); Python's own `is_global` depends on its patch release.
 NOT_PUBLIC_V4 = tuple(
@@ -79,6 +81,26 @@ def check_url(url: str, ports: Collection[int] = (443,)) -> httpx.URL:
     if not DNS_NAME.match(host) and not is_public(host):
         raise not_public(url)
     return parsed
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host name or address is this machine's own, without looking it up."""
+    address = address_in(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def address_in(text: str) -> Address | None:
+    """Read an address as `plain_address` does; None where there is none."""
+    try:
+        return plain_address(text)
+    except ValueError:
+        return None
+
+
+def plain_address(text: str) -> Address:
+    """Read an address; an IPv4 address inside an IPv6 one counts as itself, a zone is left out. Raises ValueError."""
+    address = ip_address(text.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def not_public(url: str) -> Refused:

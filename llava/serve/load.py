@@ -132,7 +132,7 @@ async def _ask(client: httpx.AsyncClient, body: bytes) -> Answered:
                 if '"usage"' in line:
                     tokens = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
                 if '"error"' in line:
-                    problem = json.loads(line.removeprefix("data: "))["error"]["message"]
+                    problem = _refusal_in(line.removeprefix("data: "))
                 is_done = is_done or line == "data: [DONE]"
     except httpx.HTTPError as error:
         problem = type(error).__name__
@@ -144,6 +144,14 @@ async def _ask(client: httpx.AsyncClient, body: bytes) -> Answered:
         is_whole=status == 200 and is_done and not problem,
         problem=problem,
     )
+
+
+def _refusal_in(line: str) -> str:
+    """Give the sentence of a refusal; the line itself where another server wrote it in its own way."""
+    try:
+        return str(json.loads(line)["error"]["message"])
+    except (ValueError, TypeError, KeyError):
+        return line.strip()[:200]
 
 
 def resident_mb(pid: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llava.core.types import Turn, Verdict
 from llava.explainer.sampling import GenerationSettings
@@ -56,6 +56,12 @@ class ChatRequest(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
     n: Literal[1] = 1
     user: str | None = Field(None, max_length=200)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, sent: Any) -> Any:
+        """Take `null` as a setting that was not sent, as OpenAI does."""
+        return {name: value for name, value in sent.items() if value is not None} if isinstance(sent, dict) else sent
 
     def generation(self, limit: int = 256) -> GenerationSettings:
         """Give the settings of the answer; `limit` tokens where the request says none."""

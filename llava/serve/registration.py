@@ -8,12 +8,12 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from llava.core.config import setting
+from llava.serve.addresses import Address, address_in, is_loopback, plain_address
 
 SECRET_VARIABLE = "M2F2_WORKER_SECRET"
 SECRET_HEADER = "X-Worker-Secret"
@@ -22,7 +22,6 @@ PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 # Where clouds hand credentials to machines: AWS over IPv6, Alibaba, Azure, Oracle. 169.254.169.254 is link-local.
 METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")))
 
-Address: TypeAlias = IPv4Address | IPv6Address
 Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
 
 
@@ -78,14 +77,6 @@ def require_secret(secret: str | None, settings: SecretSettings, hosts: Mapping[
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Say whether a host name or address is this machine's own, without looking it up."""
-    if host == "localhost":
-        return True
-    address = _address(host)
-    return address is not None and address.is_loopback
-
-
 def is_admitted(
     secret: str | None, headers: Mapping[str, str], server: str, peer: str, allow_unauthenticated: bool
 ) -> bool:
@@ -128,13 +119,13 @@ def checked_address(
     10.0.3.0/24. Raises ValueError that says what is wrong.
     """
     host, port, scheme = _parts(name)
-    found = [_plain(address) for address in resolver(host, port)]
-    asking = _address(peer)
+    found = [plain_address(address) for address in resolver(host, port)]
+    asking = address_in(peer)
     for address in found:
         _require_allowed(address, asking, allowed, name)
     # The peer's own address first: it is known to be up ("localhost" may be ::1 too, where nobody listens).
     address = min(found, key=lambda each: (each != asking, each.version))
-    if port == own[1] and (address == _address(own[0]) or address.is_loopback):
+    if port == own[1] and (address == address_in(own[0]) or address.is_loopback):
         raise ValueError(f"worker address {name!r} is the controller itself; give the worker's own port.")
     shown = f"[{host}]" if ":" in host else host
     literal = f"[{address}]" if address.version == 6 else str(address)
@@ -166,16 +157,3 @@ def _require_allowed(address: Address, asking: Address | None, allowed: Sequence
             f"worker address {name!r} leads to {address}, and the request comes from {asking}; a worker registers "
             "itself, or its network is named in --worker-networks of the controller."
         )
-
-
-def _address(text: str) -> Address | None:
-    try:
-        return _plain(text)
-    except ValueError:
-        return None
-
-
-def _plain(text: str) -> Address:
-    """Read an address; an IPv4 address inside an IPv6 one counts as itself, a zone is left out."""
-    address = ipaddress.ip_address(text.partition("%")[0])
-    return getattr(address, "ipv4_mapped", None) or address

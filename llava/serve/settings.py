@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from pathlib import Path
 
 from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
 from llava.pipeline.settings import DEMO_MODEL, PipelineSettings
+from llava.serve.addresses import is_loopback
 
 PROXIES = "addresses or networks of proxies in front; who asks is then who their X-Forwarded-For names"
 
@@ -96,13 +97,3 @@ def require_networks(proxies: Sequence[str]) -> None:
             ip_network(proxy)
         except ValueError as error:
             raise ValueError(f"trusted_proxies: {error}; give addresses or networks, such as 10.0.3.0/24.") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
