@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from clips import write_clip
+from markupsafe import Markup
 from PIL import Image
 from servers import ROOT, Peer, running, wait_for
 
@@ -23,6 +24,7 @@ from llava.pipeline import Pipeline
 from llava.pipeline.findings import Finding
 from llava.serve.api import Service, build_app
 from llava.serve.batching import BatchingEngine
+from llava.serve.engine import Piece
 from llava.serve.keys import KeyRing, NewKey, OldKey, create_key, revoke_key
 from llava.serve.limits import RequestLimits
 from llava.serve.page import words
@@ -158,6 +160,16 @@ def test_mistakes_are_answered_with_sentences(engine: BatchingEngine, monkeypatc
     assert last(flow.ask("page", "  ")).notice == words.EMPTY
     assert f"at most {MAX_QUESTION:,} are read" in last(flow.ask("page", "why " * MAX_QUESTION)).notice
     assert "There is no such face" in last(flow.choose("page", 8)).notice
+
+    def breaks_off(*_: Any) -> Iterator[Piece]:
+        yield Piece(text="Half an")
+        raise ValueError("The worker died.")
+
+    monkeypatch.setattr(engine, "ask", breaks_off)
+    *_, writing, broken, failed = flow.ask("page", "Why?")
+    assert "Half an" in writing.words and 'aria-busy="true"' in writing.words
+    assert "Half an" not in broken.words and words.BROKEN_OFF in broken.words and 'aria-busy="false"' in broken.words
+    assert failed.notice == "The worker died." and failed.is_busy is False
     monkeypatch.setattr(engine, "ask", lambda *a: 1 / 0)
     failed = last(flow.ask("page", "Why?"))
     assert failed.notice == words.FAILED and failed.is_busy is False
@@ -174,6 +186,15 @@ def test_a_video_is_judged_and_its_most_telling_frame_explained(engine: Batching
     assert "6 frames were looked at" in str(shown.card)
     assert "most telling frame of clip.mp4" in str(shown.photo)
     assert wanted.text in str(screens[-1].words) and f"About {wanted.about}" in str(screens[-1].words)
+
+
+@pytest.mark.e2e
+def test_a_video_without_a_face_gets_no_verdict_and_says_why(engine: BatchingEngine, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "grey.mp4", [np.full((96, 128, 3), 90, np.uint8)] * 6, rate=5)
+    shown = last(Flow({"m": engine}).look("page", "m", lambda: (clip.read_bytes(), "grey.mp4")))
+    assert 'data-label="INCONCLUSIVE"' in shown.card and "no face found in any frame." in shown.card
+    assert "--" not in Markup(shown.card).striptags() and "seen longest" not in shown.card
+    assert shown.say == "Verdict: No verdict. No face found in any frame." and not shown.notice
 
 
 @pytest.fixture(scope="module")
@@ -343,3 +364,8 @@ def test_a_key_opens_the_page_and_a_withdrawn_one_does_not(engine: BatchingEngin
         with client.stream("GET", "/gradio_api/queue/data?session_hash=abc", timeout=60) as stream:
             said = "".join(line for line in stream.iter_lines())
         assert words.LOCKED in said
+        assert "/logout?all_session=false" in client.get("/config").text
+        with httpx.Client(base_url=address) as other:
+            assert other.get("/config").status_code == 401
+        assert client.get("/logout?all_session=false").status_code == 302
+        assert client.get("/config").status_code == 401, "another key can log in"

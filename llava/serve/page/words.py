@@ -32,11 +32,12 @@ NO_MODEL = "This model is not there now; try again in a minute, or load the page
 GONE = "There is no picture here any more; drop it again."
 EMPTY = "The question is empty; ask something, such as: Why?"
 FAILED = "Something went wrong here; the server's log says what."
-LOCKED = "Your key is no longer valid; load the page again and log in with another one."
+LOCKED = "Your key is no longer valid; log out at the end of the page, and log in with another one."
 NO_FACE = (
     "No face was found, and only faces are judged. Take a picture in which a face is larger and seen from the front."
 )
 NO_WORDS = "There is nothing to explain without a verdict."
+BROKEN_OFF = "The answer broke off and is not kept; ask again."
 NO_MORE = "No words could be written about this face alone; choose the largest one."
 
 
@@ -69,7 +70,8 @@ def evidence_name(name: str) -> str:
 
 def announcement(verdict: Verdict) -> str:
     """Say a verdict in one sentence, for people who hear the page."""
-    sure = "" if verdict.p_fake is None else f" {verdict.score_text}, {verdict.calibration}."
+    why = f" {verdict.reason[:1].upper()}{verdict.reason[1:]}."
+    sure = why if verdict.p_fake is None else f" {verdict.score_text}, {verdict.calibration}."
     which = f" Face {verdict.face} of {verdict.face_count}." if verdict.face_count > 1 else ""
     return f"Verdict: {headline(verdict)}.{sure}{which}"
 
