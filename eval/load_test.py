@@ -20,8 +20,8 @@ from llava.core.config import parse, setting
 from llava.core.runtime import software, write_json
 from llava.data.images import list_images
 from llava.evaluation.report import console, run_script, titled_table
-from llava.serve.command import is_loopback
 from llava.serve.load import Run, bodies, picture, send
+from llava.serve.settings import is_loopback
 
 KEY_VARIABLE = "M2F2_API_KEY"
 

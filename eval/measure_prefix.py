@@ -10,7 +10,6 @@ from statistics import median
 from threading import Event
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, set_seed
@@ -18,6 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, set_seed
 from llava.core.config import parse, setting
 from llava.core.runtime import software, write_json
 from llava.core.types import Turn
+from llava.data.images import read_image
 from llava.detectors.m2f2det import M2F2Det
 from llava.detectors.m2f2det_config import M2F2DetConfig
 from llava.evaluation.report import console, run_script, titled_table
@@ -30,6 +30,7 @@ from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings, Precision
 from llava.serve.batching import BatchConfig, BatchingEngine
+from llava.serve.engine import Question
 from llava.serve.load import picture
 from llava.train.tiny_base import SPECIAL_TOKENS, train_tokenizer
 
@@ -59,7 +60,7 @@ def main() -> None:
     """Make the model, measure, print the table."""
     settings = parse(Settings, description=(__doc__ or "").splitlines()[0])
     pipeline = make_pipeline(settings)
-    pictures = [cv2.imdecode(np.frombuffer(picture(i, settings.side), np.uint8), 1) for i in range(settings.questions)]
+    pictures = [read_image(picture(number, settings.side), str(number)) for number in range(settings.questions)]
     ways = {ONE: pictures[:1] * settings.questions, MANY: pictures}
     ask_all(pipeline, pictures[:1], settings)  # not counted: the first run makes buffers
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -120,7 +121,8 @@ def ask_all(pipeline: Pipeline, images: Sequence[np.ndarray], settings: Settings
 
     def ask(number: int) -> int:
         turns = [Turn(role="human", text=question(number))]
-        return max(piece.tokens for piece in engine.ask(images[number], turns, words, Event()))
+        asked = Question(image=images[number], turns=turns, settings=words)
+        return max(piece.tokens for piece in engine.ask(asked, Event()))
 
     started = time.perf_counter()
     with ThreadPoolExecutor(len(images)) as pool:

@@ -16,6 +16,7 @@ from zipfile import ZipFile
 
 import pandas as pd
 import pytest
+import torch
 from bad_images import plant
 from PIL import Image
 from processes import processes_with
@@ -24,7 +25,8 @@ from tiny_world import draw, train_detector
 from llava.core.cluster import ClusterSettings
 from llava.core.errors import Incomplete
 from llava.pipeline import Pipeline
-from llava.pipeline.score import ScoreSettings, score
+from llava.pipeline.score import score
+from llava.pipeline.score_settings import ScoreSettings
 from llava.pipeline.settings import FaceSettings
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +189,8 @@ def killed_after(settings: ScoreSettings, parts: int) -> dict[str, int]:
     words = [f"--{name}={getattr(settings, name)}" for name in ("out", "model", "face", "stability", "part_rows")]
     words += ["--engine", settings.engine, *(["--cluster.cpus", "2"] if settings.engine == "ray" else [])]
     command = [sys.executable, "-m", "llava.cli", "score", settings.source, *words]
-    place = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "M2F2_TEST": settings.out}
+    threads = str(torch.get_num_threads())  # the last digits of a score depend on them
+    place = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "M2F2_TEST": settings.out}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=place, start_new_session=True) as process:
         deadline = time.monotonic() + 300
         while process.poll() is None and len(parts_of(settings)) < parts and time.monotonic() < deadline:

@@ -17,6 +17,7 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from clips import write_clip
 from PIL import Image
 from tiny_world import draw
 
@@ -184,6 +185,22 @@ def test_files_are_judged_and_explained(server: str, pipeline: Pipeline) -> None
     broken = httpx.post(f"{server}/v1/detect", files=[("files", ("x.png", b"no image", "image/png"))])
     assert broken.status_code == 415 and "x.png" in broken.json()["error"]["message"]
     assert httpx.post(f"{server}/v1/detect").status_code == 400
+
+
+def test_a_video_is_judged_between_images(server: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", [draw(1, number) for number in range(6)])
+    parts = [png(draw(0, 1)), clip.read_bytes(), png(draw(1, 2))]
+    files = [("files", (f"{number}.x", part)) for number, part in enumerate(parts)]
+    first, video, last = httpx.post(f"{server}/v1/detect", files=files, timeout=60).json()["verdicts"]
+    alone = pipeline.detect_video(clip)
+    assert (first["image"], video["image"], last["image"]) == ("0.x", "1.x", "2.x")
+    assert video["label"] == str(alone.label) and video["p_fake"] == pytest.approx(alone.p_fake, abs=1e-5)
+    assert len(video["frames"]) == len(alone.frames) == 6 and "frames" not in first
+    refused = httpx.post(f"{server}/v1/explain", files=files[1:2], timeout=60)
+    assert refused.status_code == 415 and "send one of its frames" in refused.json()["error"]["message"]
+
+
+def test_what_is_not_there_is_refused(server: str) -> None:
     assert httpx.get(f"{server}/v1/nothing").status_code == 404
 
 

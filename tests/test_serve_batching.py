@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clips import write_clip
 from PIL import Image
 from tiny_world import draw
 
 from llava.core.types import Turn, VerdictLabel
+from llava.data.inputs import NamedVideo
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline import Pipeline
+from llava.pipeline.faces import faces_of
 from llava.pipeline.settings import FaceSettings
-from llava.serve.batching import BatchConfig, BatchingEngine
+from llava.serve.batching import BatchConfig, BatchingEngine, _Call
 from llava.serve.engine import Question
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +153,29 @@ def test_who_leaves_or_stops_frees_the_place(engine: BatchingEngine) -> None:
     next(stopped)
     stop.set()
     assert len(list(stopped)) < 100, "of 400 tokens"
+
+
+@pytest.mark.parametrize("what", ["images", "video"])
+def test_the_model_is_free_while_faces_are_looked_for(
+    engine: BatchingEngine, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = []
+
+    def slowly(*given: Any) -> Any:
+        call = _Call(lambda: True)
+        engine._waiting.put(call)
+        free.append(call.result.result(timeout=20))
+        return faces_of(*given)
+
+    for module in ("pipeline", "video"):
+        monkeypatch.setattr(f"llava.pipeline.{module}.faces_of", slowly)
+    if what == "images":
+        assert len(engine.findings([draw(0, 21), draw(0, 22)])) == 2
+    else:
+        clip = write_clip(tmp_path / "clip.mp4", [draw(0, 23)] * 4)
+        found = engine.video_finding(NamedVideo(name="clip.mp4", source=clip.read_bytes()))
+        assert found.verdict.p_fake is not None
+    assert len(free) >= 2 and all(free)
 
 
 def test_a_question_that_waits_can_be_given_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

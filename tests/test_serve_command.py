@@ -15,8 +15,9 @@ import pytest
 from test_serve_api import messages
 from tiny_world import draw
 
-from llava.serve.command import ServeSettings, is_loopback, serve
+from llava.serve.command import serve
 from llava.serve.keys import NewKey, create_key
+from llava.serve.settings import ServeSettings, is_loopback
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,8 @@ from llava.core.runtime import batched, write_json
 from llava.core.types import VerdictLabel, VideoVerdict
 from llava.data.inputs import FetchLimits, NamedImage, NamedInput, NamedVideo, expand, open_input
 from llava.pipeline.findings import Finding
-from llava.pipeline.settings import JudgeSettings, VideoSettings, WordSettings
+from llava.pipeline.loading import load
+from llava.pipeline.settings import PipelineSettings, VideoSettings, WordSettings
 from llava.pipeline.tables import table_text, write_csv
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ FILES = ("csv", "html", "json_file")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskSettings(JudgeSettings):
+class AskSettings(PipelineSettings):
     """Which model is asked."""
 
     model: str = setting("m2f2", "folder, name in checkpoints/, or hub id")
@@ -70,7 +71,7 @@ AskVideo = Callable[[NamedVideo], Finding]
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
     names = _checked_inputs(settings)
-    pipeline = settings.load(settings.model)
+    pipeline = load(settings, settings.model)
 
     def ask_video(video: NamedVideo) -> Finding:
         return pipeline.video_finding(video, settings.video)
@@ -81,7 +82,7 @@ def detect(settings: DetectSettings) -> Iterator[str]:
 def explain(settings: ExplainSettings) -> Iterator[str]:
     """Yield the verdicts with their reasons, like `detect`."""
     names = _checked_inputs(settings)
-    pipeline = settings.load(settings.model)
+    pipeline = load(settings, settings.model)
     from llava.pipeline.pipeline import generation_settings  # here, so that --help loads no torch
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
@@ -103,7 +104,7 @@ def chat(settings: ChatSettings) -> Iterator[str]:
         raise ValueError(f"{name}: a conversation is about one image; ask about a video with `m2f2 explain`.")
     if image.problem:
         raise ValueError(f"{name}: {image.problem}")
-    pipeline = settings.load(settings.model)
+    pipeline = load(settings, settings.model)
     from llava.pipeline.pipeline import generation_settings
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)

@@ -32,7 +32,7 @@ from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image, as_list, named
 from llava.pipeline.judging import judge
 from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
-from llava.pipeline.video import Video, explained_video_finding, video_finding
+from llava.pipeline.video import Look, Video, explained_video_finding, video_finding
 
 
 class Pipeline:
@@ -130,7 +130,7 @@ class Pipeline:
 
     def looks(self, images: Sequence[Image]) -> Iterator[tuple[list[Finding], Encoded | None]]:
         """Yield what `look` gives for the faces of images, batch by batch."""
-        for batch in batched(self._faces(images), self.batch_size):
+        for batch in batched(self.faces_in(images), self.batch_size):
             yield self.look(batch, self.stability)
 
     def explained_findings(
@@ -161,9 +161,14 @@ class Pipeline:
         assert finding.explanation is not None
         return finding.explanation
 
-    def video_finding(self, video: Video, settings: VideoSettings | None = None) -> VideoFinding:
-        """Give the verdict as `detect_video` does, beside the crop and the map of the most telling frame."""
-        return video_finding(self, video, settings or VideoSettings())
+    def video_finding(
+        self, video: Video, settings: VideoSettings | None = None, look: Look | None = None
+    ) -> VideoFinding:
+        """Give the verdict as `detect_video` does, beside the crop and the map of the most telling frame.
+
+        look: judges the faces of a batch of frames, as `look` does; for who runs the model in a thread of its own.
+        """
+        return video_finding(self, video, settings or VideoSettings(), look)
 
     def explained_video_finding(
         self,
@@ -215,9 +220,10 @@ class Pipeline:
 
     def face_of(self, image: Image) -> Face:
         """Give the largest face of an image, without pixels where there is none."""
-        return next(self._faces([image]))
+        return next(self.faces_in([image]))
 
-    def _faces(self, images: Sequence[Image]) -> Iterator[Face]:
+    def faces_in(self, images: Sequence[Image]) -> Iterator[Face]:
+        """Yield the faces of images, largest first, one without pixels where there is none."""
         for number, image in enumerate(images):
             yield from faces_of(named(image, number), self.faces)
 

@@ -5,61 +5,32 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from llava.core.cluster import ClusterSettings
-from llava.core.config import setting, to_dict
+from llava.core.config import to_dict
 from llava.core.errors import Incomplete
 from llava.core.weights import sha256_of
 from llava.data.image_lists import ImageList, list_names
-from llava.pipeline.settings import JudgeSettings
+from llava.pipeline.loading import load
+from llava.pipeline.score_settings import Missing, ScoreSettings
 from llava.pipeline.tables import PIPE_WIDTH
 
 if TYPE_CHECKING:
     from llava.pipeline.score_parts import Parts, Totals
 
 log = logging.getLogger(__name__)
-Missing: TypeAlias = Mapping[int, Sequence[str]]  # names by number of the part
-Engine: TypeAlias = Callable[["ScoreSettings", "Parts", Missing], Iterator[int]]
+Engine: TypeAlias = Callable[[ScoreSettings, "Parts", Missing], Iterator[int]]
 LINE_SECONDS = 30.0
 MODEL_FILES = ("*.json", "*.safetensors")
 # What does not change a row, so that a run may go on with another value.
 FREE = ("source", "out", "model", "column", "root", "engine", "workers", "cluster")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreSettings(JudgeSettings):
-    """What is scored, by which model, where the rows go, and who does the work."""
-
-    source: str = setting(help="folder, zip, image, or a list of images: .txt, .csv, .parquet", positional=True)
-    out: str = setting(help="folder to write; its rows/ is one table for pandas and pyarrow")
-    model: str = setting("m2f2", "detector or merged explainer: folder, name in checkpoints/, or hub id")
-    face: Literal["largest", "off"] = setting("largest", "largest = the largest face, off = the whole image")
-    column: str = setting("path", "column of a .csv or .parquet list that holds the names")
-    root: str | None = setting(None, "folder where relative names of a list begin; none = that of the list")
-    engine: Literal["local", "ray"] = setting("local", "local = this process, ray = many, on one machine or a cluster")
-    workers: int | None = setting(None, "processes of --engine ray; none = as many as there is room for")
-    part_rows: int = setting(1000, "rows of a file; what a killed run has to do again is a file for each process")
-    cluster: ClusterSettings = setting(ClusterSettings())
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be done."""
-        if Path(self.out).is_file() or self.out.endswith((".parquet", ".csv")):
-            raise ValueError(f"out: {self.out!r} is the name of a file; give a folder, its rows/ is read as one table.")
-        if self.workers is not None and self.engine != "ray":
-            raise ValueError("workers: only --engine ray has more than one; add it, or leave --workers out.")
-        for name in ("part_rows", "workers", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is not usable; allowed: 1 or more.")
 
 
 def score(settings: ScoreSettings) -> Iterator[str]:
@@ -95,7 +66,7 @@ def score_here(settings: ScoreSettings, parts: Parts, missing: Missing) -> Itera
     """Score the missing parts in this process; yields how many images were done, batch by batch."""
     from llava.pipeline.score_parts import score_part
 
-    pipeline = settings.load(settings.model)
+    pipeline = load(settings, settings.model)
     for number, names in missing.items():
         yield from score_part(pipeline, parts, number, names)
 

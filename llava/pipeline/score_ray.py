@@ -10,17 +10,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from llava.core.cluster import connected
 from llava.core.logs import setup_logging
 from llava.explainer.convert import ready
+from llava.pipeline.loading import load
 from llava.pipeline.score_parts import Parts, score_part
-
-if TYPE_CHECKING:
-    from llava.pipeline.score import Missing, ScoreSettings
+from llava.pipeline.score_settings import Missing, ScoreSettings
 
 MAX_BLOCKS = 10_000
 
@@ -32,7 +31,7 @@ class PartScorer:
         setup_logging()
         os.chdir(folder)  # relative names mean here what they mean where the command was typed
         self._parts = parts
-        self._pipeline = settings.load(settings.model)
+        self._pipeline = load(settings, settings.model)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Score and write parts; `batch` has their numbers and names, what comes back how many images they held."""

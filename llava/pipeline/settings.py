@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from llava.core.config import setting
 
 if TYPE_CHECKING:
-    from llava.pipeline.pipeline import Pipeline
+    pass
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization: TypeAlias = Literal["none", "8bit", "4bit"]
@@ -57,7 +57,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeSettings(FaceSettings, ModelSettings):
+class PipelineSettings(FaceSettings, ModelSettings):
     """Everything that a pipeline is loaded with, except the model's name."""
 
     prior: float | None = setting(
@@ -66,19 +66,6 @@ class JudgeSettings(FaceSettings, ModelSettings):
     stability: bool = setting(
         True, "judge delivered versions of each face too (JPEG, resized, cropped); one that turns it makes it UNCERTAIN"
     )
-
-    def load(self, name: str, quantization: Quantization | None = None) -> Pipeline:
-        """Load a model; `quantization` where it was spelled in another way. Raises ValueError or FileNotFoundError."""
-        from transformers.utils.logging import disable_progress_bar
-
-        from llava.pipeline.pipeline import Pipeline
-
-        disable_progress_bar()
-        faces = FaceSettings(face=self.face, margin=self.margin, whole_from=self.whole_from)
-        words = quantization or self.quantization
-        return Pipeline.from_pretrained(
-            name, self.device, self.precision, words, faces, self.batch_size, self.prior, self.stability
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import stdev
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from scipy.stats import trim_mean
 
@@ -27,27 +27,46 @@ from llava.pipeline.judging import judge
 from llava.pipeline.settings import FaceSettings, VideoSettings
 
 if TYPE_CHECKING:
-    from llava.pipeline.pipeline import Pipeline
+    from llava.detectors.base import Detector
+    from llava.explainer.generation import Explainer
 
 Answer: TypeAlias = Verdict | Explanation
 Video: TypeAlias = str | Path | NamedVideo
+Look: TypeAlias = Callable[[Sequence[Face]], tuple[list[Finding], Encoded | None]]
 NO_FRAME = "none of its frames can be decoded"
 NO_FACE = "no face found in any frame"
 TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (--video.least_frames)"
 DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 
 
-def video_finding(pipeline: Pipeline, video: Video, settings: VideoSettings) -> VideoFinding:
+class Judge(Protocol):
+    """What a video is judged with; a `Pipeline` is one."""
+
+    detector: Detector
+    prior: float | None
+    faces: FaceSettings
+    batch_size: int
+
+    def look(self, faces: Sequence[Face], stability: bool = False) -> tuple[list[Finding], Encoded | None]:
+        """Judge a batch of faces; beside the findings, what the explainer made of those that have pixels."""
+        ...
+
+    def needed_explainer(self) -> Explainer:
+        """Give the explainer. Raises ValueError where there is none."""
+        ...
+
+
+def video_finding(pipeline: Judge, video: Video, settings: VideoSettings, look: Look | None = None) -> VideoFinding:
     """Give the verdict on the face that a video shows longest; INCONCLUSIVE with the reason where there is none.
 
     The score is the trimmed mean of the raw p_fake of the frames with this face; threshold and calibration of the
-    detector, made for single images, are applied to it.
+    detector, made for single images, are applied to it. look: judges faces instead of the pipeline's own `look`.
     """
-    return _watch(pipeline, video, settings)[0]
+    return _watch(pipeline, video, settings, look or pipeline.look)[0]
 
 
 def explained_video_finding(
-    pipeline: Pipeline,
+    pipeline: Judge,
     video: Video,
     settings: VideoSettings,
     question: str | None = None,
@@ -55,7 +74,7 @@ def explained_video_finding(
 ) -> VideoFinding:
     """Give the verdict on a video with words about its most telling frame; `about` says which second that is."""
     explainer, asked = pipeline.needed_explainer(), question or VERDICT_QUESTION
-    finding, encoded = _watch(pipeline, video, settings)
+    finding, encoded = _watch(pipeline, video, settings, pipeline.look)
     verdict = finding.verdict
     if encoded is None:
         return replace(finding, explanation=explanation(verdict, asked, ""))
@@ -98,7 +117,7 @@ def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]
     return drawn
 
 
-def _watch(pipeline: Pipeline, video: Video, settings: VideoSettings) -> tuple[VideoFinding, Encoded | None]:
+def _watch(pipeline: Judge, video: Video, settings: VideoSettings, look: Look) -> tuple[VideoFinding, Encoded | None]:
     """Give what was found, and what the explainer made of the most telling frame, where there is one of each."""
     named = video if isinstance(video, NamedVideo) else open_input(str(video))
     if not isinstance(named, NamedVideo):
@@ -110,7 +129,7 @@ def _watch(pipeline: Pipeline, video: Video, settings: VideoSettings) -> tuple[V
     count = sum(len(track) >= needed for track in tracks)
     followed = tracks[0] if tracks else {}
     reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else NO_FACE
-    found, encoded = _looked_at(pipeline, followed if count else {})
+    found, encoded = _looked_at(look, pipeline.batch_size, followed if count else {})
     alone = {number: finding.verdict for number, finding in found.items()}
     clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
     judged = judge(pipeline.detector, clip, _trimmed(list(alone.values()), settings.trim), pipeline.prior)
@@ -172,12 +191,12 @@ def _tracks(frames: Sequence[Sequence[Face]], settings: VideoSettings) -> list[d
     return [{n: frames[n][i] for n, i in sorted(track.items())} for track in links]
 
 
-def _looked_at(pipeline: Pipeline, faces: Mapping[int, Face]) -> tuple[dict[int, Finding], dict[int, Encoded]]:
+def _looked_at(look: Look, batch_size: int, faces: Mapping[int, Face]) -> tuple[dict[int, Finding], dict[int, Encoded]]:
     """Give the finding on each frame alone, and what the explainer made of it, so that words need no second look."""
     found: dict[int, Finding] = {}
     encoded: dict[int, Encoded] = {}
-    for numbers in batched(faces, pipeline.batch_size):
-        findings, together = pipeline.look([faces[number] for number in numbers])
+    for numbers in batched(faces, batch_size):
+        findings, together = look([faces[number] for number in numbers])
         found.update(zip(numbers, findings, strict=True))
         if together is not None:
             encoded.update({number: together.take([row]) for row, number in enumerate(numbers)})

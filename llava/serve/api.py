@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +25,7 @@ from llava.data.inputs import NamedImage
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
+from llava.pipeline.video import in_order
 from llava.serve.engine import Engine, Piece, Question, joined
 from llava.serve.fetch import Fetcher
 from llava.serve.guard import Guard, refusal_response
@@ -34,12 +35,13 @@ from llava.serve.measures import Measures
 from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
 from llava.serve.refusals import Refused
 from llava.serve.streams import from_thread
-from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_still
+from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_still, read_upload
 
 if TYPE_CHECKING:
     from llava.serve.page.door import PageDoor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")
 MAX_FILES = 16
 
@@ -113,9 +115,10 @@ def _add_basics(app: FastAPI, service: Service) -> None:
 def _add_faces(app: FastAPI, service: Service) -> None:
     @app.post("/v1/detect")
     async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
-        """Give a verdict for every face of the images that are sent, largest first."""
-        images = await _images(files, service)
-        found = await asyncio.to_thread(service.engine.findings, images)
+        """Give a verdict for every face of the images that are sent, largest first, and one for each video."""
+        sent = await _sent(files, service, read_upload)
+        engine = service.engine
+        found = await asyncio.to_thread(lambda: list(in_order(sent, engine.findings, engine.video_finding)))
         return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
 
     @app.post("/v1/explain")
@@ -125,7 +128,7 @@ def _add_faces(app: FastAPI, service: Service) -> None:
         max_tokens: Annotated[int, Form(ge=1, le=MAX_TOKENS)] = 256,
     ) -> dict[str, Any]:
         """Give the verdict on the largest face of each image, and the answer to one question about it."""
-        images = await _images(files, service)
+        images = await _sent(files, service, read_still)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
         said = [explanation(one.verdict, question, one.text) for one in answers]
@@ -248,18 +251,20 @@ async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedIma
     return await asyncio.to_thread(read_still, content, "image", service.uploads)
 
 
-async def _images(files: Sequence[UploadFile], service: Service) -> list[NamedImage]:
-    """Read the images of a request. Raises Refused, 413 also where they are too much together."""
-    images: list[NamedImage] = []
+async def _sent(
+    files: Sequence[UploadFile], service: Service, read: Callable[[bytes, str, UploadLimits], T]
+) -> list[T]:
+    """Read the files of a request. Raises Refused, 413 also where the images are too much together."""
+    found: list[T] = []
     left = service.uploads.max_request_pixels
     for file in files:
-        image = await asyncio.to_thread(read_still, await file.read(), file.filename or "", service.uploads)
-        left -= 0 if image.pixels is None else image.pixels.size // 3
+        one = await asyncio.to_thread(read, await file.read(), file.filename or "", service.uploads)
+        left -= one.pixels.size // 3 if isinstance(one, NamedImage) and one.pixels is not None else 0
         if left < 0:
             most = service.uploads.max_request_pixels
             raise Refused(413, f"The images together have more than {most:,} pixels, the limit; send fewer at a time.")
-        images.append(image)
-    return images
+        found.append(one)
+    return found
 
 
 def _event(content: dict[str, Any]) -> str:

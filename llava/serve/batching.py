@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import Any, TypeVar
 
 from llava.core.config import setting
@@ -29,6 +29,7 @@ from llava.serve.looks import Asked, Looks, Seen
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.1
+VIDEOS_TOGETHER = 2  # whose frames are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class BatchingEngine:
         self._waiting: SimpleQueue[_Job | _Call | None] = SimpleQueue()
         self._active: list[_Job] = []
         self.looks = Looks(pipeline, self.config.images)
+        self._videos = Semaphore(VIDEOS_TOGETHER)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -95,11 +97,15 @@ class BatchingEngine:
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face of images, without words, as `Engine.findings` says."""
-        return self._call(lambda: self.looks.findings(images))
+        found: list[Finding] = []
+        for faces in self.looks.ready(images):
+            found += self._call(partial(self.looks.judged, faces))
+        return found
 
     def video_finding(self, video: NamedVideo) -> VideoFinding:
-        """Give the finding on a video, as `Engine.video_finding` says."""
-        return self._call(lambda: self.pipeline.video_finding(video))
+        """Give the finding on a video, as `Engine.video_finding` says; the engine's thread sees its faces alone."""
+        with self._videos:
+            return self.pipeline.video_finding(video, look=lambda faces: self._call(partial(self.pipeline.look, faces)))
 
     def model_facts(self) -> dict[str, Any]:
         """Give what a case file says of the model; its weight files are read at the first call alone."""

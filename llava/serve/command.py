@@ -3,77 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from ipaddress import ip_address
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llava.core.cluster import ClusterSettings
-from llava.core.config import setting
-from llava.pipeline.settings import DEMO_MODEL, JudgeSettings
+from llava.pipeline.loading import load
+from llava.pipeline.settings import DEMO_MODEL
+from llava.serve.settings import ServeSettings
 from llava.serve.web import server_of
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from llava.serve.engine import Engine
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings(JudgeSettings):
-    """What is served, where, and to whom."""
-
-    model_path: str | None = setting(
-        None, "merged explainer: folder, name in checkpoints/, or hub id; none = that of m2f2 demo, trained if missing"
-    )
-    model_name: str | None = setting(None, "name that clients ask for; none = the name of the folder")
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 = every one")
-    port: int = setting(8000, "port to listen on; 0 = any free one")
-    keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
-    allow_unauthenticated: bool = setting(False, "let everybody in who can reach an address beyond this machine")
-    rows: int = setting(16, "answers that are written side by side; further questions wait")
-    waiting: int | None = setting(None, "requests that wait for those; more are refused; none = 4 times as many")
-    log_json: bool = setting(False, "log JSON lines; a request's has time, id, method, path, status and seconds")
-    requests_per_minute: int = setting(60, "of one API key, and of one address without a key")
-    page: bool = setting(True, "serve the web page, too; false = the API alone")
-    examples: str | None = setting("utils/demo_faces", "folder of the photos that the page offers; none = none")
-    ray: bool = setting(False, "serve with Ray: several processes with the model, on one machine or a cluster")
-    replicas: int = setting(1, "processes with the model, with --ray; or give the next two")
-    min_replicas: int | None = setting(None, "fewest processes with the model when they follow the load")
-    max_replicas: int | None = setting(None, "most processes with the model when they follow the load; none = replicas")
-    cluster: ClusterSettings = setting(ClusterSettings())
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a server that would stand open to the network."""
-        require_keys(self.host, self.keys, self.allow_unauthenticated)
-        fewest, most = self.replica_range
-        if not 1 <= fewest <= most:
-            raise ValueError(f"replicas: {fewest} to {most} is not usable; allowed: 1 or more, the fewest first.")
-        if most > 1 and not self.ray:
-            raise ValueError(f"replicas: {most} need Ray; add --ray true, or leave it at 1.")
-
-    @property
-    def name(self) -> str:
-        """Give the model's name, as clients ask for it."""
-        return self.model_name or Path(self.model_path or DEMO_MODEL).name
-
-    @property
-    def model(self) -> str:
-        """Give which model is served, the demonstration's where none was named."""
-        from llava.core.weights import checkpoints_dir
-
-        return self.model_path or str(checkpoints_dir() / DEMO_MODEL)
-
-    def ready_line(self, host: str, port: int) -> str:
-        """Say that it answers, and where."""
-        where = "" if self.page else "/docs"
-        return f"ready: http://{host}:{port}{where} (model {self.name}; stop with Ctrl+C)\n"
-
-    @property
-    def replica_range(self) -> tuple[int, int]:
-        """Give the fewest and the most processes with the model; the same where they do not follow the load."""
-        most = self.replicas if self.max_replicas is None else self.max_replicas
-        return (most if self.max_replicas is None else 1) if self.min_replicas is None else self.min_replicas, most
 
 
 def serve(settings: ServeSettings) -> Iterator[str]:
@@ -92,11 +26,12 @@ def _with_ray(settings: ServeSettings) -> Iterator[str]:
 def _here(settings: ServeSettings) -> Iterator[str]:
     """Serve from this process."""
     from llava.core.logs import log_json
+    from llava.serve.app import build
     from llava.serve.batching import BatchConfig, BatchingEngine
 
     if settings.log_json:
         log_json()
-    engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
+    engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
     server = server_of(build(settings, engine), settings.host, settings.port)
     listener = server.config.bind_socket()
     listener.listen()  # so that who reads the ready line can connect
@@ -118,48 +53,3 @@ def _trained_demo() -> Iterator[str]:
 
         yield f"No model was named, and {str(folder)!r} is not there yet: training it, which takes 5 to 10 minutes.\n"
         yield from run_demo(DemoConfig())
-
-
-def build(settings: ServeSettings, engine: Engine) -> FastAPI:
-    """Give the application of these settings."""
-    from llava.serve.api import Service, build_app
-    from llava.serve.keys import KeyRing
-    from llava.serve.limits import RequestLimits
-    from llava.serve.measures import MeasuredEngine, Measures
-
-    measures = Measures()
-    engine = MeasuredEngine(engine, measures)
-    keys = KeyRing(settings.keys) if settings.keys else None
-    at_once = settings.rows * settings.replica_range[1]
-    limits = RequestLimits(
-        requests_per_minute=settings.requests_per_minute,
-        max_active=at_once,
-        max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
-    )
-    page = None
-    if settings.page:
-        from llava.serve.page.mount import open_page
-
-        page = open_page({settings.name: engine}, limits, keys=keys, examples=settings.examples)
-    return build_app(
-        Service(engine=engine, model=settings.name, measures=measures, keys=keys, limits=limits, page=page)
-    )
-
-
-def require_keys(host: str, keys: str | None, allow_unauthenticated: bool) -> None:
-    """Raise ValueError for an address that other machines reach without a key, unless that is wanted."""
-    if not (is_loopback(host) or keys or allow_unauthenticated):
-        raise ValueError(
-            f"host: {host!r} can be reached from other machines; give --keys FILE (m2f2 keys create makes one), or "
-            "--allow_unauthenticated true."
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False

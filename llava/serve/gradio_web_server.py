@@ -13,8 +13,8 @@ from fastapi import FastAPI
 
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
-from llava.serve.command import require_keys
 from llava.serve.flags import translated
+from llava.serve.settings import require_keys
 from llava.serve.web import serve
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from threading import Lock, Semaphore
 from weakref import WeakValueDictionary
 
@@ -47,7 +48,7 @@ class Asked:
 class Looks:
     """Looks at images with a pipeline and keeps the newest `most` of them, and as many faces, in memory.
 
-    `asked` may be called from any thread, `at` and `findings` from the one that owns the model.
+    `asked` and `ready` may be called from any thread, `at` and `judged` from the one that owns the model.
     """
 
     def __init__(self, pipeline: Pipeline, most: int) -> None:
@@ -69,7 +70,8 @@ class Looks:
                 face = self._coming[name] = Future()
         if is_first:
             try:
-                face.set_result(self._ready(image, is_crop))
+                with self._few:
+                    face.set_result(self._ready(image, is_crop))
             except Exception as error:
                 face.set_exception(error)
         face.result()
@@ -82,37 +84,48 @@ class Looks:
             name: each.face.result() if each.face else self._ready(each.image, each.is_crop)
             for name, each in new.items()
         }
-        self.images |= {name: known for name, face in faces.items() if (known := self._known(face)) is not None}
-        unknown = {name: face for name, face in faces.items() if name not in self.images}
-        if unknown:
-            found = _pairs(*self._pipeline.look(list(unknown.values()), self._pipeline.stability))
-            for name, (finding, row) in zip(unknown, found, strict=True):
-                self.images[name] = Seen(finding, row)
+        self.images |= zip(faces, self._seen(list(faces.values())), strict=True)
         seen = [self.images[each.name] for each in asked]
         for each in asked:
             each.face = None  # what was made ready takes memory
         _keep_newest(self.images, [each.name for each in asked], self._most)
         return seen
 
-    def findings(self, images: Sequence[Image]) -> list[Finding]:
-        """Give the findings of images, and keep what was seen for questions about the same faces."""
-        found = []
-        for looked in self._pipeline.looks(images):
-            for finding, row in _pairs(*looked):
-                found.append(finding)
-                if finding.pixels is not None:
-                    name = _digest(finding.pixels)
-                    self._faces[name] = Seen(finding, row)
-                    _keep_newest(self._faces, [name], self._most)
-        return found
+    def ready(self, images: Sequence[Image]) -> Iterator[list[Face]]:
+        """Yield the faces of images, found and made ready, batch by batch; few callers hold one at a time."""
+        faces = self._pipeline.faces_in(images)
+        while True:
+            with self._few:
+                batch = [self._prepared(face) for face in islice(faces, self._pipeline.batch_size)]
+                if not batch:
+                    return
+                yield batch
+
+    def judged(self, faces: Sequence[Face]) -> list[Finding]:
+        """Give the findings of faces, and keep what was seen for questions about them."""
+        return [seen.finding for seen in self._seen(faces)]
 
     def _ready(self, image: np.ndarray, is_crop: bool) -> Face:
-        """Give the largest face with all that the model reads of it, unless the same pixels were judged before."""
-        with self._few:
-            face = Face(image="image 0", pixels=image) if is_crop else self._pipeline.face_of(image)
-            if face.pixels is not None and _digest(face.pixels) in self._faces:
-                return face
-            return prepared(face, self._pipeline.needed_explainer(), self._pipeline.stability)
+        return self._prepared(Face(image="image 0", pixels=image) if is_crop else self._pipeline.face_of(image))
+
+    def _prepared(self, face: Face) -> Face:
+        """Give a face with all that the model reads of it, unless the same pixels were judged before."""
+        if face.pixels is not None and _digest(face.pixels) in self._faces:
+            return face
+        return prepared(face, self._pipeline.needed_explainer(), self._pipeline.stability)
+
+    def _seen(self, faces: Sequence[Face]) -> list[Seen]:
+        """Give what was seen of faces, and keep it; those that are new are looked at as one batch."""
+        known = [self._known(face) for face in faces]
+        new = [face for face, before in zip(faces, known, strict=True) if before is None]
+        looked = _pairs(*self._pipeline.look(new, self._pipeline.stability)) if new else iter(())
+        seen = [before or Seen(*next(looked)) for before in known]
+        for each in seen:
+            if each.finding.pixels is not None:
+                name = _digest(each.finding.pixels)
+                self._faces[name] = each
+                _keep_newest(self._faces, [name], self._most)
+        return seen
 
     def _known(self, face: Face) -> Seen | None:
         """Give what was seen when the same pixels were judged before, under the name and place of this face."""
@@ -123,7 +136,7 @@ class Looks:
         verdict = replace(
             before.finding.verdict, image=face.image, face=face.number, face_count=face.count, face_box=box
         )
-        return Seen(replace(before.finding, verdict=verdict), before.encoded)
+        return Seen(replace(before.finding, verdict=verdict), before.encoded, before.prefixes)
 
 
 def _pairs(found: Sequence[Finding], encoded: Encoded | None) -> Iterator[tuple[Finding, Encoded | None]]:

@@ -18,7 +18,8 @@ from fastapi.responses import StreamingResponse
 
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
-from llava.pipeline.settings import JudgeSettings, Quantization
+from llava.pipeline.loading import load
+from llava.pipeline.settings import PipelineSettings, Quantization
 from llava.serve.flags import translated
 from llava.serve.heartbeat import stay_registered
 from llava.serve.protocol import MAX_IMAGE_BYTES, REQUEST_HEADER, GenerateRequest, WorkerStatus
@@ -38,7 +39,7 @@ REFUSED = {"--model-base": "a merged explainer (the output of stage 3) is served
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerSettings(SecretSettings, JudgeSettings):
+class WorkerSettings(SecretSettings, PipelineSettings):
     """Where the worker listens, which controller it belongs to, and what it serves."""
 
     model_path: str = setting(help="merged explainer: folder, name in checkpoints/, or hub id")
@@ -137,7 +138,7 @@ def load_engine(settings: WorkerSettings) -> Engine:
     """Load the model behind an engine of this process."""
     from llava.serve.batching import BatchConfig, BatchingEngine
 
-    pipeline = settings.load(settings.model_path, settings.bits)
+    pipeline = load(settings, settings.model_path, settings.bits)
     return BatchingEngine(pipeline, BatchConfig(rows=settings.limit_model_concurrency))
 
 

@@ -26,11 +26,12 @@ from llava.data.inputs import NamedVideo
 from llava.explainer.convert import ready
 from llava.pipeline.findings import Finding, VideoFinding
 from llava.pipeline.given import Image
+from llava.pipeline.loading import load
+from llava.serve.app import build as build_api
 from llava.serve.batching import BatchConfig, BatchingEngine
-from llava.serve.command import ServeSettings
-from llava.serve.command import build as build_api
 from llava.serve.engine import Piece, Question, joined
 from llava.serve.ray_engine import RayEngine
+from llava.serve.settings import ServeSettings
 from llava.serve.streams import from_thread
 from llava.serve.web import SHUTDOWN_SECONDS
 
@@ -44,7 +45,7 @@ class EngineReplica:
 
     def __init__(self, settings: ServeSettings) -> None:
         _set_up(settings)
-        self._engine = BatchingEngine(settings.load(settings.model), BatchConfig(rows=settings.rows))
+        self._engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
         self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
 
     async def ask(self, question: Question) -> AsyncIterator[Piece]:

@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 
 from llava.core.cluster import connected
-from llava.serve.command import ServeSettings
+from llava.serve.settings import ServeSettings
 
 NAME = "m2f2"
 

@@ -73,7 +73,7 @@ def read_still(content: bytes, name: str = "", limits: UploadLimits | None = Non
     """Read an image as `read_upload` does. Raises Refused for a video, too (415)."""
     found = read_upload(content, name, limits)
     if not isinstance(found, NamedImage):
-        raise Refused(415, f"{found.name}: a video; an image is wanted here.")
+        raise Refused(415, f"{found.name}: a video, and an image is wanted here; send one of its frames.")
     return found
 
 
