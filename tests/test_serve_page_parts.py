@@ -29,6 +29,7 @@ from llava.serve.keys import KeyRing, NewKey, OldKey, create_key, revoke_key
 from llava.serve.limits import RequestLimits
 from llava.serve.page import words
 from llava.serve.page.flow import MAX_QUESTION, Flow, Screen
+from llava.serve.page.layout import build_page
 from llava.serve.page.mount import open_page
 from llava.serve.page.views import card, heatmap
 from llava.serve.page.visits import Visit, Visits
@@ -211,6 +212,12 @@ def served(engine: BatchingEngine, keys: KeyRing | None = None, per_minute: int 
     limits = RequestLimits(requests_per_minute=per_minute)
     page = open_page({"m": engine}, limits, keys=keys, examples=FACES)
     return running(build_app(Service(engine=engine, model="tiny", keys=keys, limits=limits, page=page)))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("name", "is_told"), [("demo", True), ("newsroom", False)])
+def test_the_demonstration_is_called_one(engine: BatchingEngine, name: str, is_told: bool) -> None:
+    assert (words.DEMO in str(build_page({name: engine}).get_config_file())) == is_told
 
 
 @pytest.fixture(scope="module")

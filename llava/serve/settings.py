@@ -36,11 +36,15 @@ class ServeSettings(PipelineSettings):
     cluster: ClusterSettings = setting(ClusterSettings())
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a server that would stand open to the network."""
+        """Raise ValueError for a server that would stand open to the network, and for what can not be done."""
+        super().__post_init__()
         require_keys(self.host, self.keys, self.allow_unauthenticated)
         fewest, most = self.replica_range
         if not 1 <= fewest <= most:
             raise ValueError(f"replicas: {fewest} to {most} is not usable; allowed: 1 or more, the fewest first.")
+        for name in ("rows", "requests_per_minute"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not usable; allowed: 1 or more.")
         if most > 1 and not self.ray:
             raise ValueError(f"replicas: {most} need Ray; add --ray true, or leave it at 1.")
 

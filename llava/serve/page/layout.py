@@ -13,6 +13,7 @@ from gradio.utils import get_upload_folder
 from markupsafe import Markup
 
 from llava.pipeline.pages import fill
+from llava.pipeline.settings import DEMO_MODEL
 from llava.pipeline.wording import LIMITS
 from llava.serve.engine import Engine
 from llava.serve.page import views, words
@@ -36,7 +37,7 @@ SAVE = """(file) => {
 def build_page(
     engines: Mapping[str, Engine],
     uploads: UploadLimits | None = None,
-    examples: Path | None = None,
+    examples: str | Path | None = None,
     is_allowed: Callable[[str | None], bool] | None = None,
     at_once: int = 16,
 ) -> gr.Blocks:
@@ -93,7 +94,8 @@ class _Parts:
 
 def _parts(offered: Sequence[tuple[words.Example, Path]], models: Sequence[str], has_login: bool) -> _Parts:
     parts = _Parts()
-    gr.HTML(fill("live_head.html", title=words.TITLE, lead=words.LEAD), elem_id="head")
+    remark = words.DEMO if DEMO_MODEL in models else ""
+    gr.HTML(fill("live_head.html", title=words.TITLE, lead=words.LEAD, remark=remark), elem_id="head")
     parts.notice = gr.HTML("", elem_id="notice")
     parts.say = gr.HTML("", elem_id="say")
     with gr.Row(elem_id="desk", equal_height=False):
@@ -243,10 +245,10 @@ def _updates(screen: Screen) -> list[Any]:
     return [*first, html(notice), html(say), *opened, *busy, html(screen.question)]
 
 
-def _offered(folder: Path | None) -> list[tuple[words.Example, Path]]:
+def _offered(folder: str | Path | None) -> list[tuple[words.Example, Path]]:
     """List the examples that are there."""
     if folder is None:
         return []
-    found = [(example, folder / example.file) for example in words.EXAMPLES if (folder / example.file).is_file()]
+    found = [(e, path) for e in words.EXAMPLES if (path := Path(folder) / e.file).is_file()]
     log.info("The page offers %d of %d examples", len(found), len(words.EXAMPLES))
     return found

@@ -58,11 +58,10 @@ def open_page(
             yield
 
     shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    shown = None if examples is None else Path(examples)
     may_ask = None if keys is None else lambda user: user is not None and keys.has(user)
     gr.mount_gradio_app(
         shell,
-        build_page(engines, uploads, shown, may_ask, limits.max_active),
+        build_page(engines, uploads, examples, may_ask, limits.max_active),
         path="/",
         auth=None if keys is None else lambda name, secret: keys.is_of(secret, name),
         auth_message=None if keys is None else "Log in with the name of a key and the key.",

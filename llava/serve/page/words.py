@@ -9,6 +9,10 @@ from llava.explainer.prompts import VERDICT_QUESTION
 
 TITLE = "Is this face real or forged?"
 LEAD = "You get a verdict, how sure it is, what it rests on, and the reasons in words."
+DEMO = (
+    "This is the model of the demonstration. It learned from a handful of photographs and is no tool: try the page "
+    "with it, and believe none of its verdicts."
+)
 PRIVACY = (
     "What you send is looked at on this server alone and kept in its memory, so that you can ask about it. Clear "
     "forgets it at once; otherwise it is forgotten within an hour after your last question. It is never written to a "
