@@ -147,7 +147,7 @@ def require_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0].rstrip(".")
         raise ValueError(f"port: {host}:{port} can not be listened on ({why}); give another.") from None
 
 
