@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
         return code
-    except (ValueError, FileNotFoundError) as error:
+    except BrokenPipeError:  # the reader of a pipe went away, as in `m2f2 ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:  # OSError: a file that is not there, or may not be read or written
         if is_debug:
             raise
         print(f"m2f2: {_one_line(error)}", file=sys.stderr)
@@ -76,9 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Incomplete as error:
         print(f"m2f2: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of a pipe went away, as in `m2f2 ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130

@@ -76,6 +76,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     assert (captured.out, captured.err) == ("", "m2f2: No folder 'here'; give another.\n")
 
 
+def locked() -> None:
+    raise PermissionError(13, "Permission denied", "keys.json")
+
+
+def test_a_file_that_may_not_be_opened_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "locked", cli.Command(f"{__name__}:locked", "open a file"))
+    assert cli.main(["locked"]) == 2
+    assert capsys.readouterr() == ("", "m2f2: [Errno 13] Permission denied: 'keys.json'\n")
+
+
 @pytest.mark.parametrize("words", [["--debug", "fail", "here"], ["fail", "here", "--debug"]])
 def test_debug_shows_where_it_came_from(words: list[str]) -> None:
     with pytest.raises(FileNotFoundError, match="No folder"):

@@ -121,6 +121,8 @@ def test_words_that_contradict_are_marked(text: str, marks: list[str]) -> None:
     page = page_of(entry(FACE, explanation(FACE, "Why?", text)))
     assert " ".join(text.split()) in page.text and "Asked: Why?" in page.text
     assert [mark for mark in marks if mark not in page.text] == []
+    places = [page.text.index(part) for part in ("Asked: Why?", *marks, " ".join(text.split()))]
+    assert places == sorted(places), "question, warning, answer"
     assert sum("warning" in tag.get("class", "") for tag in page.all("p")) == bool(marks)
 
 

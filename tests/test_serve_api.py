@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import socket
 import threading
 import time
@@ -204,6 +205,11 @@ def test_files_are_judged_and_explained(server: str, pipeline: Pipeline) -> None
     broken = httpx.post(f"{server}/v1/detect", files=[("files", ("x.png", b"no image", "image/png"))])
     assert broken.status_code == 415 and "x.png" in broken.json()["error"]["message"]
     assert httpx.post(f"{server}/v1/detect").status_code == 400
+    misspelt = httpx.post(f"{server}/v1/explain", files=files, data={"questoin": "Why?"})
+    assert misspelt.status_code == 400
+    assert "questoin: there is no such field here; allowed: files, question" in misspelt.json()["error"]["message"]
+    form = httpx.post(f"{server}/v1/chat/completions", data={"model": "tiny"})
+    assert form.status_code == 400 and "send application/json" in form.json()["error"]["message"]
 
 
 def test_a_video_is_judged_between_images(server: str, pipeline: Pipeline, tmp_path: Path) -> None:
@@ -229,4 +235,8 @@ def test_health_metrics_and_documentation(server: str) -> None:
     assert 'm2f2_requests_total{path="/health",status="200"}' in numbers and "m2f2_tokens_total" in numbers
     paths = httpx.get(f"{server}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/detect", "/v1/explain", "/v1/models", "/health"} <= paths.keys()
-    assert httpx.get(f"{server}/docs").status_code == 200
+    page = httpx.get(f"{server}/docs").text
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(loaded) == 3 and not re.search("https?://", page), "nothing comes from elsewhere"
+    assert all(httpx.get(f"{server}/{name}").status_code == 200 for name in loaded if name != "data:,")
+    assert "SwaggerUIBundle" in httpx.get(f"{server}/swagger/swagger-ui-bundle.js").text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,15 +52,25 @@ def test_an_open_server_must_be_asked_for() -> None:
     assert ServeSettings(host="0.0.0.0", allow_unauthenticated=True).name == "demo"
 
 
-def test_what_can_not_be_served_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
-    for name in ("rows", "requests_per_minute"):
-        with pytest.raises(ValueError, match=f"{name}: 0 is not usable"):
-            ServeSettings(**{name: 0})
-    for wrong in (["proxy.example"], ["*"]):
+def test_what_can_not_be_served_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port: 127.0.0.1:{port} can not be listened on .*in use"):
+            next(serve(ServeSettings(port=port)))
+    with pytest.raises(ValueError, match=r"port: 127.0.0.1:99999 can not be listened on .*65535"):
+        next(serve(ServeSettings(port=99_999)))
+    with pytest.raises(FileNotFoundError, match="does not exist; make it with"):
+        next(serve(ServeSettings(port=0, keys="nope.json")))
+    wrong = {"rows": 0, "requests_per_minute": 0, "margin": -1.0}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: {value} is not usable"):
+            ServeSettings(**{name: value})
+    for proxies in (["proxy.example"], ["*"]):
         with pytest.raises(ValueError, match="trusted_proxies: "):
-            ServeSettings(trusted_proxies=wrong)
-    with pytest.raises(FileNotFoundError, match="m2f2 keys create"):
-        next(serve(ServeSettings(model_path="no-such-model", keys=str(tmp_path / "keys.json"))))
+            ServeSettings(trusted_proxies=proxies)
 
 
 def test_the_ready_line_is_an_address() -> None:
@@ -69,7 +80,7 @@ def test_the_ready_line_is_an_address() -> None:
 
 def test_without_a_model_the_demonstration_is_trained_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path))
-    said = next(serve(ServeSettings()))
+    said = next(serve(ServeSettings(port=0)))
     assert f"{str(tmp_path / 'demo')!r} is not there yet: training it" in said
     assert [is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "10.0.0.1", "example.org")] == [
         *(True, True, True),

@@ -198,6 +198,14 @@ def test_a_phone_scrolls_in_one_direction_only_and_the_dark_is_dark(answered: Br
     answered.wait("!document.body.classList.contains('dark')")
 
 
+def test_what_goes_wrong_is_said_where_it_is_seen(answered: Browser) -> None:
+    answered.find("#asking textarea").clear()
+    answered.click("Ask")
+    answered.wait("document.querySelector('#notice [role=alert]')")
+    top = answered.value("document.querySelector('#notice p').getBoundingClientRect().top")
+    assert answered.value("scrollY") > 200 and 0 <= top < answered.value("innerHeight")
+
+
 def brightness(colour: str) -> float:
     return float(np.mean([float(part) for part in colour.strip("rgba()").split(",")[:3]]))
 
@@ -218,11 +226,13 @@ def test_one_of_several_faces_is_chosen(browser: Browser, address: str, tmp_path
     browser.wait_for_answer()
     assert browser.value("document.querySelectorAll('#photo .box b').length") == len(verdicts)
     assert f"on face 1 of {len(verdicts)}" in browser.text("card")
-    browser.find("#faces input[value='1']").click()
+    first = browser.find("#faces input[value='0']")
+    first.send_keys(Keys.ARROW_RIGHT)  # as in every group of radio buttons
     browser.wait("document.getElementById('card').innerText.includes('on face 2 of')")
     browser.wait_for_answer()
     assert f"Score {verdicts[1]['p_fake']:.3f} of 1" in browser.text("card")
     assert browser.find("#card .verdict").get_attribute("data-label") == verdicts[1]["label"]
+    assert browser.value("document.querySelector('#faces input:checked').value") == "1", "the choice is seen"
     browser.click("Clear, take another")
     browser.find("#drop input[type=file]")
     browser.wait("!document.querySelector('#card .verdict')")
@@ -239,6 +249,7 @@ def test_what_can_not_be_judged_gets_a_sentence(browser: Browser, address: str, 
     browser.drop(tmp_path / "dark.png")
     card = browser.find("#card .verdict")
     assert card.get_attribute("data-label") == "INCONCLUSIVE" and "No face was found" in card.text
+    assert not browser.find("#ask").is_displayed() and not browser.find("#again").is_displayed()
     assert browser.text("notice") == "" and "Traceback" not in browser.value("document.body.innerText")
 
 

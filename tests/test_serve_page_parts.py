@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from clips import write_clip
+from markupsafe import Markup
 from PIL import Image
 from servers import ROOT, Peer, running, wait_for
 
@@ -23,10 +24,12 @@ from llava.pipeline import Pipeline
 from llava.pipeline.findings import Finding
 from llava.serve.api import Service, build_app
 from llava.serve.batching import BatchingEngine
+from llava.serve.engine import Piece
 from llava.serve.keys import KeyRing, NewKey, OldKey, create_key, revoke_key
 from llava.serve.limits import RequestLimits
 from llava.serve.page import words
 from llava.serve.page.flow import MAX_QUESTION, Flow, Screen
+from llava.serve.page.layout import build_page
 from llava.serve.page.mount import open_page
 from llava.serve.page.views import card, heatmap
 from llava.serve.page.visits import Visit, Visits
@@ -139,6 +142,14 @@ def test_an_answer_is_stopped_written_again_and_cleared(engine: BatchingEngine) 
     assert stopped.is_busy is False and len(str(stopped.words)) >= len(str(shown[-1].words)) - 200
     assert last(flow.again("page")).words.count('class="question"') == 1, "the last answer is replaced"
     assert json.loads(flow.report("page", "json")["text"])["entries"][0]["explanation"]["text"] in str(whole.words)
+    before = flow.report("page", "json")
+    early = flow.again("page")
+    next(early)
+    last(flow.stop("page"))
+    unsaid = list(early)[-1]
+    assert words.STOPPED in str(unsaid.words) and unsaid.say == words.STOPPED and unsaid.is_busy is False
+    entry, kept = (json.loads(each["text"])["entries"][0] for each in (flow.report("page", "json"), before))
+    assert entry["follow_ups"] == kept["follow_ups"] and kept["follow_ups"], "the answer that was to be replaced stays"
     writing = flow.ask("page", "Why?")
     next(writing), next(writing)
     cleared = last(flow.clear("page"))
@@ -158,6 +169,16 @@ def test_mistakes_are_answered_with_sentences(engine: BatchingEngine, monkeypatc
     assert last(flow.ask("page", "  ")).notice == words.EMPTY
     assert f"at most {MAX_QUESTION:,} are read" in last(flow.ask("page", "why " * MAX_QUESTION)).notice
     assert "There is no such face" in last(flow.choose("page", 8)).notice
+
+    def breaks_off(*_: Any) -> Iterator[Piece]:
+        yield Piece(text="Half an")
+        raise ValueError("The worker died.")
+
+    monkeypatch.setattr(engine, "ask", breaks_off)
+    *_, writing, broken, failed = flow.ask("page", "Why?")
+    assert "Half an" in writing.words and 'aria-busy="true"' in writing.words
+    assert "Half an" not in broken.words and words.BROKEN_OFF in broken.words and 'aria-busy="false"' in broken.words
+    assert failed.notice == "The worker died." and failed.is_busy is False
     monkeypatch.setattr(engine, "ask", lambda *a: 1 / 0)
     failed = last(flow.ask("page", "Why?"))
     assert failed.notice == words.FAILED and failed.is_busy is False
@@ -176,6 +197,15 @@ def test_a_video_is_judged_and_its_most_telling_frame_explained(engine: Batching
     assert wanted.text in str(screens[-1].words) and f"About {wanted.about}" in str(screens[-1].words)
 
 
+@pytest.mark.e2e
+def test_a_video_without_a_face_gets_no_verdict_and_says_why(engine: BatchingEngine, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "grey.mp4", [np.full((96, 128, 3), 90, np.uint8)] * 6, rate=5)
+    shown = last(Flow({"m": engine}).look("page", "m", lambda: (clip.read_bytes(), "grey.mp4")))
+    assert 'data-label="INCONCLUSIVE"' in shown.card and "no face found in any frame." in shown.card
+    assert "--" not in Markup(shown.card).striptags() and "seen longest" not in shown.card
+    assert shown.say == "Verdict: No verdict. No face found in any frame." and not shown.notice
+
+
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("keys") / "keys.json"
@@ -190,6 +220,12 @@ def served(engine: BatchingEngine, keys: KeyRing | None = None, per_minute: int 
     limits = RequestLimits(requests_per_minute=per_minute)
     page = open_page({"m": engine}, limits, keys=keys, examples=FACES)
     return running(build_app(Service(engine=engine, model="tiny", keys=keys, limits=limits, page=page)))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("name", "is_told"), [("demo", True), ("newsroom", False)])
+def test_the_demonstration_is_called_one(engine: BatchingEngine, name: str, is_told: bool) -> None:
+    assert (words.DEMO in str(build_page({name: engine}).get_config_file())) == is_told
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +389,8 @@ def test_a_key_opens_the_page_and_a_withdrawn_one_does_not(engine: BatchingEngin
         with client.stream("GET", "/gradio_api/queue/data?session_hash=abc", timeout=60) as stream:
             said = "".join(line for line in stream.iter_lines())
         assert words.LOCKED in said
+        assert "/logout?all_session=false" in client.get("/config").text
+        with httpx.Client(base_url=address) as other:
+            assert other.get("/config").status_code == 401
+        assert client.get("/logout?all_session=false").status_code == 302
+        assert client.get("/config").status_code == 401, "another key can log in"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llava.explainer.generation import Explainer
     from llava.explainer.processing import Pixels
 
-NO_FACE = "no face found; --face off judges the whole image"
+NO_FACE = "no face found"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ class ScoreSettings(PipelineSettings):
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be done."""
+        super().__post_init__()
         if Path(self.out).is_file() or self.out.endswith((".parquet", ".csv")):
             raise ValueError(f"out: {self.out!r} is the name of a file; give a folder, its rows/ is read as one table.")
         if self.workers is not None and self.engine != "ray":

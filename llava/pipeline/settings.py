@@ -26,6 +26,11 @@ class FaceSettings:
     # A crop with margin 0.3 has its box on (1 / 1.6)^2 = 39 % of it, so what this rule cuts out passes it unchanged.
     whole_from: float = setting(0.3, "an image whose largest face box covers this part of it is taken as it is")
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be cut out."""
+        if self.margin < 0:
+            raise ValueError(f"margin: {self.margin} is not usable; allowed: 0 or more, 0.3 leaves hair and chin in.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings:

@@ -34,7 +34,7 @@ Answer: TypeAlias = Verdict | Explanation
 Video: TypeAlias = str | Path | NamedVideo
 Look: TypeAlias = Callable[[Sequence[Face]], tuple[list[Finding], Encoded | None]]
 NO_FRAME = "none of its frames can be decoded"
-NO_FACE = "no face found in any frame; --face off judges whole frames"
+NO_FACE = "no face found in any frame"
 TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (--video.least_frames)"
 DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import generate_latest
@@ -26,6 +26,7 @@ from llava.explainer.prompts import VERDICT_QUESTION
 from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.agreement import explanation
 from llava.pipeline.video import in_order
+from llava.serve.documentation import OPEN_PATHS, add_documentation
 from llava.serve.engine import Engine, Piece, Question, joined
 from llava.serve.fetch import Fetcher
 from llava.serve.guard import Guard, refusal_response
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-OPEN_PATHS = ("/health", "/docs", "/openapi.json")
 MAX_FILES = 16
 
 
@@ -61,7 +61,7 @@ class Service:
 
     def is_guarded(self, path: str) -> bool:
         """Say whether a path needs a key and a turn; the page has a login and rates of its own."""
-        return path not in OPEN_PATHS and not (self.page is not None and self.page.owns(path))
+        return path not in ("/health", *OPEN_PATHS) and not (self.page is not None and self.page.owns(path))
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
@@ -80,12 +80,13 @@ def build_app(service: Service) -> FastAPI:
         await fetcher.aclose()
         service.threads.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=service.is_guarded)
     app.add_middleware(service.measures.middleware)
     app.add_exception_handler(Refused, refusal_response)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    add_documentation(app)
     _add_basics(app, service)
     _add_faces(app, service)
     _add_chat(app, service, fetcher)
@@ -113,7 +114,7 @@ def _add_basics(app: FastAPI, service: Service) -> None:
 
 
 def _add_faces(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/detect")
+    @app.post("/v1/detect", dependencies=[_known_fields("files")])
     async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
         """Give a verdict for every face of the images that are sent, largest first, and one for each video."""
         sent = await _sent(files, service, read_upload)
@@ -121,7 +122,7 @@ def _add_faces(app: FastAPI, service: Service) -> None:
         found = await asyncio.to_thread(lambda: list(in_order(sent, engine.findings, engine.video_finding)))
         return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
 
-    @app.post("/v1/explain")
+    @app.post("/v1/explain", dependencies=[_known_fields("files", "question", "max_tokens")])
     async def explain(
         files: Annotated[list[UploadFile], File(max_length=MAX_FILES)],
         question: Annotated[str, Form(max_length=2000)] = VERDICT_QUESTION,
@@ -131,8 +132,20 @@ def _add_faces(app: FastAPI, service: Service) -> None:
         images = await _sent(files, service, read_still)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
-        said = [explanation(one.verdict, question, one.text) for one in answers]
+        named = [replace(one.verdict, image=image.name) for one, image in zip(answers, images, strict=True)]
+        said = [explanation(verdict, question, one.text) for verdict, one in zip(named, answers, strict=True)]
         return {"model": service.model, "explanations": [one.to_dict() for one in said]}
+
+
+def _known_fields(*names: str) -> Any:
+    """Give what refuses a form with other fields, so that a misspelt one is not left out in silence."""
+
+    async def check(request: Request) -> None:
+        unknown = sorted(set(await request.form()).difference(names))
+        if unknown:
+            raise Refused(400, f"{unknown[0][:80]}: there is no such field here; allowed: {', '.join(names)}.")
+
+    return Depends(check)
 
 
 def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher) -> None:
@@ -280,6 +293,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Name the field that does not fit; never what was sent, which may be an image."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
+        return refusal_response(request, Refused(400, "The body is no JSON by its header; send application/json."))
     where = ".".join(str(part) for part in first["loc"][1:]) or "body"
     return refusal_response(request, Refused(400, f"{where}: {first['msg']}."))
 

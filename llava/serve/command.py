@@ -9,11 +9,13 @@ from llava.pipeline.loading import load
 from llava.pipeline.settings import DEMO_MODEL
 from llava.serve.keys import read_keys
 from llava.serve.settings import ServeSettings
-from llava.serve.web import server_of
+from llava.serve.web import require_free, server_of
 
 
 def serve(settings: ServeSettings) -> Iterator[str]:
     """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    if not settings.ray or settings.cluster.is_private:  # a cluster may have its own proxy there
+        require_free(settings.host, settings.port)
     if settings.keys:
         read_keys(Path(settings.keys))  # before the model, which takes minutes
     if settings.model_path is None:

@@ -26,7 +26,7 @@ from llava.serve.heartbeat import stay_registered
 from llava.serve.protocol import MAX_IMAGE_BYTES, REQUEST_HEADER, GenerateRequest, WorkerStatus
 from llava.serve.refusals import Refused
 from llava.serve.registration import SecretSettings, read_secret, require_secret
-from llava.serve.web import make_app, read_json, serve
+from llava.serve.web import make_app, read_json, require_free, serve
 
 if TYPE_CHECKING:
     from llava.serve.answers import Answers
@@ -62,6 +62,7 @@ class WorkerSettings(SecretSettings, PipelineSettings):
 
     def __post_init__(self) -> None:
         """Raise ValueError for what can not be served."""
+        super().__post_init__()
         chosen = {f"--load-{bits}bit" for bits in (8, 4) if getattr(self, f"load_{bits}bit")}
         if len(chosen) + (self.quantization != "none") > 1:
             raise ValueError("Give one of --load-8bit, --load-4bit and --quantization.")
@@ -161,6 +162,7 @@ def main() -> None:
     setup_logging()
     try:
         settings = parse(WorkerSettings, list(translated(sys.argv[1:], ALIASES, REFUSED)), description=__doc__ or "")
+        require_free(settings.host, settings.port)
         app = build_app(settings, load_engine(settings))
     except (ValueError, OSError) as error:
         sys.exit(f"model_worker: {error}")

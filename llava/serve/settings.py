@@ -41,7 +41,8 @@ class ServeSettings(PipelineSettings):
     cluster: ClusterSettings = setting(ClusterSettings())
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a server that would stand open to the network."""
+        """Raise ValueError for a server that would stand open to the network, and for what can not be done."""
+        super().__post_init__()
         require_keys(self.host, self.keys, self.allow_unauthenticated)
         for name, least in {"rows": 1, "waiting": 0, "requests_per_minute": 1}.items():
             value = getattr(self, name)

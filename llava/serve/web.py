@@ -156,6 +156,16 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def require_free(host: str, port: int) -> None:
+    """Raise ValueError where nobody can listen, before a model is loaded or trained for it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0].rstrip(".")
+        raise ValueError(f"port: {host}:{port} can not be listened on ({why}); give another.") from None
+
+
 def server_of(app: FastAPI, host: str, port: int, proxies: Sequence[str] = ()) -> Server:
     """Give the server of an app; when it is told to stop, requests under way have a few seconds to end.
 

@@ -157,8 +157,9 @@ def _is_harmless(content: Any, folder: Path) -> bool:
 
 
 def _without_links(scope: Scope) -> Scope:
-    """Leave out what an address may ask the page to load; only the look of it may be chosen."""
-    kept = [part for part in scope["query_string"].split(b"&") if part.startswith((b"__theme=", b"vite", b"v="))]
+    """Leave out what an address may ask the page to load; only its look, and who is logged out, may be chosen."""
+    known = (b"__theme=", b"vite", b"v=", b"all_session=")
+    kept = [part for part in scope["query_string"].split(b"&") if part.startswith(known)]
     return {**scope, "query_string": b"&".join(kept)}
 
 

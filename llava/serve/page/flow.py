@@ -41,7 +41,6 @@ class Screen:
 
     photo: Markup | None = None
     faces: int | None = None
-    chosen: int = 0
     card: Markup | None = None
     words: Markup | None = None
     heatmap: Markup | None = None
@@ -98,7 +97,7 @@ class Flow:
             raise Refused(400, f"There is no such face; choose 1 to {len(visit.findings)}.")
         visit.begin()
         visit.chosen = number
-        yield from self._shown(visit)
+        yield from self._shown(visit, is_new=False)
 
     @told
     def ask(self, page: str, question: str | None) -> Iterator[Screen]:
@@ -122,7 +121,9 @@ class Flow:
     @told
     def stop(self, page: str) -> Iterator[Screen]:
         """End the answer that is being written; what there is of it stays."""
-        self._visit(page).stop.set()
+        visit = self._visit(page)
+        visit.is_stopped = True
+        visit.stop.set()
         yield Screen(is_busy=False)
 
     @told
@@ -167,14 +168,16 @@ class Flow:
         finding = engine.video_finding(source)
         return Visit(engine=engine, source=replace(source, source=None), findings=[finding])
 
-    def _shown(self, visit: Visit) -> Iterator[Screen]:
-        """Show the verdict on the chosen face, and explain it unless that was done before."""
+    def _shown(self, visit: Visit, is_new: bool = True) -> Iterator[Screen]:
+        """Show the verdict on the chosen face, and explain it unless that was done before.
+
+        is_new: the choice of faces is made anew. Where a person chose, it stays: made anew it would lose the mark.
+        """
         verdict = visit.finding.verdict
         is_asked = visit.finding.pixels is not None and not visit.answers
         yield Screen(
             photo=views.photo(visit),
-            faces=len(visit.findings),
-            chosen=visit.chosen,
+            faces=len(visit.findings) if is_new else None,
             card=views.card(visit.finding, visit.source.name),
             words=views.words(visit.answers, words.NO_WORDS if visit.finding.pixels is None else ""),
             heatmap=views.heatmap(visit.finding),
@@ -199,16 +202,22 @@ class Flow:
             picture, is_crop = visit.source.pixels, False  # as through the API: the largest face of the whole picture
         asked = Question(image=picture, turns=turns(before, question), settings=settings, is_crop=is_crop)
         yield Screen(words=_unfinished(finding, before, question, text), notice="", is_busy=True)
-        for piece in visit.engine.ask(asked, stop):
-            if visit.stop is not stop:
-                return
-            text += piece.text
-            yield Screen(words=_unfinished(finding, before, question, text))
+        try:
+            for piece in visit.engine.ask(asked, stop):
+                if visit.stop is not stop:
+                    return
+                text += piece.text
+                yield Screen(words=_unfinished(finding, before, question, text))
+        except Exception:
+            if visit.stop is stop:
+                yield Screen(words=views.words(visit.answers, words.BROKEN_OFF))
+            raise
         if visit.stop is not stop:
             return
         said = _explained(finding, question, text)
-        visit.said[visit.chosen] = [*before, said] if said.text else list(before)
-        note = "" if said.text else words.NO_MORE
+        if said.text:
+            visit.said[visit.chosen] = [*before, said]
+        note = "" if said.text else words.STOPPED if visit.is_stopped else words.NO_MORE
         heard = f"{said.text} {said.remark}".strip() or note
         yield Screen(words=views.words(visit.answers, note), say=heard, is_busy=False, question="")
 

@@ -13,6 +13,7 @@ from gradio.utils import get_upload_folder
 from markupsafe import Markup
 
 from llava.pipeline.pages import fill
+from llava.pipeline.settings import DEMO_MODEL
 from llava.pipeline.wording import LIMITS
 from llava.serve.engine import Engine
 from llava.serve.page import views, words
@@ -36,23 +37,24 @@ SAVE = """(file) => {
 def build_page(
     engines: Mapping[str, Engine],
     uploads: UploadLimits | None = None,
-    examples: Path | None = None,
-    is_allowed: Callable[[str | None], bool] = lambda user: True,
+    examples: str | Path | None = None,
+    is_allowed: Callable[[str | None], bool] | None = None,
     at_once: int = 16,
 ) -> gr.Blocks:
     """Give the page of some models.
 
     engines: of each model by its name; a mapping that is no dict is asked for its names whenever a page is opened.
-    examples: folder that holds photos of `words.EXAMPLES`. is_allowed: whether a user who logged in may still ask.
+    examples: folder that holds photos of `words.EXAMPLES`. is_allowed: whether a user who logged in may still ask;
+    None where nobody logs in.
     at_once: steps of one kind that run at the same time; four times as many wait, further ones are refused.
     """
     visits = Visits(on_forget=lambda name: page.state_holder.session_data.pop(name, None))  # Gradio's copy, too
     flow = Flow(engines, uploads, visits)
     with gr.Blocks(title="M2F2-Det", analytics_enabled=False, delete_cache=(30, 300)) as page:
-        parts = _parts(_offered(examples), _names(engines))
+        parts = _parts(_offered(examples), _names(engines), has_login=is_allowed is not None)
         if not isinstance(engines, dict):
             page.load(lambda: _model_choice(_names(engines)), None, parts.model, api_visibility="private")
-        _connect(parts, flow, is_allowed, uploads or UploadLimits())
+        _connect(parts, flow, is_allowed or (lambda user: True), uploads or UploadLimits())
     page.queue(default_concurrency_limit=at_once, max_size=4 * at_once)
     page.state_session_capacity = 200
     return page
@@ -90,9 +92,10 @@ class _Parts:
         return [*first, self.offer, self.seen, self.result, self.stop, self.again, self.ask, self.question]
 
 
-def _parts(offered: Sequence[tuple[words.Example, Path]], models: Sequence[str]) -> _Parts:
+def _parts(offered: Sequence[tuple[words.Example, Path]], models: Sequence[str], has_login: bool) -> _Parts:
     parts = _Parts()
-    gr.HTML(fill("live_head.html", title=words.TITLE, lead=words.LEAD), elem_id="head")
+    remark = words.DEMO if DEMO_MODEL in models else ""
+    gr.HTML(fill("live_head.html", title=words.TITLE, lead=words.LEAD, remark=remark), elem_id="head")
     parts.notice = gr.HTML("", elem_id="notice")
     parts.say = gr.HTML("", elem_id="say")
     with gr.Row(elem_id="desk", equal_height=False):
@@ -100,7 +103,7 @@ def _parts(offered: Sequence[tuple[words.Example, Path]], models: Sequence[str])
             _left(parts, offered, models)
         with gr.Column(scale=7, min_width=280, visible=False, elem_id="right") as parts.result:
             _right(parts)
-    gr.HTML(fill("live_about.html", limits=LIMITS, privacy=words.PRIVACY), elem_id="about")
+    gr.HTML(fill("live_about.html", limits=LIMITS, privacy=words.PRIVACY, has_login=has_login), elem_id="about")
     return parts
 
 
@@ -227,7 +230,7 @@ def _updates(screen: Screen) -> list[Any]:
     faces = gr.skip()
     if screen.faces is not None:
         choices = [(f"Face {n + 1}{', the largest' if n == 0 else ''}", n) for n in range(screen.faces)]
-        faces = gr.Radio(choices=choices, value=screen.chosen, visible=screen.faces > 1)
+        faces = gr.Radio(choices=choices, value=0, visible=screen.faces > 1)
     opened = [gr.skip()] * 3
     if screen.is_open is not None:
         opened = [gr.Column(visible=visible) for visible in (not screen.is_open, screen.is_open, screen.is_open)]
@@ -242,10 +245,10 @@ def _updates(screen: Screen) -> list[Any]:
     return [*first, html(notice), html(say), *opened, *busy, html(screen.question)]
 
 
-def _offered(folder: Path | None) -> list[tuple[words.Example, Path]]:
+def _offered(folder: str | Path | None) -> list[tuple[words.Example, Path]]:
     """List the examples that are there."""
     if folder is None:
         return []
-    found = [(example, folder / example.file) for example in words.EXAMPLES if (folder / example.file).is_file()]
+    found = [(e, path) for e in words.EXAMPLES if (path := Path(folder) / e.file).is_file()]
     log.info("The page offers %d of %d examples", len(found), len(words.EXAMPLES))
     return found

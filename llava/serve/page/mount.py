@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,8 @@ def open_page(
             yield
 
     shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    page = build_page(engines, uploads, _folder(examples), partial(_may_ask, keys), limits.max_active)
+    may_ask = None if keys is None else lambda user: user is not None and keys.has(user)
+    page = build_page(engines, uploads, examples, may_ask, limits.max_active)
     gr.mount_gradio_app(
         shell,
         page,
@@ -78,10 +78,6 @@ def open_page(
 
 def _folder(name: str | Path | None) -> Path | None:
     return None if name is None else Path(name)
-
-
-def _may_ask(keys: KeyRing | None, user: str | None) -> bool:
-    return keys is None or (user is not None and keys.has(user))
 
 
 def _own(name: str) -> str:

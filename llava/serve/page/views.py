@@ -46,7 +46,8 @@ def photo(visit: Visit) -> Markup:
 def card(finding: Finding, name: str) -> Markup:
     """Show a verdict: label, certainty, what it means, and the evidence by plain names."""
     verdict = finding.verdict
-    is_faceless = verdict.p_fake is None and verdict.face_count == 0 and not isinstance(verdict, VideoVerdict)
+    video = verdict if isinstance(verdict, VideoVerdict) else None
+    is_faceless = verdict.p_fake is None and verdict.face_count == 0 and video is None
     return fill(
         "live_card.html",
         verdict=verdict,
@@ -56,8 +57,8 @@ def card(finding: Finding, name: str) -> Markup:
         band=band_in_words(verdict),
         regions=regions_in_words(verdict),
         evidence=[(evidence_name(key), value) for key, value in verdict.evidence.items()],
-        video=verdict if isinstance(verdict, VideoVerdict) else None,
-        timeline=png_uri(timeline_png(verdict)) if isinstance(verdict, VideoVerdict) and verdict.frames else "",
+        video=video,
+        timeline="" if video is None or video.p_fake is None else png_uri(timeline_png(video)),
     )
 
 

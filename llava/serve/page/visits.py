@@ -18,8 +18,8 @@ from llava.serve.engine import Engine
 class Visit:
     """One picture or video on one open page: what was found, which face is talked about, and what was said of each.
 
-    stop: ends the answer that is being written; every answer has its own. rewrites: how often other words were asked
-    for.
+    stop: ends the answer that is being written; every answer has its own. is_stopped: whether a person ended it.
+    rewrites: how often other words were asked for.
     """
 
     engine: Engine
@@ -28,6 +28,7 @@ class Visit:
     chosen: int = 0
     said: dict[int, list[Explanation]] = field(default_factory=dict)
     stop: Event = field(default_factory=Event)
+    is_stopped: bool = False
     rewrites: int = 0
 
     @property
@@ -43,7 +44,7 @@ class Visit:
     def begin(self) -> Event:
         """End the answer that is being written, which is shown no further, and give what ends the next one."""
         self.stop.set()
-        self.stop = Event()
+        self.stop, self.is_stopped = Event(), False
         return self.stop
 
     @property

@@ -9,6 +9,10 @@ from llava.explainer.prompts import VERDICT_QUESTION
 
 TITLE = "Is this face real or forged?"
 LEAD = "You get a verdict, how sure it is, what it rests on, and the reasons in words."
+DEMO = (
+    "This is the model of the demonstration. It learned from a handful of photographs and is no tool: try the page "
+    "with it, and believe none of its verdicts."
+)
 PRIVACY = (
     "What you send is looked at on this server alone and kept in its memory, so that you can ask about it. Clear "
     "forgets it at once; otherwise it is forgotten within an hour after your last question. It is never written to a "
@@ -32,11 +36,13 @@ NO_MODEL = "This model is not there now; try again in a minute, or load the page
 GONE = "There is no picture here any more; drop it again."
 EMPTY = "The question is empty; ask something, such as: Why?"
 FAILED = "Something went wrong here; the server's log says what."
-LOCKED = "Your key is no longer valid; load the page again and log in with another one."
+LOCKED = "Your key is no longer valid; log out at the end of the page, and log in with another one."
 NO_FACE = (
     "No face was found, and only faces are judged. Take a picture in which a face is larger and seen from the front."
 )
 NO_WORDS = "There is nothing to explain without a verdict."
+BROKEN_OFF = "The answer broke off and is not kept; ask again."
+STOPPED = "Stopped before the first word."
 NO_MORE = "No words could be written about this face alone; choose the largest one."
 
 
@@ -69,7 +75,8 @@ def evidence_name(name: str) -> str:
 
 def announcement(verdict: Verdict) -> str:
     """Say a verdict in one sentence, for people who hear the page."""
-    sure = "" if verdict.p_fake is None else f" {verdict.score_text}, {verdict.calibration}."
+    why = f" {verdict.reason[:1].upper()}{verdict.reason[1:]}."
+    sure = why if verdict.p_fake is None else f" {verdict.score_text}, {verdict.calibration}."
     which = f" Face {verdict.face} of {verdict.face_count}." if verdict.face_count > 1 else ""
     return f"Verdict: {headline(verdict)}.{sure}{which}"
 
