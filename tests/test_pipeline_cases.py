@@ -95,7 +95,7 @@ def test_a_calibrated_verdict_is_said_in_plain_words() -> None:
 def test_a_bare_score_is_called_no_probability() -> None:
     text = page_of(entry(BARE, evidence_map=None)).text
     assert "FAKE p_fake 0.950 (not calibrated)" in text
-    assert "Its score of 0.950 reaches the threshold of 0.500." in text and "the score is no probability" in text
+    assert "0.950 reaches the threshold of 0.500. The detector is not" in text and "the score is no probability" in text
     assert "This detector draws no map." in text
     assert "% forged" not in text and "likelier" not in text and "UNCERTAIN" not in text
 

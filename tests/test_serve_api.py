@@ -161,7 +161,7 @@ BAD = {
     "long in parts": ({"messages": long_message()}, "A message has 16,000 characters"),
     "long in turns": ({"messages": long_message(1) + turns_after(8)}, "The conversation has 72,000 characters"),
     "model": ({"messages": messages(draw(0, 1)), "model": "gpt"}, "There is no model 'gpt' here; ask 'tiny'"),
-    "tools": ({"messages": messages(draw(0, 1)), "tools": []}, "tools: Extra inputs are not permitted"),
+    "tools": ({"messages": messages(draw(0, 1)), "tools": []}, "tools: no setting that is known here"),
     "tokens": ({"messages": messages(draw(0, 1)), "max_tokens": 10**6}, "max_tokens: Input should be less than"),
     "local file": (
         {

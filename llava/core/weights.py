@@ -38,7 +38,8 @@ def resolve(name: str | Path) -> Path:
     if Path(name).is_file():
         raise FileNotFoundError(f"{str(name)!r} is a file; give the folder that holds it.")
     known = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")] if root.is_dir() else []
-    tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({nearest(Path(name).name, known)})"
+    there = nearest(Path(name).name, known) if known else "it holds none; m2f2 demo trains a small one"
+    tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({there})"
     owner, _, model = str(name).partition("/")
     if not model or "/" in model or owner in ("", "~") or owner.startswith("."):
         raise FileNotFoundError(f"{tried} Give a folder, such a name, or a hub id like owner/model.")

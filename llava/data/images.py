@@ -70,7 +70,9 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int = MAX_PIXELS) -
     if min(width, height) < MIN_SIDE:
         raise UnreadableImage(f"{name}: {width}x{height} pixels is too small; each side needs at least {MIN_SIDE}.")
     if width * height > max_pixels:
-        raise ImageTooLarge(f"{name}: {width}x{height} pixels is too large; the limit is {max_pixels:,} in all.")
+        raise ImageTooLarge(
+            f"{name}: {width}x{height} pixels is too large; the limit is {max_pixels:,} in all. Save it smaller."
+        )
 
 
 @cache

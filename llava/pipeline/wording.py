@@ -16,6 +16,10 @@ ON_PICTURES = (
     "not say how many of 100 such videos are forged."
 )
 
+ONE_HALF = (
+    "One half is no border here: the threshold was chosen where the detector tells its validation faces apart best."
+)
+
 LIMITS = (
     "This is no evidence by itself. It says what one program found in one picture; a person who knows the field has to "
     "look at the picture, where it came from, and what else is known.",
@@ -35,18 +39,19 @@ def meaning(verdict: Verdict) -> str:
     if verdict.p_fake is None:
         return f"There is no verdict: {_reason(verdict)}."
     says = {
-        VerdictLabel.FAKE: "The detector found traces of forgery in this face.",
-        VerdictLabel.REAL: "The detector found none of the traces of forgery that it knows. This does not prove that "
-        "the face is real.",
+        VerdictLabel.FAKE: "The detector's score lies on the side of forged faces.",
+        VerdictLabel.REAL: "The detector's score lies on the side of real faces. This does not prove that the face is "
+        "real.",
         VerdictLabel.UNCERTAIN: f"The detector cannot tell: {_reason(verdict)}. Take this as no answer either way.",
         VerdictLabel.INCONCLUSIVE: f"There is no verdict: {_reason(verdict)}.",
     }[verdict.label]
     if verdict.is_calibrated:
         return f"{says} {_share(verdict)}"
     side = "reaches" if verdict.p_fake >= verdict.threshold else "stays under"
+    half = "" if (verdict.p_fake >= 0.5) == (verdict.p_fake >= verdict.threshold) else f" {ONE_HALF}"
     return (
-        f"{says} Its score of {verdict.p_fake:.3f} {side} the threshold of {verdict.threshold:.3f}. The detector is "
-        "not calibrated: the score is no probability, and how often such a verdict is right is not known."
+        f"{says} {verdict.p_fake:.3f} {side} the threshold of {verdict.threshold:.3f}.{half} The detector is not "
+        "calibrated: the score is no probability, and how often such a verdict is right is not known."
     )
 
 

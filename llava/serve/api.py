@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
@@ -36,13 +37,12 @@ from llava.serve.measures import Measures
 from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
 from llava.serve.refusals import Refused
 from llava.serve.streams import from_thread
-from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_still, read_upload
+from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_files, read_still, read_upload
 
 if TYPE_CHECKING:
     from llava.serve.page.door import PageDoor
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 MAX_FILES = 16
 
 
@@ -80,7 +80,9 @@ def build_app(service: Service) -> FastAPI:
         await fetcher.aclose()
         service.threads.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    keyed = [Depends(HTTPBearer(auto_error=False))] if service.keys else []  # for the documentation; `Guard` checks
+    settings: dict[str, Any] = {"docs_url": None, "redoc_url": None, "dependencies": keyed}
+    app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, **settings)
     app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=service.is_guarded)
     app.add_middleware(service.measures.middleware)
     app.add_exception_handler(Refused, refusal_response)
@@ -117,7 +119,7 @@ def _add_faces(app: FastAPI, service: Service) -> None:
     @app.post("/v1/detect", dependencies=[_known_fields("files")])
     async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
         """Give a verdict for every face of the images that are sent, largest first, and one for each video."""
-        sent = await _sent(files, service, read_upload)
+        sent = await read_files(files, read_upload, service.uploads)
         engine = service.engine
         found = await asyncio.to_thread(lambda: list(in_order(sent, engine.findings, engine.video_finding)))
         return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
@@ -129,7 +131,7 @@ def _add_faces(app: FastAPI, service: Service) -> None:
         max_tokens: Annotated[int, Form(ge=1, le=MAX_TOKENS)] = 256,
     ) -> dict[str, Any]:
         """Give the verdict on the largest face of each image, and the answer to one question about it."""
-        images = await _sent(files, service, read_still)
+        images = await read_files(files, read_still, service.uploads)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
         named = [replace(one.verdict, image=image.name) for one, image in zip(answers, images, strict=True)]
@@ -269,22 +271,6 @@ async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedIma
     return await asyncio.to_thread(read_still, content, "image", service.uploads)
 
 
-async def _sent(
-    files: Sequence[UploadFile], service: Service, read: Callable[[bytes, str, UploadLimits], T]
-) -> list[T]:
-    """Read the files of a request. Raises Refused, 413 also where the images are too much together."""
-    found: list[T] = []
-    left = service.uploads.max_request_pixels
-    for file in files:
-        one = await asyncio.to_thread(read, await file.read(), file.filename or "", service.uploads)
-        left -= one.pixels.size // 3 if isinstance(one, NamedImage) and one.pixels is not None else 0
-        if left < 0:
-            most = service.uploads.max_request_pixels
-            raise Refused(413, f"The images together have more than {most:,} pixels, the limit; send fewer at a time.")
-        found.append(one)
-    return found
-
-
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
@@ -296,6 +282,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
         return refusal_response(request, Refused(400, "The body is no JSON by its header; send application/json."))
     where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    if first["type"] == "extra_forbidden":
+        return refusal_response(request, Refused(400, f"{where}: no setting that is known here; leave it out."))
     return refusal_response(request, Refused(400, f"{where}: {first['msg']}."))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Semaphore
-from typing import Any
+from typing import Any, TypeVar
+
+from fastapi import UploadFile
 
 from llava.core.config import setting
 from llava.core.runtime import give_memory_back
@@ -17,6 +21,7 @@ from llava.data.video import open_clip
 from llava.serve.media import PILLOW_FORMATS, media_type, unknown_format
 from llava.serve.refusals import Refused
 
+T = TypeVar("T")
 NAMELESS = "upload"
 DECODING = Semaphore(2)  # at a time in a process, because one image may take 525 MB, see UploadLimits
 LARGE = 10_000_000  # bytes of pixels; reading more than that leaves hundreds of megabytes with each thread
@@ -74,6 +79,25 @@ def read_still(content: bytes, name: str = "", limits: UploadLimits | None = Non
     found = read_upload(content, name, limits)
     if not isinstance(found, NamedImage):
         raise Refused(415, f"{found.name}: a video, and an image is wanted here; send one of its frames.")
+    return found
+
+
+async def read_files(
+    files: Sequence[UploadFile], read: Callable[[bytes, str, UploadLimits], T], limits: UploadLimits
+) -> list[T]:
+    """Read the files of a request by `read_upload` or `read_still`.
+
+    Raises Refused as they do; 413 also where the images are too much together.
+    """
+    found: list[T] = []
+    left = limits.max_request_pixels
+    for file in files:
+        one = await asyncio.to_thread(read, await file.read(), file.filename or "", limits)
+        left -= one.pixels.size // 3 if isinstance(one, NamedImage) and one.pixels is not None else 0
+        if left < 0:
+            most = limits.max_request_pixels
+            raise Refused(413, f"The images together have more than {most:,} pixels, the limit; send fewer at a time.")
+        found.append(one)
     return found
 
 

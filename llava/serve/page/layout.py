@@ -116,7 +116,7 @@ def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]], models: 
     parts.examples = []
     with gr.Column(elem_id="offer") as parts.offer:
         parts.model = _model_choice(models)
-        parts.drop = gr.File(label="Photo or short video", file_types=FILE_TYPES, height=220, elem_id="drop")
+        parts.drop = gr.File(label=words.DROP, file_types=FILE_TYPES, height=220, elem_id="drop")
         if offered:
             gr.HTML(Markup("<h2>Or try one of these</h2>"))
             with gr.Row(elem_id="examples"):

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,7 @@ def open_page(
             yield
 
     shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    may_ask = None if keys is None else lambda user: user is not None and keys.has(user)
-    page = build_page(engines, uploads, examples, may_ask, limits.max_active)
+    page = build_page(engines, uploads, examples, None if keys is None else partial(_may_ask, keys), limits.max_active)
     gr.mount_gradio_app(
         shell,
         page,
@@ -78,6 +78,10 @@ def open_page(
 
 def _folder(name: str | Path | None) -> Path | None:
     return None if name is None else Path(name)
+
+
+def _may_ask(keys: KeyRing, user: str | None) -> bool:
+    return user is not None and keys.has(user)
 
 
 def _own(name: str) -> str:

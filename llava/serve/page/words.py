@@ -18,6 +18,7 @@ PRIVACY = (
     "forgets it at once; otherwise it is forgotten within an hour after your last question. It is never written to a "
     "file that stays."
 )
+DROP = "Photo or short video, up to 20 MB (25 megapixels, 5 minutes)"
 SUGGESTIONS = (
     "Does this image look real or fake? Give the reasons.",
     "Do the person's eyes look real or fake? Give the reason.",
