@@ -88,7 +88,9 @@ def test_an_attack_is_refused(server: Server, good: object, name: str) -> None:
 
 @pytest.mark.parametrize("path", FUZZ)
 def test_malformed_bodies_from_the_schema_are_refused(server: Server, path: str) -> None:
-    schema = schemathesis.openapi.from_dict(server.client.get("/openapi.json").json())
+    told_schema = server.client.get("/openapi.json").json()
+    del told_schema["paths"][path]["post"]["security"]  # the key is right, the bodies are wrong
+    schema = schemathesis.openapi.from_dict(told_schema)
     statuses = FOUND.setdefault(f"malformed bodies made from the schema: {path}", [])
     known = {"Authorization": f"Bearer {server.key}"}
 
