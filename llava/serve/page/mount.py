@@ -76,10 +76,6 @@ def open_page(
     return PageDoor(shell, limits, page.fns)
 
 
-def _folder(name: str | Path | None) -> Path | None:
-    return None if name is None else Path(name)
-
-
 def _may_ask(keys: KeyRing, user: str | None) -> bool:
     return user is not None and keys.has(user)
 
