@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 from page_parser import Page
 
 from llava.core.config import build, load_yaml
@@ -42,6 +43,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert "judgement accuracy" in said and str(folder / "out" / "report.html") in said
     assert f"--model {folder / 'checkpoints' / 'demo'}" in said
     yield folder / "out"
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match=r"another run writes to .*; wait for it"):
+        next(run_demo(DemoConfig(output=str(tmp_path))))
 
 
 @pytest.mark.e2e

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from llava.core.config import setting
 from llava.core.weights import checkpoints_dir
 from llava.pipeline.settings import DEMO_MODEL
@@ -36,7 +38,20 @@ class DemoConfig:
 
 
 def run_demo(config: DemoConfig) -> Iterator[str]:
-    """Run the whole path; yields the scores and where everything is. Raises ValueError where a step fails."""
+    """Run the whole path; yields the scores and where everything is.
+
+    Raises ValueError where a step fails, and where another run writes to the same folder.
+    """
+    out = Path(config.output)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield from _run(config, out)
+    except Timeout:
+        raise ValueError(f"output: another run writes to {str(out)!r} now; wait for it, or give --output.") from None
+
+
+def _run(config: DemoConfig, out: Path) -> Iterator[str]:
     # here, so that --help does not wait for the libraries that train
     from llava.core.runtime import write_json
     from llava.evaluation.compare import comparison
@@ -45,7 +60,7 @@ def run_demo(config: DemoConfig) -> Iterator[str]:
     from llava.pipeline.demo_report import write_report
     from llava.pipeline.demo_steps import Clock, answer, judge_answers, train
 
-    clock, out, explainer = Clock(), Path(config.output), config.explainer
+    clock, explainer = Clock(), config.explainer
     plan = clock.run("data", lambda: prepare(config.data, config.recipe, out))
     train(plan, out, explainer, clock)
     answer(plan, out, explainer, clock)
