@@ -134,8 +134,7 @@ def _add_faces(app: FastAPI, service: Service) -> None:
         images = await read_files(files, read_still, service.uploads)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
-        named = [replace(one.verdict, image=image.name) for one, image in zip(answers, images, strict=True)]
-        said = [explanation(verdict, question, one.text) for verdict, one in zip(named, answers, strict=True)]
+        said = [explanation(one.verdict, question, one.text) for one in answers]
         return {"model": service.model, "explanations": [one.to_dict() for one in said]}
 
 
