@@ -2,4 +2,4 @@
 # Ask the DD-VQA questions about reasons: bash stage_3_inference_exp.sh --model-path FOLDER [--setting value ...]
 set -euo pipefail
 source "$(dirname "$0")/scripts/env.sh"
-exec "$PYTHON" -m llava.pipeline.ddvqa exp "$@"
+exec "$PYTHON" -m llava.jobs.ddvqa_answers exp "$@"

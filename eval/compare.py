@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.core.config import parse, setting
-from llava.evaluation.compare import comparison
-from llava.evaluation.report import console, run_script
+from llava.evaluation.tables import comparison, console, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
-from llava.evaluation.forgery_strength import open_forged, strength_report
-from llava.evaluation.forgery_tables import strength_tables
-from llava.evaluation.report import console, run_script
+from llava.evaluation.forgeries import open_forged, strength_report, strength_tables
+from llava.evaluation.tables import console, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

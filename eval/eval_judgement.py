@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
-from llava.evaluation.agreement import read_agreement
-from llava.evaluation.judgement import judgement_report, read_judgements
-from llava.evaluation.report import agreement_table, console, judgement_tables, run_script
+from llava.evaluation.judgement import judgement_report, read_agreement, read_judgements
+from llava.evaluation.tables import agreement_table, console, judgement_tables, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 from llava.core.config import parse, setting
 from llava.core.runtime import software, write_json
 from llava.data.images import list_images
-from llava.evaluation.report import console, run_script, titled_table
+from llava.evaluation.tables import console, run_script, titled_table
 from llava.serve.addresses import is_loopback
 from llava.serve.load import Run, bodies, picture, send
 

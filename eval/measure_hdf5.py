@@ -27,15 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from llava.core.config import parse, setting
 from llava.core.runtime import item_rng, write_json
 from llava.core.types import InputSpec, Record
-from llava.data.dataset import DetectionDataset, collate
-from llava.data.ffpp import Kind, file_name, keys_of
-from llava.data.hdf5 import Hdf5Source
+from llava.data.clips import Hdf5Source
+from llava.data.dataset import DetectionDataset, collate, to_tensor
 from llava.data.hdf5_pack import PackConfig, pack
 from llava.data.images import list_images, read_image
+from llava.data.public_sets import Kind, file_name, keys_of
 from llava.data.sources import DataConfig, split_of
-from llava.data.transforms import to_tensor
 from llava.detectors.clip_prompt import CLIP_MEAN, CLIP_STD
-from llava.evaluation.report import console, run_script, titled_table
+from llava.evaluation.tables import console, run_script, titled_table
 from llava.ops.degrade import DegradeConfig
 
 MEASURED_KINDS: tuple[Kind, ...] = ("original", "Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")

@@ -16,17 +16,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, set_seed
 
 from llava.core.config import parse, setting
 from llava.core.runtime import software, write_json
-from llava.core.types import Turn
+from llava.core.types import GenerationSettings, Turn
 from llava.data.images import read_image
-from llava.detectors.m2f2det import M2F2Det
-from llava.detectors.m2f2det_config import M2F2DetConfig
-from llava.evaluation.report import console, run_script, titled_table
-from llava.explainer.configuration import join_config
-from llava.explainer.generation import Explainer
-from llava.explainer.loading import DTYPES
-from llava.explainer.modeling import ForgeryLlava
+from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+from llava.evaluation.tables import console, run_script, titled_table
+from llava.explainer.generation import DTYPES, Explainer
+from llava.explainer.modeling import ForgeryLlava, join_config
 from llava.explainer.processing import ExplainerProcessor
-from llava.explainer.sampling import GenerationSettings
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings, Precision
 from llava.serve.batching import BatchConfig, BatchingEngine

@@ -15,7 +15,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 from llava import __version__
-from llava.core.errors import Incomplete
+from llava.core.logs import Incomplete
 
 
 class Command(NamedTuple):
@@ -26,24 +26,24 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "detect": Command("llava.pipeline.commands:detect", "say of faces whether they are real or forged"),
-    "explain": Command("llava.pipeline.commands:explain", "say it with the reasons in words"),
-    "chat": Command("llava.pipeline.commands:chat", "talk about one face: the verdict, then your questions"),
-    "demo": Command("llava.pipeline.demo:run_demo", "run the whole path, small: data, three stages, answers, scores"),
+    "detect": Command("llava.jobs.commands:detect", "say of faces whether they are real or forged"),
+    "explain": Command("llava.jobs.commands:explain", "say it with the reasons in words"),
+    "chat": Command("llava.jobs.commands:chat", "talk about one face: the verdict, then your questions"),
+    "demo": Command("llava.jobs.demo:run_demo", "run the whole path, small: data, three stages, answers, scores"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
-    "evaluate": Command("llava.train.infer:evaluate", "score a detector on a split: AUC, calibration, robustness"),
-    "maps": Command("llava.pipeline.integrity:write_maps", "write a detector's maps of forged images into a file"),
+    "evaluate": Command("llava.train.evaluate:evaluate", "score a detector on a split: AUC, calibration, robustness"),
+    "maps": Command("llava.jobs.maps:write_maps", "write a detector's maps of forged images into a file"),
     "counterfactual": Command(
-        "llava.pipeline.integrity:write_counterfactual", "change what the words name and write how far the score falls"
+        "llava.jobs.maps:write_counterfactual", "change what the words name and write how far the score falls"
     ),
     "data verdicts": Command(
         "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
     ),
     "data ddvqa": Command("llava.data.ddvqa:build_ddvqa", "turn DD-VQA annotation files into training files"),
     "data forge": Command(
-        "llava.pipeline.forge:build_forgeries", "forge real faces so that region and artefact are known"
+        "llava.jobs.forged_faces:build_forgeries", "forge real faces so that region and artefact are known"
     ),
-    "score": Command("llava.pipeline.score:score", "score a folder or list of images into parquet, millions of them"),
+    "score": Command("llava.jobs.bulk:score", "score a folder or list of images into parquet, millions of them"),
     "serve": Command("llava.serve.command:serve", "serve a model: an HTTP API that OpenAI's clients speak"),
     "keys create": Command("llava.serve.keys:create_key", "make an API key for a server and show it, once"),
     "keys list": Command("llava.serve.keys:list_keys", "list the API keys by name, without the keys"),

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from llava.core.config import parse, setting
-from llava.core.conversion import Plan
 from llava.core.logs import setup_logging
+from llava.core.tensor_files import Plan
 from llava.core.weights import resolve
-from llava.detectors.published import PublishedDetector, PublishedTower, published_file
-from llava.detectors.published_sizes import read_clip_config
-from llava.explainer.convert import PublishedFolder, ready
-from llava.explainer.published_delta import PublishedDelta
+from llava.detectors.m2f2det_published import PublishedDetector, PublishedTower, published_file, read_clip_config
+from llava.explainer.convert import PublishedDelta, PublishedFolder, ready
 
 log = logging.getLogger("convert_m2f2")
 Published: TypeAlias = PublishedDetector | PublishedTower | PublishedFolder | PublishedDelta

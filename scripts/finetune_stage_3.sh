@@ -3,4 +3,4 @@
 # one plain process. Usage: bash scripts/finetune_stage_3.sh [--include localhost:0,1] [--master_port 29801] [flags]
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-exec "$PYTHON" -m llava.train.launch 3 "$@"
+exec "$PYTHON" -m llava.train.stages finetune_3 "$@"

@@ -6,8 +6,7 @@ import logging
 import sys
 
 from llava.core.config import parse
-from llava.core.errors import Incomplete
-from llava.core.logs import setup_logging
+from llava.core.logs import Incomplete, setup_logging
 from llava.data.hdf5_pack import PackConfig, pack
 
 log = logging.getLogger("llava.pack_hdf5")  # run as a script, __name__ is another

@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from llava.data.ffpp import file_name, keys_of
+from llava.data.public_sets import file_name, keys_of
 
 Pairs = Sequence[tuple[str, str]]
 SPLITS = {"train": [("071", "054"), ("087", "081")], "val": [("720", "672")], "test": [("953", "974")]}

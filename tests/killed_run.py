@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.train.runs import last_checkpoint
+from llava.core.runtime import last_checkpoint
 
 STAGE_1 = [sys.executable, "-m", "llava.train.stage_1"]
 

@@ -14,11 +14,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava.detectors.clip_prompt import ClipVisionSizes
-from llava.detectors.m2f2det import M2F2Det
-from llava.detectors.m2f2det_config import M2F2DetConfig
-from llava.explainer.configuration import join_config
+from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.explainer.convert import RULES
-from llava.explainer.modeling import ForgeryLlava
+from llava.explainer.modeling import ForgeryLlava, join_config
 
 VICUNA_7B = {
     "vocab_size": 32000,

@@ -21,6 +21,7 @@ FLOORS = {
     "explainer": 2.5,
     "train": 3,
     "pipeline": 4,
+    "jobs": 4.5,
     "serve": 5,
     "cli": 5,
     "": 6,  # llava/__init__.py, which may offer what lies below
@@ -28,7 +29,7 @@ FLOORS = {
 WALLS = {("explainer", "evaluation")}
 OUTSIDE = {"eval", "scripts", "tests", "utils"}
 LAZY_TARGET = re.compile(r"llava(\.\w+)+:\w+")
-MAX_FILE, MAX_FUNCTION = 300, 40
+MAX_FILE, MAX_FUNCTION = 400, 40
 
 SOURCES = sorted(p for folder in ("llava", "eval", "scripts") for p in (ROOT / folder).rglob("*.py"))
 PACKAGE = [p for p in SOURCES if p.is_relative_to(ROOT / "llava")]

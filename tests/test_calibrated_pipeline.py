@@ -15,17 +15,17 @@ from tiny_world import draw
 
 import llava
 from llava import cli
-from llava.core.calibration import Calibration, ScoreMap, read_calibration, write_calibration
+from llava.core.score_map import Calibration, ScoreMap, read_calibration, write_calibration
 from llava.core.types import REAL, Decision
 from llava.detectors.base import load
 from llava.explainer.delta import fingerprint, save_delta
-from llava.explainer.loading import load_model
+from llava.explainer.generation import load_model
 from llava.explainer.merge import merge_delta, merge_detector
+from llava.jobs.ddvqa_answers import JudgeSettings, _identity
 from llava.pipeline import Pipeline
-from llava.pipeline.ddvqa import JudgeSettings, _identity
-from llava.pipeline.faces import Face
-from llava.pipeline.judging import CONTRADICTED, IN_THE_BAND
+from llava.pipeline.crops import Face
 from llava.pipeline.settings import FaceSettings
+from llava.pipeline.verdict import CONTRADICTED, IN_THE_BAND
 
 WHOLE = FaceSettings(face="off")
 PICTURES = [draw(i % 2, 300 + i) for i in range(6)]

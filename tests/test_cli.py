@@ -162,7 +162,7 @@ def test_a_missing_package_is_named_with_the_extras(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "limits", None)
-    monkeypatch.delitem(sys.modules, "llava.serve.limits", raising=False)
-    monkeypatch.setitem(cli.COMMANDS, "broken", cli.Command("llava.serve.limits:RateLimiter", "needs a package"))
+    monkeypatch.delitem(sys.modules, "llava.serve.guard", raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "broken", cli.Command("llava.serve.guard:RateLimiter", "needs a package"))
     assert cli.main(["broken"]) == 2
     assert "the package 'limits' is not installed; the extras bring it: pip install" in capsys.readouterr().err

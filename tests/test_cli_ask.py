@@ -16,7 +16,7 @@ from tiny_world import draw
 
 from llava import cli
 from llava.detectors.base import Detector
-from llava.pipeline.faces import NO_FACE
+from llava.pipeline.crops import NO_FACE
 
 QUESTION = "Determine the authenticity of this image."
 

@@ -26,24 +26,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
-from llava.core.conversion import Move, Rules, plan, write_shards
-from llava.core.tensor_files import TensorFiles, read_pickled
+from llava.core.tensor_files import Move, Rules, TensorFiles, plan, read_pickled, write_shards
 from llava.core.weights import read_config
 from llava.detectors.base import load
-from llava.detectors.m2f2det import M2F2Det
-from llava.detectors.m2f2det_config import M2F2DetConfig
-from llava.detectors.published import (
+from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+from llava.detectors.m2f2det_published import (
     PUBLISHED_PREFIXES,
     PublishedDetector,
+    detector_config,
     detector_plan,
     published_file,
     ready_detector,
 )
-from llava.detectors.published_sizes import detector_config
-from llava.explainer.convert import DETECTOR, RULES, TOWER, PublishedFolder, ready
-from llava.explainer.loading import load_model
+from llava.explainer.convert import DETECTOR, RULES, TOWER, PublishedDelta, PublishedFolder, ready
+from llava.explainer.generation import load_model
 from llava.explainer.merge import merge_delta, merge_detector
-from llava.explainer.published_delta import PublishedDelta
 from llava.train.tiny_base import train_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava.core.calibration import Calibration, ScoreMap, read_calibration, write_calibration
+from llava.core.score_map import Calibration, ScoreMap, read_calibration, write_calibration
 from llava.core.types import Explanation, Verdict, VerdictLabel
 from llava.core.weights import sha256_of_tensors
 from llava.detectors.base import load, load_uncalibrated

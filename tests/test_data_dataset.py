@@ -15,11 +15,9 @@ from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.core.types import InputSpec
-from llava.data.csv_table import CsvSource
-from llava.data.dataset import DetectionDataset, EpochSampler, collate
-from llava.data.folder import FolderSource
+from llava.data.dataset import DetectionDataset, EpochSampler, collate, mask_cells, to_tensor, view_tensors
 from llava.data.sources import DataConfig, split_of
-from llava.data.transforms import mask_cells, to_tensor, view_tensors
+from llava.data.stills import CsvSource, FolderSource
 from llava.ops.degrade import DegradeConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

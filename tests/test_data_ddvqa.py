@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava.data.answer_texts import label_free_answer, label_free_question, published_pair, reason_sentences
 from llava.data.ddvqa import DdvqaConfig, build_ddvqa
-from llava.data.ddvqa_reasons import reason_sentences
-from llava.data.ddvqa_text import label_free_answer, label_free_question, published_pair
 from llava.data.sources import DataConfig, open_source
 from llava.data.splits import LeakError, check_leaks
 

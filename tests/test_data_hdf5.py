@@ -20,15 +20,14 @@ from torch.utils.data import DataLoader
 
 from llava.core.runtime import item_rng
 from llava.core.types import InputSpec
-from llava.data.clips import ClipFiles, UnreadableClip
+from llava.data.clips import ClipFiles, Hdf5Source, UnreadableClip
 from llava.data.dataset import DetectionDataset, collate
-from llava.data.ffpp import group_names, keys_of, read_pairs
 from llava.data.frames import spread_frames
-from llava.data.hdf5 import Hdf5Source
+from llava.data.public_sets import group_names, keys_of, read_pairs
 from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import check_leaks, near_duplicates
 from llava.evaluation.predictions import by_video, from_records, read_csv, write_csv
-from llava.train.splits import open_data
+from llava.train.recipe import open_data
 
 SMALL = {"pixel_values": InputSpec(size=16, mean=(0, 0, 0), std=(1, 1, 1))}
 
@@ -102,7 +101,7 @@ def test_only_test_files_are_enough_to_score(tmp_path, caplog):
     for kind, keys in (("original", ["953", "974"]), ("FaceShifter", ["953_974", "974_953"])):
         write_kind(tmp_path, kind, keys, is_test_only=True)
     write_splits(tmp_path / "splits")
-    with caplog.at_level(logging.INFO, "llava.data.hdf5"):
+    with caplog.at_level(logging.INFO, "llava.data.clips"):
         source = open_source(config(tmp_path))
     assert {r.split for r in source.records} == {"test"} and len(source.records) == 12
     assert "split train: found nothing" in caplog.text
@@ -111,7 +110,7 @@ def test_only_test_files_are_enough_to_score(tmp_path, caplog):
 def test_the_log_says_which_kinds_are_there_and_counts_what_no_split_names(ffpp, caplog):
     with h5py.File(ffpp / "FF++_original_c40.h5", "a") as file:
         file["999"] = np.zeros((1, 16, 16, 3), np.uint8)
-    with caplog.at_level(logging.INFO, "llava.data.hdf5"):
+    with caplog.at_level(logging.INFO, "llava.data.clips"):
         open_source(config(ffpp))
     assert (
         "split val: found original, Deepfakes; absent: Face2Face, FaceSwap, NeuralTextures, FaceShifter" in caplog.text

@@ -16,12 +16,11 @@ import pytest
 from clips import grey, write_clip, write_damaged
 from PIL import Image
 
-from llava.core.errors import Incomplete
-from llava.data import clip_pictures
-from llava.data.clip_pictures import FrameConfig, keep_frames
+from llava.core.logs import Incomplete
+from llava.data import hdf5_pack
+from llava.data.clips import Hdf5Source
 from llava.data.faces import FaceBox
-from llava.data.hdf5 import Hdf5Source
-from llava.data.hdf5_pack import PackConfig, pack
+from llava.data.hdf5_pack import FrameConfig, PackConfig, keep_frames, pack
 from llava.data.sources import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +112,7 @@ def test_videos_are_packed_under_their_names(tmp_path):
 def test_a_face_is_followed_and_cut_out(tmp_path, monkeypatch):
     left, right = FaceBox(x=4, y=8, width=20, height=20, score=1), FaceBox(x=36, y=4, width=24, height=24, score=1)
     found = iter([[right, left], [left], [], [left]])
-    monkeypatch.setattr(clip_pictures, "find_faces", lambda pixels: next(found))
+    monkeypatch.setattr(hdf5_pack, "find_faces", lambda pixels: next(found))
     frames = [noise(n, 48, 64) for n in range(4)]
     write_clip(tmp_path / "a.mp4", frames)
     kept = keep_frames(tmp_path / "a.mp4", FrameConfig(form="raw", face_crop=True, margin=0.1))

@@ -19,16 +19,14 @@ from torch.utils.data import DataLoader
 
 from llava.core.types import InputSpec, Record
 from llava.data.dataset import DetectionDataset, collate
-from llava.data.ffpp import KINDS, keys_of
-from llava.data.frame_reader import FrameReader, frame_files
+from llava.data.frames import FrameReader, frame_files
 from llava.data.images import UnreadableImage
-from llava.data.listings import LISTINGS, VAL_PART, ListedVideo
+from llava.data.public_sets import KINDS, LISTINGS, VAL_PART, ListedVideo, VideoTree, keys_of
 from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import LeakError
-from llava.data.video_tree import VideoTree
 from llava.evaluation.predictions import from_records
-from llava.evaluation.published import published_ids
-from llava.train.splits import open_data
+from llava.evaluation.published_csv import published_ids
+from llava.train.recipe import open_data
 
 Listed = dict[str, ListedVideo]
 

@@ -19,9 +19,8 @@ from PIL import Image
 from llava.core.config import build
 from llava.core.types import FAKE, REAL
 from llava.data.conversations import ConversationSource
-from llava.data.csv_table import CsvSource
-from llava.data.folder import FolderSource
 from llava.data.sources import DataConfig, open_source, split_of
+from llava.data.stills import CsvSource, FolderSource
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -11,7 +11,6 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from llava.core.types import Record
-from llava.data.folder import FolderSource
 from llava.data.sources import DataConfig, split_of
 from llava.data.splits import (
     LeakError,
@@ -22,6 +21,7 @@ from llava.data.splits import (
     require_both_classes,
     summary,
 )
+from llava.data.stills import FolderSource
 
 
 def record(name: str, label: int | None = 0, group: str = "", split: str = "") -> Record:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from llava.data.faces import FaceBox
-from llava.data.tracks import iou, link_faces
+from llava.data.faces import FaceBox, iou, link_faces
 
 
 def box(x: int, y: int, width: int, height: int | None = None) -> FaceBox:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from clips import grey, write_clip, write_damaged, write_sound
 
-from llava.data import video
+from llava.data import frames as reading
+from llava.data.frames import UnreadableVideo, open_clip, read_frames
 from llava.data.images import UnreadableImage
 from llava.data.inputs import NamedImage, NamedVideo, expand, is_video, open_input
-from llava.data.video import UnreadableVideo, open_clip, read_frames
 
 
 def numbers(path: Path | bytes, count: int) -> list[int]:
@@ -96,10 +96,10 @@ def test_a_long_clip_is_jumped_through_and_gives_the_same_frames(
     frames = [grey(i) for i in range(900)]
     path = write_clip(tmp_path / f"long{suffix}", frames, codec="libx264", g="30", bf="2", sc_threshold="0")
     decoded = []
-    through = video._decoded
-    monkeypatch.setattr(video, "_decoded", lambda *a: (decoded.append(1) or pair for pair in through(*a)))
+    through = reading._decoded
+    monkeypatch.setattr(reading, "_decoded", lambda *a: (decoded.append(1) or pair for pair in through(*a)))
     jumping, jumped = seconds(path, 4), len(decoded)
-    monkeypatch.setattr(video, "JUMP_FROM", 10**9)
+    monkeypatch.setattr(reading, "JUMP_FROM", 10**9)
     decoded.clear()
     assert seconds(path, 4) == jumping == pytest.approx([n / 25 for n in (112, 337, 562, 787)], abs=2e-3)
     assert len(decoded) == 788

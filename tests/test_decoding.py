@@ -8,12 +8,10 @@ import pytest
 import torch
 from tiny_world import draw
 
-from llava.core.types import Turn
-from llava.explainer.decoding import Decoder, Row
-from llava.explainer.generation import Explainer
-from llava.explainer.loading import load_model, load_processor
+from llava.core.types import GenerationSettings, Turn
+from llava.explainer.decoding import Decoder, Row, processors
+from llava.explainer.generation import Explainer, load_model, load_processor
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.explainer.sampling import GenerationSettings
 
 QUESTIONS = (
     VERDICT_QUESTION,
@@ -63,7 +61,7 @@ def alone(explainer: Explainer, image: int, question: str, settings: GenerationS
     ids = torch.tensor([explainer.processor.encode(asked(question))[0]])
     seen = {"image_features": encoded.image_features, "evidence": encoded.evidence}
     ends = {"eos_token_id": explainer.processor.tokenizer.eos_token_id, "pad_token_id": explainer.processor.pad_id}
-    limit = {"max_new_tokens": settings.max_new_tokens, "do_sample": False, "logits_processor": settings.processors()}
+    limit = {"max_new_tokens": settings.max_new_tokens, "do_sample": False, "logits_processor": processors(settings)}
     written = explainer.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **seen, **ends, **limit)
     return explainer.processor.decode(written[0, ids.shape[1] :])
 

@@ -14,12 +14,10 @@ from filelock import FileLock
 from page_parser import Page
 
 from llava.core.config import build, load_yaml
-from llava.data.csv_table import CsvSource
 from llava.data.sources import DataConfig
-from llava.pipeline.demo import DemoConfig, run_demo
-from llava.pipeline.demo_data import DemoRecipe, prepare
-from llava.pipeline.demo_steps import Clock
-from llava.pipeline.overlays import outlined
+from llava.data.stills import CsvSource
+from llava.jobs.case_file import outlined
+from llava.jobs.demo import Clock, DemoConfig, DemoRecipe, prepare, run_demo
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "scripts" / "configs" / "demo.yaml"

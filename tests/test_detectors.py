@@ -25,8 +25,8 @@ from llava.detectors.backbones import (
 )
 from llava.detectors.base import create, load
 from llava.detectors.clip_prompt import PromptEncoder, VisionEncoder, load_clip
-from llava.detectors.evidence_map import RegionPool, map_loss
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+from llava.detectors.m2f2det_parts import RegionPool, map_loss
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 NAMES = list(DETECTORS)

@@ -23,14 +23,14 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 DEMO = ROOT / "scripts" / "configs" / "demo.yaml"
 RECIPES = sorted({*(ROOT / "scripts" / "configs").rglob("*.yaml")} - {DEMO})
 READERS = {
-    "stage_1": "llava.train.config:Recipe",
+    "stage_1": "llava.train.recipe:Recipe",
     "stage_2": "llava.train.arguments:ExplainArguments",
     "stage_3": "llava.train.arguments:ExplainArguments",
 }
 DEMO_READERS = READERS | {
-    "data": "llava.pipeline.forge:ForgeDataConfig",
+    "data": "llava.jobs.forged_faces:ForgeDataConfig",
     "base": "llava.train.tiny_base:TinyBaseConfig",
-    "leaves": "llava.pipeline.demo_data:LeavesConfig",
+    "leaves": "llava.jobs.demo:LeavesConfig",
 }
 FOREIGN = {
     "cd",

@@ -16,18 +16,21 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
-from llava.core.calibration import read_calibration
+from llava.core.score_map import read_calibration
 from llava.detectors.base import load
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.evaluation.calibration import (
     CalibrationConfig,
     balanced_weights,
     choose_method,
+    conformal_band,
+    conformal_bound,
+    coverage_range,
     cross_validated_losses,
     fit_calibration,
     fit_map,
+    needed_groups,
 )
-from llava.evaluation.conformal import conformal_band, conformal_bound, coverage_range, needed_groups
 from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Prediction, Predictions, write_csv
 from llava.evaluation.reliability import (
@@ -40,7 +43,7 @@ from llava.evaluation.reliability import (
     min_cllr,
     reliability,
 )
-from llava.evaluation.report import calibration_tables
+from llava.evaluation.tables import calibration_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,19 +16,29 @@ from tiny_world import draw
 
 from llava import cli
 from llava.core.runtime import item_rng
-from llava.data.csv_table import CsvSource
 from llava.data.sources import DataConfig
+from llava.data.stills import CsvSource
+from llava.evaluation.blind import TrainingPair
 from llava.evaluation.captions import CaptionItem
-from llava.evaluation.counterfactual import CounterfactualCase, counterfactual_report, read_counterfactual
-from llava.evaluation.grounding_tables import confusion_columns, grounding_tables
+from llava.evaluation.grounding import (
+    REGION,
+    CounterfactualCase,
+    Pointed,
+    PointingCase,
+    cell_coverage,
+    counterfactual_report,
+    highest,
+    naming_report,
+    pointing_report,
+    read_counterfactual,
+    read_pointing,
+)
+from llava.evaluation.integrity_tables import confusion_columns, grounding_tables
 from llava.evaluation.pictures import draw_confusion
-from llava.evaluation.pointing import Pointed, PointingCase, cell_coverage, highest, pointing_report, read_pointing
-from llava.evaluation.questions import TrainingPair
-from llava.evaluation.regions import REGION, naming_report
-from llava.evaluation.report import text_of
+from llava.evaluation.tables import text_of
+from llava.jobs.maps import CounterfactualSettings, versions
 from llava.ops.face_regions import face_regions
-from llava.ops.random_regions import blur_region, random_region
-from llava.pipeline.integrity import CounterfactualSettings, versions
+from llava.ops.forge import blur_region, random_region
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = "Does this image look real or fake? Give the reasons."

@@ -15,19 +15,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.data.ddvqa_text import REGIONS, flipped_question, published_pair, stated_label
+from llava.data.answer_texts import REGIONS, flipped_question, published_pair, stated_label
 from llava.evaluation import caption_metrics
-from llava.evaluation.caption_pairs import N_BLEU, PairScorer, pair_scores
+from llava.evaluation.blind import (
+    Lookup,
+    TrainingPair,
+    flip_report,
+    label_reader,
+    leak_report,
+    own_verdict_answers,
+    read_flipped,
+    read_training,
+    template_answers,
+    template_report,
+)
 from llava.evaluation.captions import CaptionItem, CaptionSet, read_caption_set
-from llava.evaluation.flip import flip_report, label_reader, read_flipped
+from llava.evaluation.grounding import ARTEFACT, REGION, named_artefact, named_region, naming_report
 from llava.evaluation.integrity import integrity_report, read_prompts, verdict
 from llava.evaluation.integrity_tables import integrity_tables
-from llava.evaluation.questions import Lookup, TrainingPair, leak_report, read_training
-from llava.evaluation.regions import ARTEFACT, REGION, named_artefact, named_region, naming_report
-from llava.evaluation.report import console
-from llava.evaluation.swap import caption_swap, swap_gap
-from llava.evaluation.template import own_verdict_answers, template_answers, template_report
-from llava.pipeline.ddvqa_items import ReasonSettings, list_items
+from llava.evaluation.swap import N_BLEU, PairScorer, caption_swap, pair_scores, swap_gap
+from llava.evaluation.tables import console
+from llava.jobs.ddvqa_answers import ReasonSettings, list_items
 
 pytest.importorskip("pycocoevalcap")
 ROOT = Path(__file__).resolve().parents[1]

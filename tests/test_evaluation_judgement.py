@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from llava.evaluation.agreement import agreement, read_agreement
-from llava.evaluation.judgement import judgement_report, read_judgements
-from llava.evaluation.report import agreement_table
+from llava.evaluation.judgement import agreement, judgement_report, read_agreement, read_judgements
+from llava.evaluation.tables import agreement_table
 
 ROOT = Path(__file__).parents[1]
 

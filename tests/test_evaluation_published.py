@@ -18,10 +18,10 @@ from PIL import Image
 
 from llava import cli
 from llava.core.types import Record
-from llava.data.ffpp import keys_of
+from llava.data.public_sets import keys_of
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.evaluation.predictions import Prediction, Predictions, read_csv, write_csv
-from llava.evaluation.published import (
+from llava.evaluation.published_csv import (
     KINDS,
     VideoScores,
     published_ids,

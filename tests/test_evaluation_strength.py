@@ -20,10 +20,17 @@ from tiny_world import draw
 
 from llava.core.types import FAKE, REAL
 from llava.data.splits import LeakError
-from llava.evaluation.forgery_strength import RINGS, measure, open_forged, ring_spectrum, ssim, strength_report
-from llava.evaluation.forgery_tables import strength_tables
-from llava.evaluation.report import text_of
-from llava.pipeline.forge import ForgeDataConfig, build_forgeries
+from llava.evaluation.forgeries import (
+    RINGS,
+    measure,
+    open_forged,
+    ring_spectrum,
+    ssim,
+    strength_report,
+    strength_tables,
+)
+from llava.evaluation.tables import text_of
+from llava.jobs.forged_faces import ForgeDataConfig, build_forgeries
 
 pytest.importorskip("skimage")
 ROOT = Path(__file__).resolve().parents[1]

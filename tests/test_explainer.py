@@ -13,17 +13,15 @@ from PIL import Image
 from tiny_world import draw, make_base, train_detector
 from torch.nn import functional as F
 
-from llava.core.types import Turn
+from llava.core.types import GenerationSettings, Turn
 from llava.data.conversations import open_conversations
-from llava.data.transforms import to_tensor
+from llava.data.dataset import to_tensor
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-from llava.explainer.certificate import max_difference, sample_logits
+from llava.explainer.decoding import GumbelNoise, processors
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
-from llava.explainer.generation import Explainer
-from llava.explainer.loading import load_model, load_processor
-from llava.explainer.merge import merge_delta, merge_detector
+from llava.explainer.generation import Explainer, load_model, load_processor
+from llava.explainer.merge import max_difference, merge_delta, merge_detector, sample_logits
 from llava.explainer.prompts import LAYOUTS, lay_out, plain_text
-from llava.explainer.sampling import GenerationSettings, GumbelNoise
 from llava.train.explain import SOFTEST, ExplainDataset
 
 QUESTION = [Turn(role="human", text="<image>\n<deepfake>\nDo the eyes look real or fake?")]
@@ -268,7 +266,7 @@ def test_noise_samples_the_softmax() -> None:
 
 def test_a_negative_temperature_is_refused() -> None:
     with pytest.raises(ValueError, match="-1 is not usable; allowed: 0"):
-        GenerationSettings(temperature=-1).processors()
+        processors(GenerationSettings(temperature=-1))
 
 
 def test_a_reader_that_leaves_ends_the_writing(explainer: Explainer) -> None:

@@ -14,13 +14,13 @@ from PIL import Image
 from tiny_explainer import REASON_QUESTION
 from tiny_world import draw
 
-from llava.core.jsonl import ResumableJsonl
+from llava.core.runtime import ResumableJsonl
 from llava.evaluation.judgement import judgement_report, read_judgements
 from llava.evaluation.text import parse_verdict
 from llava.explainer.generation import Explainer
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.pipeline import ddvqa
-from llava.pipeline.ddvqa_items import JudgeSettings, ReasonSettings, list_items
+from llava.jobs import ddvqa_answers
+from llava.jobs.ddvqa_answers import JudgeSettings, ReasonSettings, list_items
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("5_000", "0_000_001", "5_010", "1_002_003", "3_011_012")
@@ -60,7 +60,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_judgements_have_the_published_fields(tiny_explainer: Path, faces: Path, tmp_path: Path) -> None:
-    path = ddvqa.answer_all(judge(tiny_explainer, faces, tmp_path / "out" / "det.jsonl"))
+    path = ddvqa_answers.answer_all(judge(tiny_explainer, faces, tmp_path / "out" / "det.jsonl"))
     found = rows(path)
     assert [Path(row["image"]).stem for row in found] == sorted(NAMES)
     assert all(list(row) == ["image", "prompt", "text", "metadata"] for row in found)
@@ -81,7 +81,7 @@ def test_reasons_are_sorted_and_each_image_is_encoded_once(
     encoded: list[int] = []
     encode = Explainer.encode
     monkeypatch.setattr(Explainer, "encode", lambda self, im, *more: encoded.append(len(im)) or encode(self, im, *more))
-    found = rows(ddvqa.answer_all(reason(tiny_explainer, faces, tmp_path / "exp.jsonl")))
+    found = rows(ddvqa_answers.answer_all(reason(tiny_explainer, faces, tmp_path / "exp.jsonl")))
     assert [row["key"] for row in found] == [f"{name}_{i}" for name in sorted(NAMES) for i in (0, 2, 10)]
     assert all(list(row) == ["key", "image", "prompt", "text", "metadata"] for row in found)
     assert found[0]["image"] == f"{sorted(NAMES)[0]}.png"
@@ -89,8 +89,8 @@ def test_reasons_are_sorted_and_each_image_is_encoded_once(
 
 
 def test_a_zip_gives_what_the_folder_gives(tiny_explainer: Path, faces: Path, tmp_path: Path) -> None:
-    one = ddvqa.answer_all(reason(tiny_explainer, faces, tmp_path / "one.jsonl", limit=4))
-    two = ddvqa.answer_all(
+    one = ddvqa_answers.answer_all(reason(tiny_explainer, faces, tmp_path / "one.jsonl", limit=4))
+    two = ddvqa_answers.answer_all(
         reason(tiny_explainer, faces, tmp_path / "two.jsonl", limit=4, images=str(faces / "packed.zip"))
     )
     assert len(rows(one)) == 4 and one.read_bytes() == two.read_bytes()
@@ -98,7 +98,7 @@ def test_a_zip_gives_what_the_folder_gives(tiny_explainer: Path, faces: Path, tm
 
 def test_paths_are_the_published_ones(faces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     item = list_items(JudgeSettings(images=str(faces / "c40")))[0]
-    row = ddvqa.row_of(item, "p", "t", {}, "utils/DDVQA_images/c40", is_reason=False)
+    row = ddvqa_answers.row_of(item, "p", "t", {}, "utils/DDVQA_images/c40", is_reason=False)
     assert row == {
         "image": "./utils/DDVQA_images/c40/test/0_000_001.png",
         "prompt": "p",
@@ -111,7 +111,7 @@ def test_paths_are_the_published_ones(faces: Path, monkeypatch: pytest.MonkeyPat
 def test_an_interrupted_run_is_continued_and_gives_the_same_file(
     cut: int, left: int, tiny_explainer: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = ddvqa.answer_all(reason(tiny_explainer, faces, tmp_path / "whole.jsonl")).read_bytes()
+    whole = ddvqa_answers.answer_all(reason(tiny_explainer, faces, tmp_path / "whole.jsonl")).read_bytes()
     answer, asked = Explainer.answer, []
 
     def stop_at_the_fifth(self: Explainer, *args: Any, **more: Any) -> list[str]:
@@ -123,11 +123,11 @@ def test_an_interrupted_run_is_continued_and_gives_the_same_file(
     settings = reason(tiny_explainer, faces, tmp_path / "cut.jsonl")
     monkeypatch.setattr(Explainer, "answer", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
-        ddvqa.answer_all(settings)
+        ddvqa_answers.answer_all(settings)
     partial = tmp_path / ".cut.jsonl.partial"
     assert not (tmp_path / "cut.jsonl").exists() and len(partial.read_text().splitlines()) == 1 + 8
     partial.write_bytes(partial.read_bytes()[: partial.stat().st_size - cut])
-    resumed = ddvqa.answer_all(settings).read_bytes()
+    resumed = ddvqa_answers.answer_all(settings).read_bytes()
     assert resumed == whole and not partial.exists()
     assert len(asked) == 5 + left
 
@@ -149,7 +149,7 @@ def test_told_evidence_turns_the_text_and_not_the_verdict(tiny_explainer: Path, 
     said, found = {}, {}
     for told in (0.02, 0.98):
         settings = judge(tiny_explainer, faces, tmp_path / f"{told}.jsonl", evidence_p_fake=told)
-        found[told] = rows(ddvqa.answer_all(settings))
+        found[told] = rows(ddvqa_answers.answer_all(settings))
         said[told] = [parse_verdict(row["text"]) for row in found[told]]
         assert all(row["metadata"]["evidence_p_fake"] == told for row in found[told])
     assert said[0.02] == [0] * 5 and said[0.98] == [1] * 5
@@ -159,20 +159,20 @@ def test_told_evidence_turns_the_text_and_not_the_verdict(tiny_explainer: Path, 
 
 def test_a_layout_is_chosen_by_name(tiny_explainer: Path, faces: Path, tmp_path: Path) -> None:
     settings = judge(tiny_explainer, faces, tmp_path / "a.jsonl", layout="published_det", limit=1, max_new_tokens=3)
-    (row,) = rows(ddvqa.answer_all(settings))
+    (row,) = rows(ddvqa_answers.answer_all(settings))
     assert row["prompt"].endswith(f"###Human: <image>\n <deepfake>\n {VERDICT_QUESTION} ###Assistant:")
     with pytest.raises(ValueError, match="Unknown prompt layout 'v9'"):
-        ddvqa.answer_all(judge(tiny_explainer, faces, tmp_path / "b.jsonl", layout="v9"))
+        ddvqa_answers.answer_all(judge(tiny_explainer, faces, tmp_path / "b.jsonl", layout="v9"))
 
 
 def test_what_is_missing_is_named(tiny_explainer: Path, faces: Path, tmp_path: Path) -> None:
     detector = tiny_explainer.parent / "detector"
     with pytest.raises(ValueError, match="gives verdicts and no words"):
-        ddvqa.answer_all(judge(detector, faces, tmp_path / "a.jsonl"))
+        ddvqa_answers.answer_all(judge(detector, faces, tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match="allowed: 0 to 1"):
-        ddvqa.answer_all(judge(tiny_explainer, faces, tmp_path / "a.jsonl", evidence_p_fake=1.5))
+        ddvqa_answers.answer_all(judge(tiny_explainer, faces, tmp_path / "a.jsonl", evidence_p_fake=1.5))
     with pytest.raises(FileNotFoundError, match=r"does not exist, nor 'nowhere\.zip'"):
-        ddvqa.answer_all(judge(tiny_explainer, faces, tmp_path / "a.jsonl", images=str(tmp_path / "nowhere")))
+        ddvqa_answers.answer_all(judge(tiny_explainer, faces, tmp_path / "a.jsonl", images=str(tmp_path / "nowhere")))
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"5_999_0": {"question": "Why?", "answer": []}}\n')
     with pytest.raises(FileNotFoundError, match=r"lacks the images of 1 questions .*first: 5_999_0"):
@@ -190,9 +190,9 @@ def test_questions_about_training_images_find_them(faces: Path, tmp_path: Path) 
 
 
 def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-    assert ddvqa.main(["dat"]) == 2 and "Unknown task 'dat'" in caplog.text
+    assert ddvqa_answers.main(["dat"]) == 2 and "Unknown task 'dat'" in caplog.text
     with pytest.raises(SystemExit) as stopped:
-        ddvqa.main(["det", "--modle-path", "x"])
+        ddvqa_answers.main(["det", "--modle-path", "x"])
     assert stopped.value.code == 2 and "Did you mean --model_path?" in capsys.readouterr().err
 
 

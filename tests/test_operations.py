@@ -17,9 +17,8 @@ import yaml
 
 from llava.core.config import parse
 from llava.serve.controller import ControllerSettings
-from llava.serve.flags import translated
-from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings
-from llava.serve.settings import ServeSettings
+from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, translated
+from llava.serve.options import ServeSettings
 
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from llava.core.runtime import item_rng
-from llava.ops.degrade import compress_jpeg
-from llava.ops.delivery import DEGRADATIONS, VERSIONS, Change, crop_sides, delivered, every_change, resize
+from llava.ops.degrade import DEGRADATIONS, VERSIONS, Change, compress_jpeg, crop_sides, delivered, every_change, resize
 
 
 @pytest.fixture

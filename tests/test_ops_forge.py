@@ -13,12 +13,26 @@ from scipy import ndimage
 from llava.core.config import build
 from llava.core.runtime import item_rng
 from llava.core.types import REGIONS
-from llava.ops import artefacts
-from llava.ops.augment import AugmentConfig, augment
-from llava.ops.dead_leaves import dead_leaves, power_law_noise
+from llava.ops.augment import AugmentConfig, augment, dead_leaves, power_law_noise
 from llava.ops.face_regions import FACE, disjoint, eyes_in_box, face_regions
-from llava.ops.forge import ARTEFACTS, PAIRS, SELF_BLENDED, ForgeConfig, Forgery, draw_kind, forge
-from llava.ops.self_blend import SelfBlendConfig, self_blend
+from llava.ops.forge import (
+    ARTEFACTS,
+    PAIRS,
+    SELF_BLENDED,
+    ForgeConfig,
+    Forgery,
+    SelfBlendConfig,
+    blending_boundary,
+    blur,
+    colour_mismatch,
+    draw_kind,
+    forge,
+    lay_over,
+    over_smooth,
+    resampling,
+    self_blend,
+    warp,
+)
 
 SIDE = 128
 KINDS = [(region, artefact) for region, allowed in PAIRS.items() for artefact in allowed]
@@ -143,7 +157,7 @@ def test_settings_are_checked() -> None:
 
 def test_blur_is_scipys_gaussian() -> None:
     image, mask = textured(), disc()
-    content, weight = artefacts.blur(image, mask, 2.0)
+    content, weight = blur(image, mask, 2.0)
     expected = ndimage.gaussian_filter(image.astype(np.float64), (2.0, 2.0, 0), mode="reflect", truncate=4.0)
     assert np.abs(content - expected).max() < 0.6
     assert weight is mask
@@ -162,14 +176,14 @@ def cielab(rgb: np.ndarray) -> np.ndarray:
 def test_colour_mismatch_shifts_cielab() -> None:
     image = np.full((8, 8, 3), (150, 120, 110), np.uint8)
     shift = np.array([4.0, -6.0, 8.0])
-    content, _ = artefacts.colour_mismatch(image, np.ones((8, 8), np.float32), shift)
+    content, _ = colour_mismatch(image, np.ones((8, 8), np.float32), shift)
     assert np.allclose(cielab(content) - cielab(image), shift, atol=0.5)
 
 
 def test_a_seam_falls_from_the_outline_inwards() -> None:
     image, mask = np.full((SIDE, SIDE, 3), 100, np.uint8), disc()
     mask[60:68, 60:68] = 0
-    result = artefacts.lay_over(image, artefacts.blending_boundary(image, mask, np.array([30.0, 20.0, 10.0]), 5.0))
+    result = lay_over(image, blending_boundary(image, mask, np.array([30.0, 20.0, 10.0]), 5.0))
     row = result[SIDE // 2].astype(int) - 100
     first = int(np.flatnonzero(mask[SIDE // 2])[0])
     assert row[first - 1].tolist() == [0, 0, 0] and row[first].tolist() == [30, 20, 10]
@@ -181,7 +195,7 @@ def test_over_smoothing_takes_texture_and_keeps_edges() -> None:
     rng = np.random.default_rng(0)
     step = np.where(np.arange(SIDE) < SIDE // 2, 60.0, 180.0)[None, :, None]
     image = np.clip(step + rng.normal(0, 6, (SIDE, SIDE, 1)), 0, 255).repeat(3, axis=2).astype(np.uint8)
-    content, _ = artefacts.over_smooth(image, disc(), sigma=3.0, tolerance=15.0)
+    content, _ = over_smooth(image, disc(), sigma=3.0, tolerance=15.0)
     assert content[20:-20, 10:50].std() < 0.4 * image[20:-20, 10:50].std()
     edge = content[20:-20, SIDE // 2] - content[20:-20, SIDE // 2 - 1]
     assert float(edge.mean()) > 100
@@ -189,7 +203,7 @@ def test_over_smoothing_takes_texture_and_keeps_edges() -> None:
 
 def test_resampling_repeats_one_pixel_per_cell() -> None:
     image = textured()
-    content, _ = artefacts.resampling(image, disc(), 4.0, (0.0, 0.0))
+    content, _ = resampling(image, disc(), 4.0, (0.0, 0.0))
     expected = image[2::4, 2::4].repeat(4, axis=0).repeat(4, axis=1)
     assert np.array_equal(content, expected)
 
@@ -198,7 +212,7 @@ def test_a_warp_pushes_the_middle_and_never_folds() -> None:
     ramp = np.linspace(0, 250, SIDE, dtype=np.float32)[None, :, None].repeat(SIDE, axis=0).repeat(3, axis=2)
     mask = disc(radius=8.0)
     for seed in range(8):
-        content, weight = artefacts.warp(ramp, mask, 40.0, item_rng(seed, 0, 0))
+        content, weight = warp(ramp, mask, 40.0, item_rng(seed, 0, 0))
         moved = (content - ramp)[..., 0] / (250 / (SIDE - 1))
         # 40 pixels are cut to 0.6 of the disc's depth, which is about 9.
         assert 0 < np.abs(moved).max() <= 0.6 * 9.5

@@ -23,14 +23,13 @@ from llava.core.types import Turn
 from llava.core.weights import sha256_of
 from llava.data.images import read_image
 from llava.detectors.base import load
-from llava.detectors.published import PublishedDetector, bridge_constant
-from llava.detectors.published_sizes import read_clip_config
-from llava.evaluation.published import published_scores, read_predictions
+from llava.detectors.m2f2det_published import PublishedDetector, bridge_constant, read_clip_config
+from llava.evaluation.published_csv import published_scores, read_predictions
 from llava.evaluation.text import parse_verdict_published
-from llava.explainer.configuration import ForgeryLlavaConfig
 from llava.explainer.convert import RULES, PublishedFolder
 from llava.explainer.delta import inner
-from llava.explainer.loading import load_model, load_processor
+from llava.explainer.generation import load_model, load_processor
+from llava.explainer.modeling import ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor
 from llava.train.arguments import ExplainArguments, translate
 from llava.train.explain import ExplainTrainer, prepare
@@ -122,7 +121,7 @@ def compare_gradients(fixture: Fixture, ours: Any) -> None:
 
 
 def report(ours: Any, fixture: Fixture) -> list[dict[str, str]]:
-    from llava.detectors.published import detector_plan
+    from llava.detectors.m2f2det_published import detector_plan
 
     shapes = {name: tuple(tensor.shape) for name, tensor in fixture.weights.items()}
     return [{"source": m.source, "target": m.target} for m in detector_plan(shapes, ours.config).moves if m.target]
@@ -154,7 +153,7 @@ def test_the_detector_of_stage_1_with_its_constant_bridge(stage_1: Fixture, tmp_
 
 
 def stage_1_pixels(detector: Any, picture: np.ndarray) -> Tensor:
-    from llava.data.transforms import to_tensor
+    from llava.data.dataset import to_tensor
 
     return to_tensor(picture, detector.inputs["pixel_values"])
 

@@ -16,12 +16,12 @@ from tiny_world import draw
 
 import llava
 from llava.core.types import FAKE, REAL, Decision, Explanation, Verdict, VerdictLabel
+from llava.data.dataset import to_tensor
 from llava.data.images import UnreadableImage, read_image
 from llava.data.inputs import NamedImage
-from llava.data.transforms import to_tensor
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Chat, Pipeline
-from llava.pipeline.faces import NO_FACE, faces_of
+from llava.pipeline.crops import NO_FACE, faces_of
 from llava.pipeline.pipeline import explanation
 from llava.pipeline.settings import FaceSettings
 
@@ -252,6 +252,6 @@ def test_a_folder_of_something_else_is_refused(tiny_explainer: Path, tmp_path: P
 
 
 def test_the_package_stays_light() -> None:
-    code = "import sys, llava, llava.pipeline.commands; sys.exit('torch' in sys.modules)"
+    code = "import sys, llava, llava.jobs.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert FAKE == 1

@@ -23,12 +23,29 @@ import llava
 from llava import cli
 from llava.core.types import Explanation, Verdict, VerdictLabel
 from llava.data.inputs import NamedImage, open_input
-from llava.pipeline.agreement import explanation
-from llava.pipeline.cases import entry_of, entry_section
-from llava.pipeline.findings import Finding
-from llava.pipeline.overlays import COLOURS, OPACITY, framed, overlay, shrink
-from llava.pipeline.pages import Section, figure, fill, png_bytes, render_page
-from llava.pipeline.wording import LIMITS, band_in_words, meaning, ratio_in_words, regions_in_words
+from llava.jobs.case_file import (
+    COLOURS,
+    OPACITY,
+    Section,
+    entry_of,
+    entry_section,
+    figure,
+    fill,
+    framed,
+    overlay,
+    png_bytes,
+    render_page,
+    shrink,
+)
+from llava.pipeline.verdict import (
+    LIMITS,
+    Finding,
+    band_in_words,
+    explanation,
+    meaning,
+    ratio_in_words,
+    regions_in_words,
+)
 
 HOSTILE = "<script>alert('a')</script>\"><img src=http://x.org/a.png onerror=alert(1)>&amp;.png"
 FACE = Verdict(
@@ -247,7 +264,7 @@ def test_large_pictures_are_shrunk_and_their_real_size_is_told() -> None:
 def test_a_finding_carries_what_the_detector_saw(tiny_explainer: Path) -> None:
     import torch
 
-    from llava.data.transforms import to_tensor
+    from llava.data.dataset import to_tensor
     from llava.pipeline.settings import FaceSettings
 
     pictures = [draw(i % 2, 300 + i) for i in range(3)]

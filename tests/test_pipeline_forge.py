@@ -16,22 +16,20 @@ from PIL import Image
 from scipy import ndimage
 
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS
+from llava.data.answer_texts import SIGNS, Truth, truthful_answer
 from llava.data.conversations import ConversationSource
-from llava.data.eyes import find_eyes
-from llava.data.faces import FaceBox, find_faces
-from llava.data.forgery_text import SIGNS, Truth, truthful_answer
+from llava.data.faces import FaceBox, find_eyes, find_faces
 from llava.data.images import read_image
 from llava.data.sources import DataConfig, open_source
 from llava.data.splits import LeakError, check_leaks
+from llava.evaluation.blind import read_training
 from llava.evaluation.captions import read_caption_set
-from llava.evaluation.questions import read_training
-from llava.evaluation.regions import ARTEFACT, REGION, naming_report
+from llava.evaluation.grounding import ARTEFACT, REGION, naming_report
 from llava.evaluation.text import parse_verdict
+from llava.jobs.ddvqa_answers import ReasonSettings, list_items
+from llava.jobs.forged_faces import ForgeDataConfig, build_forgeries, divide, regions_by_eyes
 from llava.ops.face_regions import FACE, face_regions
 from llava.ops.forge import ARTEFACTS, ForgeConfig
-from llava.pipeline.ddvqa_items import ReasonSettings, list_items
-from llava.pipeline.forge import ForgeDataConfig, build_forgeries, divide
-from llava.pipeline.forge_faces import regions_by_eyes
 
 HEAD = "<image>\n<deepfake>\n"
 SIDE = 96

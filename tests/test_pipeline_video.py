@@ -17,7 +17,7 @@ from tiny_world import draw
 
 import llava
 from llava import cli
-from llava.core.calibration import Calibration, ScoreMap, write_calibration
+from llava.core.score_map import Calibration, ScoreMap, write_calibration
 from llava.core.types import FrameScore, VerdictLabel, VideoVerdict
 from llava.data.images import read_image
 from llava.detectors.base import load

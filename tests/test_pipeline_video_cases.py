@@ -21,11 +21,10 @@ import llava
 from llava import cli
 from llava.core.types import FrameScore, VerdictLabel, VideoVerdict
 from llava.data.inputs import NamedVideo, open_input
+from llava.jobs.case_file import entry_of, entry_section, render_page
 from llava.pipeline import Pipeline
-from llava.pipeline.cases import entry_of, entry_section
-from llava.pipeline.findings import VideoFinding
-from llava.pipeline.pages import render_page
 from llava.pipeline.settings import FaceSettings, VideoSettings
+from llava.pipeline.verdict import VideoFinding
 
 FRAMES = [draw(int(i % 4 != 2), 500 + i) for i in range(11)]
 

@@ -14,15 +14,15 @@ from toy_detector import HandMadeConfig, HandMadeDetector
 
 from llava import cli
 from llava.core.types import VerdictLabel
-from llava.data.folder import FolderSource
 from llava.data.sources import DataConfig, split_of
+from llava.data.stills import FolderSource
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.evaluation.pictures import draw_robustness
 from llava.evaluation.predictions import Prediction, Predictions
 from llava.evaluation.robustness import flips, robustness_report
 from llava.evaluation.statistics import wilson
-from llava.ops.delivery import DEGRADATIONS, VERSIONS, Change, every_change
-from llava.train.robustness import degraded_scores, rule_lines
+from llava.ops.degrade import DEGRADATIONS, VERSIONS, Change, every_change
+from llava.train.evaluate import degraded_scores, rule_lines
 from llava.train.scoring import score
 
 LABELS = [0, 0, 0, 0, 1, 1, 1, 1]

@@ -23,10 +23,9 @@ from processes import processes_with
 from tiny_world import draw, train_detector
 
 from llava.core.cluster import ClusterSettings
-from llava.core.errors import Incomplete
+from llava.core.logs import Incomplete
+from llava.jobs.bulk import ScoreSettings, score
 from llava.pipeline import Pipeline
-from llava.pipeline.score import score
-from llava.pipeline.score_settings import ScoreSettings
 from llava.pipeline.settings import FaceSettings
 
 ROOT = Path(__file__).parents[1]

@@ -22,14 +22,14 @@ from clips import write_clip
 from PIL import Image
 from tiny_world import draw
 
+from llava.core.types import GenerationSettings
 from llava.explainer.decoding import Decoder
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.explainer.sampling import GenerationSettings
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.api import Service, build_app
 from llava.serve.batching import BatchingEngine
-from llava.serve.limits import RequestLimits
+from llava.serve.guard import RequestLimits
 
 pytestmark = pytest.mark.e2e
 

@@ -15,12 +15,11 @@ from clips import write_clip
 from PIL import Image
 from tiny_world import draw
 
-from llava.core.types import Turn, VerdictLabel
+from llava.core.types import GenerationSettings, Turn, VerdictLabel
 from llava.data.inputs import NamedVideo
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.explainer.sampling import GenerationSettings
 from llava.pipeline import Pipeline
-from llava.pipeline.faces import faces_of
+from llava.pipeline.crops import faces_of
 from llava.pipeline.settings import FaceSettings
 from llava.serve.batching import BatchConfig, BatchingEngine, _Call
 from llava.serve.engine import Question

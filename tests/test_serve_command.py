@@ -19,7 +19,7 @@ from tiny_world import draw
 from llava.serve.addresses import is_loopback
 from llava.serve.command import serve
 from llava.serve.keys import NewKey, create_key
-from llava.serve.settings import ServeSettings
+from llava.serve.options import ServeSettings
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,9 +18,8 @@ from servers import Peer, free_port, running, wait_for
 
 from llava.serve import web
 from llava.serve.controller import ControllerSettings, build_app
-from llava.serve.heartbeat import stay_registered
 from llava.serve.protocol import Chunk, WorkerStatus, decode_chunk, encode_chunk, split_chunks
-from llava.serve.registration import SECRET_HEADER, SECRET_VARIABLE
+from llava.serve.registration import SECRET_HEADER, SECRET_VARIABLE, stay_registered
 
 SECRET = "0123456789abcdef0123456789abcdef"
 STATUS = {"model_names": ["m"], "speed": 1, "queue_length": 0}

@@ -20,9 +20,8 @@ from fastapi.responses import StreamingResponse
 from servers import running
 from starlette.types import Receive, Scope, Send
 
-from llava.serve.guard import Guard, refusal_response
+from llava.serve.guard import Gate, Guard, RateLimiter, RequestLimits, address_identity, check_head, refusal_response
 from llava.serve.keys import KeyRing, NewKey, create_key
-from llava.serve.limits import Gate, RateLimiter, RequestLimits, address_identity, check_head
 from llava.serve.refusals import KINDS, Refused
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -175,7 +174,7 @@ def test_the_window_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_many_addresses_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava.serve.limits.MAX_IDLE", 50)
+    monkeypatch.setattr("llava.serve.guard.MAX_IDLE", 50)
     now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     rates = RateLimiter()

@@ -24,8 +24,8 @@ from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Pipeline
 from llava.serve.api import Service, build_app
 from llava.serve.batching import BatchingEngine
-from llava.serve.page.mount import open_page
-from llava.serve.page.words import SUGGESTIONS
+from llava.serve.page.door import open_page
+from llava.serve.page.views import SUGGESTIONS
 
 pytestmark = [
     pytest.mark.e2e,

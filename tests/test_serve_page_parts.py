@@ -21,16 +21,16 @@ from servers import ROOT, Peer, running, wait_for
 from llava.core.types import Explanation, Verdict, VerdictLabel
 from llava.data.inputs import NamedImage
 from llava.pipeline import Pipeline
-from llava.pipeline.findings import Finding
+from llava.pipeline.verdict import Finding
 from llava.serve.api import Service, build_app
 from llava.serve.batching import BatchingEngine
 from llava.serve.engine import Piece
+from llava.serve.guard import RequestLimits
 from llava.serve.keys import KeyRing, NewKey, OldKey, create_key, revoke_key
-from llava.serve.limits import RequestLimits
-from llava.serve.page import words
+from llava.serve.page import views
+from llava.serve.page.door import open_page
 from llava.serve.page.flow import MAX_QUESTION, Flow, Screen
 from llava.serve.page.layout import build_page
-from llava.serve.page.mount import open_page
 from llava.serve.page.views import card, heatmap
 from llava.serve.page.visits import Visit, Visits
 
@@ -92,7 +92,7 @@ def test_a_card_says_it_all_in_words() -> None:
     ):
         assert part in text, part
     assert "not calibrated" not in text and "Looks fake" not in text
-    for label, word in (words.HEADLINES | words.UNCALIBRATED).items():
+    for label, word in (views.HEADLINES | views.UNCALIBRATED).items():
         score = None if label == VerdictLabel.INCONCLUSIVE else 0.5
         shown = card(Finding(verdict=verdict(label, score, reason="both look alike", evidence={})), "x")
         assert word in shown and f'data-label="{label}"' in shown and "<svg" in shown
@@ -147,7 +147,7 @@ def test_an_answer_is_stopped_written_again_and_cleared(engine: BatchingEngine) 
     next(early)
     last(flow.stop("page"))
     unsaid = list(early)[-1]
-    assert words.STOPPED in str(unsaid.words) and unsaid.say == words.STOPPED and unsaid.is_busy is False
+    assert views.STOPPED in str(unsaid.words) and unsaid.say == views.STOPPED and unsaid.is_busy is False
     entry, kept = (json.loads(each["text"])["entries"][0] for each in (flow.report("page", "json"), before))
     assert entry["follow_ups"] == kept["follow_ups"] and kept["follow_ups"], "the answer that was to be replaced stays"
     writing = flow.ask("page", "Why?")
@@ -156,7 +156,7 @@ def test_an_answer_is_stopped_written_again_and_cleared(engine: BatchingEngine) 
     assert cleared.is_open is False and cleared.card == ""
     assert all(screen.words is None for screen in writing), "what was begun before is not shown after"
     for step in (flow.ask("page", "Why?"), flow.again("page"), flow.choose("page", 0), flow.stop("page")):
-        assert last(step).notice == words.GONE
+        assert last(step).notice == views.GONE
     with pytest.raises(ValueError, match="drop it again"):
         flow.report("page", "html")
 
@@ -166,7 +166,7 @@ def test_mistakes_are_answered_with_sentences(engine: BatchingEngine, monkeypatc
     flow = Flow({"m": engine})
     assert "not an image or video" in last(flow.look("page", "m", lambda: (b"words", "x.jpg"))).notice
     last(flow.look("page", "m", photo))
-    assert last(flow.ask("page", "  ")).notice == words.EMPTY
+    assert last(flow.ask("page", "  ")).notice == views.EMPTY
     assert f"at most {MAX_QUESTION:,} are read" in last(flow.ask("page", "why " * MAX_QUESTION)).notice
     assert "There is no such face" in last(flow.choose("page", 8)).notice
 
@@ -177,11 +177,11 @@ def test_mistakes_are_answered_with_sentences(engine: BatchingEngine, monkeypatc
     monkeypatch.setattr(engine, "ask", breaks_off)
     *_, writing, broken, failed = flow.ask("page", "Why?")
     assert "Half an" in writing.words and 'aria-busy="true"' in writing.words
-    assert "Half an" not in broken.words and words.BROKEN_OFF in broken.words and 'aria-busy="false"' in broken.words
+    assert "Half an" not in broken.words and views.BROKEN_OFF in broken.words and 'aria-busy="false"' in broken.words
     assert failed.notice == "The worker died." and failed.is_busy is False
     monkeypatch.setattr(engine, "ask", lambda *a: 1 / 0)
     failed = last(flow.ask("page", "Why?"))
-    assert failed.notice == words.FAILED and failed.is_busy is False
+    assert failed.notice == views.FAILED and failed.is_busy is False
 
 
 @pytest.mark.e2e
@@ -225,7 +225,7 @@ def served(engine: BatchingEngine, keys: KeyRing | None = None, per_minute: int 
 @pytest.mark.e2e
 @pytest.mark.parametrize(("name", "is_told"), [("demo", True), ("newsroom", False)])
 def test_the_demonstration_is_called_one(engine: BatchingEngine, name: str, is_told: bool) -> None:
-    assert (words.DEMO in str(build_page({name: engine}).get_config_file())) == is_told
+    assert (views.DEMO in str(build_page({name: engine}).get_config_file())) == is_told
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def test_a_key_opens_the_page_and_a_withdrawn_one_does_not(engine: BatchingEngin
         assert client.post("/gradio_api/queue/join", json=step([None, "m"], 1)).status_code == 200
         with client.stream("GET", "/gradio_api/queue/data?session_hash=abc", timeout=60) as stream:
             said = "".join(line for line in stream.iter_lines())
-        assert words.LOCKED in said
+        assert views.LOCKED in said
         assert "/logout?all_session=false" in client.get("/config").text
         with httpx.Client(base_url=address) as other:
             assert other.get("/config").status_code == 401

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from llava.serve.pool import MAX_WORKERS, Dispatch, Pool
 from llava.serve.protocol import WorkerStatus
 from llava.serve.registration import WorkerAddress
+from llava.serve.workers import MAX_WORKERS, Dispatch, Pool
 
 
 class Clock:

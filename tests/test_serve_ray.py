@@ -27,7 +27,7 @@ from tiny_world import draw
 
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
-from llava.serve.settings import ServeSettings
+from llava.serve.options import ServeSettings
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS, END_SECONDS = 300, 90

@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.data.inputs import NamedImage, NamedVideo
-from llava.serve.media import BEGINNINGS, media_type
 from llava.serve.refusals import KINDS, Refused
 from llava.serve.uploads import (
+    BEGINNINGS,
     UploadLimits,
     decode_base64,
     decode_data_uri,
     display_name,
     is_data_uri,
+    media_type,
     read_upload,
 )
 

@@ -23,15 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from servers import running, wait_for
 
-from llava.core.types import Turn, Verdict, VerdictLabel
-from llava.explainer.sampling import GenerationSettings
+from llava.core.types import GenerationSettings, Turn, Verdict, VerdictLabel
 from llava.serve import web
 from llava.serve.engine import Piece, Question
-from llava.serve.flags import translated
-from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, build_app
+from llava.serve.gradio_web_server import Controller, RemoteEngine
+from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, build_app, translated
+from llava.serve.openai_chat import StopAt, from_thread
 from llava.serve.protocol import Chunk, decode_chunk, split_chunks
-from llava.serve.remote import Controller, RemoteEngine
-from llava.serve.streams import StopAt, from_thread
 
 PROMPT = "A chat. USER: <image>\n<deepfake>\nIs it real? ASSISTANT:"
 VERDICT = Verdict(
@@ -222,7 +220,7 @@ def test_an_error_in_the_engine_is_the_last_chunk_and_tells_no_secrets(caplog: p
 def test_the_log_names_request_seconds_and_tokens_but_no_words(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="llava"):
         post(Reader(), body(prompt=PROMPT.replace("Is it real?", "A very private question?")))
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "llava.serve.answers"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "llava.serve.model_worker"]
     assert line.startswith("request id=") and "model=m seconds=0." in line and line.endswith("tokens=3 outcome=done")
     assert "private" not in caplog.text and picture()[:40] not in caplog.text
 

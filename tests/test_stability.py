@@ -16,16 +16,15 @@ from toy_detector import HandMadeConfig, HandMadeDetector
 
 import llava
 from llava import cli
-from llava.core.calibration import Calibration, ScoreMap
+from llava.core.score_map import Calibration, ScoreMap
 from llava.core.types import Explanation, Verdict, VerdictLabel
 from llava.data.inputs import NamedImage
-from llava.ops.delivery import VERSIONS, delivered
+from llava.jobs.commands import table_text, write_csv
+from llava.ops.degrade import VERSIONS, delivered
 from llava.pipeline import Pipeline
-from llava.pipeline.faces import Face
-from llava.pipeline.judging import IN_THE_BAND
+from llava.pipeline.crops import Face
 from llava.pipeline.settings import FaceSettings
-from llava.pipeline.stability import outlasting
-from llava.pipeline.tables import table_text, write_csv
+from llava.pipeline.verdict import IN_THE_BAND, outlasting
 
 WHOLE = FaceSettings(face="off")
 CHECKS = np.repeat((np.indices((32, 32)).sum(0) % 2 * 255)[..., None], 3, axis=2).astype(np.uint8)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 
 from llava import cli
-from llava.core.calibration import read_calibration
 from llava.core.config import build, load_yaml, merge, parse, to_dict
+from llava.core.runtime import last_checkpoint
+from llava.core.score_map import read_calibration
 from llava.core.types import Record
 from llava.data.sources import DataConfig
 from llava.detectors import DETECTORS
@@ -24,19 +25,17 @@ from llava.detectors.m2f2det import M2F2DetConfig
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
 from llava.train import stage_1
-from llava.train.calibrate import calibrate, data_name, measured
-from llava.train.callbacks import CollapseError, check_collapse
-from llava.train.config import CollapseConfig, LossConfig, PhaseConfig, Recipe
 from llava.train.engine import (
+    CollapseError,
     DetectorTrainer,
     WholeBatches,
     balance_classes,
+    check_collapse,
     flat_metrics,
     training_arguments,
 )
-from llava.train.runs import last_checkpoint
-from llava.train.scoring import probe_answers, score
-from llava.train.splits import open_data
+from llava.train.recipe import CollapseConfig, LossConfig, PhaseConfig, Recipe, open_data
+from llava.train.scoring import calibrate, data_name, measured, probe_answers, score
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from tiny_world import draw
 
 from llava import cli
-from llava.data.ffpp import keys_of
+from llava.data.public_sets import keys_of
 from llava.evaluation.predictions import by_video, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]

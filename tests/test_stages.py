@@ -17,11 +17,10 @@ from tiny_world import draw, train_detector, write_world
 from llava.core.config import build, load_yaml, parse
 from llava.core.types import Turn
 from llava.evaluation.text import parse_verdict
-from llava.explainer.generation import Explainer
-from llava.explainer.loading import load_model, load_processor
+from llava.explainer.generation import Explainer, load_model, load_processor
 from llava.train.arguments import ExplainArguments, translate
 from llava.train.explain import DetectorInFloat32, balanced_rows
-from llava.train.launch import split_flags
+from llava.train.stages import split_flags
 from llava.train.tiny_base import TinyBaseConfig, make_tiny_base
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import torch
 from tiny_world import REASONS, draw, make_base, train_detector
 
 from llava.core.types import Turn
-from llava.explainer.loading import load_model, load_processor
+from llava.explainer.generation import load_model, load_processor
 from llava.explainer.merge import merge_detector
 from llava.explainer.prompts import VERDICT_QUESTION
 

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from llava.core.runtime import item_rng
-from llava.data.transforms import to_tensor
+from llava.data.dataset import to_tensor
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.train.tiny_base import TinyBaseConfig, llava_config, train_tokenizer
 

@@ -1,4 +1,4 @@
-"""Logging for every entry point: rank 0 speaks, one format, warnings of third parties kept short."""
+"""What every entry point shares: one format of log lines, rank 0 speaks, and the exception of a run with gaps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 import logging
 import os
 from datetime import UTC, datetime
+
+
+class Incomplete(Exception):
+    """A result is there, but not for everything that was asked; the message counts what is missing."""
 
 
 class JsonLines(logging.Formatter):

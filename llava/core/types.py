@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llava.core.config import setting
+
 REAL, FAKE = 0, 1
 LABEL_NAMES = ("real", "fake")
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
@@ -39,6 +41,20 @@ class Turn:
 
     role: Literal["human", "assistant"]
     text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How an answer is written; greedy unless temperature is above 0.
+
+    Sampling depends on `seed` alone, not on torch's global generator nor on the other conversations of a batch.
+    """
+
+    max_new_tokens: int = setting(256, "longest answer, in tokens")
+    temperature: float = setting(0.0, "0 = greedy; above 0 samples")
+    top_p: float = setting(1.0, "nucleus for sampling")
+    seed: int = setting(0, "seed of the sampling; the same seed writes the same answer")
+    layout: str | None = setting(None, "prompt layout; default: the one the model was trained with")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +131,7 @@ class Verdict:
     `calibration` names what p_fake was calibrated on, or is "not calibrated". Only when calibrated: `band`, the p_fake
     between which the verdict is UNCERTAIN, for a `coverage` of each class; likelihood_ratio, posterior odds over prior
     odds: how many times likelier such a score is from a fake than from a real; prior, the share of fakes expected.
-    `stability`: p_fake of each delivered version of the face (`llava.ops.delivery`) by name, empty when not judged.
+    `stability`: p_fake of each delivered version of the face (`llava.ops.degrade`) by name, empty when not judged.
     `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
     has `face_count` faces, of which this is number `face`, largest first. face_box: (x, y, width, height) in pixels.
     """

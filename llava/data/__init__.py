@@ -5,13 +5,13 @@ from llava.core.registry import Registry
 SOURCES: Registry[type] = Registry(
     "data source",
     {
-        "folder": "llava.data.folder:FolderSource",
-        "csv": "llava.data.csv_table:CsvSource",
+        "folder": "llava.data.stills:FolderSource",
+        "csv": "llava.data.stills:CsvSource",
         "conversations": "llava.data.conversations:ConversationSource",
-        "hdf5": "llava.data.hdf5:Hdf5Source",
-        "ffpp": "llava.data.listing_source:ListingSource",
-        "celebdf_v2": "llava.data.listing_source:ListingSource",
-        "dfdc": "llava.data.listing_source:ListingSource",
-        "dfdcp": "llava.data.listing_source:ListingSource",
+        "hdf5": "llava.data.clips:Hdf5Source",
+        "ffpp": "llava.data.clips:ListingSource",
+        "celebdf_v2": "llava.data.clips:ListingSource",
+        "dfdc": "llava.data.clips:ListingSource",
+        "dfdcp": "llava.data.clips:ListingSource",
     },
 )

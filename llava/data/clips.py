@@ -1,17 +1,38 @@
-"""Clips kept in HDF5 files, one data set each, that are read frame by frame."""
+"""Sources of clips: HDF5 files, and the videos of public sets with the face crops that were extracted from them."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from llava.data.images import UnreadableImage, read_image
+from llava.core.types import FAKE, LABEL_NAMES, REAL, Record, Sample
+from llava.data.frames import FrameReader, clip_records, drawn_number, is_drawn
+from llava.data.images import MEMBER_MARK, UnreadableImage, read_image, report_missing
+from llava.data.public_sets import (
+    KINDS,
+    LISTINGS,
+    ORIGINAL,
+    ListedVideo,
+    Pair,
+    VideoTree,
+    file_name,
+    group_names,
+    keys_of,
+    read_pairs,
+)
+from llava.data.sources import DataConfig, parse_label
+from llava.data.stills import ImageSource
+
+log = logging.getLogger(__name__)
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 # Frames are read in random order, so a chunk kept in memory would hardly ever be asked for again.
@@ -107,3 +128,220 @@ def _open(path: str) -> h5py.File:
 
 def _name(clip: h5py.Dataset) -> str:
     return f"{clip.file.filename}{clip.name}"
+
+
+NAMED_AT_MOST = 5
+
+
+class Hdf5Source:
+    """Single frames of clips in HDF5 files, one data set for each clip (`llava.data.clips`).
+
+    With `splits`, `path` is the folder of the FF++ files of one `compression`; without, an .h5 file or a folder of
+    them, whose clips carry the attribute label, and may carry class_name, split and group. A clip of the training
+    split is one record, of which `load` draws a frame; any other clip is `frames` records, evenly spread frames, the
+    same every time. Raises FileNotFoundError or ValueError naming files and clips.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        for name in ("masks", "face_crop", "cache"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name}: clips in HDF5 files have none and are read as they are; give --data.{name} false "
+                    "(scripts/pack_hdf5.py --face_crop true packs crops)."
+                )
+        self.config = config
+        self._records = tuple(_ffpp_records(config) if config.splits else _pack_records(config))
+        self._files = ClipFiles()
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Give every record; no pixel is read for it."""
+        return self._records
+
+    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+        """Read one frame; of a training record any frame of the clip, each as likely, the middle one without `rng`.
+
+        The sample's record says in its tag `frame` which one it is. Raises UnreadableClip naming file and frame.
+        """
+        path, key, frame = record.where.rsplit(MEMBER_MARK, 2)
+        clip = self._files.clip(path, key)
+        number = drawn_number(frame, len(clip), rng)
+        return Sample(
+            record=replace(record, tags={**record.tags, "frame": str(number)}), image=read_frame(clip, number)
+        )
+
+
+def _record(path: Path, key: str, label: int, class_name: str, video: str, group: str, split: str) -> Record:
+    return Record(
+        id=video,
+        label=label,
+        class_name=LABEL_NAMES[REAL] if label == REAL else class_name,
+        video=video,
+        group=group,
+        where=f"{path}{MEMBER_MARK}{key}",
+        split=split,
+    )
+
+
+# ---- FaceForensics++ ------------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """The videos of one kind in one split, and the file that serves them."""
+
+    split: str
+    kind: str
+    path: Path
+    keys: Sequence[str]
+
+
+def _ffpp_records(config: DataConfig) -> Iterator[Record]:
+    splits = {name: read_pairs(Path(config.splits or "") / f"{name}.json") for name in _split_names(config)}
+    groups = group_names(splits)
+    parts = _parts(config, splits)
+    named = {kind: {key for pairs in splits.values() for key in keys_of(kind, pairs)} for kind in KINDS}
+    missing: dict[Path, list[str]] = {}
+    for path in dict.fromkeys(part.path for part in parts):
+        with open_clips(path) as file:
+            present = set(file)
+            served = [part for part in parts if part.path == path]
+            missing[path] = [key for part in served for key in part.keys if key not in present]
+            unnamed = len(present - named[served[0].kind])
+            if unnamed:
+                log.info("%s: no split names %d of its %d videos", path.name, unnamed, len(present))
+            for part in served:
+                yield from _part_records(part, file, groups, config)
+    report_missing({path.name: keys for path, keys in missing.items()}, config.allow_missing)
+
+
+def _split_names(config: DataConfig) -> list[str]:
+    return list(dict.fromkeys((config.train, config.val, config.test)))
+
+
+def _part_records(part: _Part, file: h5py.File, groups: Mapping[str, str], config: DataConfig) -> Iterator[Record]:
+    label = REAL if part.kind == ORIGINAL else FAKE
+    for key in part.keys:
+        if key in file:
+            video, group = f"{part.kind}/{key}", groups[key.split("_")[0]]
+            clip = _record(part.path, key, label, part.kind, video, group, part.split)
+            yield from clip_records(clip, frame_count(file[key]), config)
+
+
+def _parts(config: DataConfig, splits: Mapping[str, Sequence[Pair]]) -> list[_Part]:
+    """Find the file of each kind in each split; a file `..._test_only` serves the test split where it is there.
+
+    Raises FileNotFoundError when there is none, or a split has fakes and no originals.
+    """
+    folder, parts = Path(config.path), []
+    for split, pairs in splits.items():
+        places = {kind: _place(folder, kind, config, split) for kind in KINDS}
+        found = {kind: path for kind, path in places.items() if path is not None}
+        absent = [kind for kind in KINDS if kind not in found]
+        log.info("split %s: found %s; absent: %s", split, ", ".join(found) or "nothing", ", ".join(absent) or "none")
+        if found and ORIGINAL not in found:
+            raise FileNotFoundError(
+                f"{str(folder)!r} lacks {file_name(ORIGINAL, config.compression)!r}: no real faces."
+            )
+        parts += [_Part(split, kind, path, keys_of(kind, pairs)) for kind, path in found.items()]
+    if not parts:
+        here = ", ".join(sorted(path.name for path in _hdf5_files(folder))[:NAMED_AT_MOST]) or "no HDF5 file"
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no {file_name(ORIGINAL, config.compression)!r} but {here}; give --data.path, the "
+            "folder of the FF++ files, and --data.compression."
+        )
+    return parts
+
+
+def _place(folder: Path, kind: str, config: DataConfig, split: str) -> Path | None:
+    plain, test_only = (folder / file_name(kind, config.compression, is_test_only) for is_test_only in (False, True))
+    if split == config.test and test_only.is_file():
+        return test_only
+    return plain if plain.is_file() else None
+
+
+# ---- packs that describe themselves ---------------------------------------------------------------------------------
+
+
+def _pack_records(config: DataConfig) -> Iterator[Record]:
+    paths = _hdf5_files(Path(config.path))
+    if not paths:
+        raise FileNotFoundError(f"{config.path!r} is no HDF5 file and no folder that holds one (*.h5).")
+    for path in paths:
+        with open_clips(path) as file:
+            clips = clips_in(file)
+            for key, clip in clips.items():
+                record = _pack_record(path, key, clip.attrs)
+                yield from clip_records(record, frame_count(clip), config)
+            log.info("%s: %d videos", path.name, len(clips))
+
+
+def _pack_record(path: Path, key: str, attributes: Mapping[str, object]) -> Record:
+    label = parse_label(attributes.get("label"), f"{path}/{key}")
+    if label is None:
+        raise ValueError(
+            f"{path}/{key} carries no attribute `label`; give --data.splits for FF++ files, or pack it with --label."
+        )
+    given = {name: str(attributes.get(name, "")) for name in ("class_name", "group", "split")}
+    video = f"{path.stem}/{key}"
+    class_name = given["class_name"] or LABEL_NAMES[label]
+    return _record(path, key, label, class_name, video, given["group"] or video, given["split"])
+
+
+def _hdf5_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.suffix in HDF5_SUFFIXES)
+    return [path] if path.is_file() else []
+
+
+class ListingSource(ImageSource):
+    """Single frames of a set of LISTINGS, which `DataConfig.source` names; `path` is its root.
+
+    A video of the training split is one record, of which `load` draws a frame; any other is `frames` records, evenly
+    spread frames, the same every time. Raises FileNotFoundError or ValueError naming what is wrong or missing.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        for name, reason in (
+            ("masks", "public sets are read without"),
+            ("cache", "drawn frames would fill the memory"),
+        ):
+            if getattr(config, name):
+                raise ValueError(f"{name}: {reason}; give --data.{name} false.")
+        self._reader = FrameReader(config.frames)
+        tree = VideoTree(config.path)
+        videos = LISTINGS[config.source](tree, config)
+        places = tree.locate([video.place for video in videos])
+        report_missing({config.path: [v.name for v in videos if v.place not in places]}, config.allow_missing)
+        found = [video for video in videos if video.place in places]
+        if not found:
+            raise FileNotFoundError(f"{config.path!r} holds none of the {len(videos)} videos that are listed there.")
+        counts = Counter(video.split for video in found)
+        form = "folders of frames" if places[found[0].place].is_dir() else "video files"
+        log.info("%s, %s: %s", config.source, form, ", ".join(f"{n} {split}" for split, n in counts.items()))
+        super().__init__(config, [r for v in found for r in self._records_of(v, places[v.place], config)])
+
+    def _records_of(self, video: ListedVideo, path: Path, config: DataConfig) -> Iterator[Record]:
+        clip = Record(
+            id=video.name,
+            label=video.label,
+            class_name=video.class_name,
+            video=video.name,
+            group=video.group,
+            where=str(path),
+            split=video.split,
+        )
+        return clip_records(clip, 0 if is_drawn(clip, config) else self._reader.frames(path), config)
+
+    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+        """Read one frame; of a training record any frame of the clip, each as likely, the middle one without `rng`.
+
+        The sample's record says in its tag `frame` which one it is. Raises UnreadableImage naming the file.
+        """
+        path, _, frame = record.where.rpartition(MEMBER_MARK)
+        number = drawn_number(frame, self._reader.frames(Path(path)), rng)
+        tags = {**record.tags, "frame": str(number)}
+        return super().load(replace(record, where=f"{path}{MEMBER_MARK}{number}", tags=tags))
+
+    def _read(self, where: str) -> np.ndarray:
+        path, _, number = where.rpartition(MEMBER_MARK)
+        return self._reader.read(Path(path), int(number))

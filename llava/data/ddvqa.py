@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from llava.core.config import setting
-from llava.data.conversation_files import (
+from llava.data.answer_texts import (
+    VERDICT_QUESTION,
+    label_free_answer,
+    label_free_question,
+    published_pair,
+    region_of,
+    verdict_sentence,
+)
+from llava.data.conversations import (
     Pair,
     Row,
     Subject,
@@ -19,16 +27,8 @@ from llava.data.conversation_files import (
     write_conversations,
     write_ground_truth,
 )
-from llava.data.ddvqa_text import (
-    VERDICT_QUESTION,
-    label_free_answer,
-    label_free_question,
-    published_pair,
-    region_of,
-    verdict_sentence,
-)
+from llava.data.images import ImageStore, open_store
 from llava.data.splits import choose_groups, connected_groups
-from llava.data.storage import ImageStore, open_store
 
 log = logging.getLogger(__name__)
 

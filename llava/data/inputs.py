@@ -1,4 +1,4 @@
-"""What a person names on the command line (file, folder, glob, zip, URL) as a list of named images and videos."""
+"""What a person asks about (path, folder, glob, zip, URL, bytes, array) as a list of named images and videos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -19,8 +19,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import numpy as np
 
 from llava.core.config import setting
-from llava.data.images import IMAGE_SUFFIXES, UnreadableImage, list_images, read_image
-from llava.data.storage import MEMBER_MARK, stored_image
+from llava.data.images import IMAGE_SUFFIXES, MEMBER_MARK, UnreadableImage, list_images, read_image, stored_image
 
 SCHEMES = ("http", "https")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
@@ -224,3 +223,25 @@ def _words(name: str, error: Exception) -> str:
     """Give an error's message without the name that stands beside it anyway."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.removeprefix(f"{name}: ")
+
+
+Image: TypeAlias = str | Path | bytes | np.ndarray | NamedImage
+
+
+def as_list(images: Image | Sequence[Image]) -> Sequence[Image]:
+    """Give images, or the one that was given, as a sequence."""
+    return [images] if isinstance(images, (str, Path, bytes, np.ndarray, NamedImage)) else images
+
+
+def named(image: Image, number: int) -> NamedImage:
+    """Read an image if it is not read yet; arrays and bytes are named by their number."""
+    if isinstance(image, NamedImage):
+        return image
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image {number}: expected uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}.")
+        return NamedImage(name=f"image {number}", pixels=image)
+    if isinstance(image, bytes):
+        return NamedImage(name=f"image {number}", pixels=read_image(image, f"image {number}"))
+    source = fetch(str(image), FetchLimits()) if is_url(str(image)) else Path(image)
+    return NamedImage(name=str(image), pixels=read_image(source, str(image)))

@@ -11,8 +11,8 @@ from typing import Any
 from llava.core.config import setting
 from llava.core.runtime import write_json
 from llava.core.types import LABEL_NAMES, Record
+from llava.data.answer_texts import VERDICT_QUESTION, verdict_sentence
 from llava.data.conversations import PROMPT_HEAD
-from llava.data.ddvqa_text import VERDICT_QUESTION, verdict_sentence
 from llava.data.sources import DataConfig, open_source, split_of
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from llava.core.calibration import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.config import build, to_dict
 from llava.core.registry import nearest
+from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.types import Decision, InputSpec, VerdictLabel
 from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors
 
@@ -213,26 +213,29 @@ def create(name: str, config: dict[str, Any]) -> Detector:
     return detector_class(build(detector_class.Config, config, where="model"))
 
 
-def from_description(description: dict[str, Any]) -> Detector:
+def from_description(description: Mapping[str, Any]) -> Detector:
     """Build the detector of a `describe()` dictionary, with fresh weights."""
     detector = create(description["detector"], description["config"])
     detector.decision = Decision(**description.get("decision", {}))
     return detector
 
 
-def load(folder: str | Path, expected: str | None = None) -> Detector:
+def load(folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None) -> Detector:
     """Load a saved detector with its calibration, in eval mode.
 
-    Raises ValueError when the folder holds another kind of model, or a calibration of other weights.
+    description: what its config.json says, where that was read already. Raises ValueError when the folder holds
+    another kind of model, or a calibration of other weights.
     """
-    detector = load_uncalibrated(folder, expected)
+    detector = load_uncalibrated(folder, expected, description)
     detector.load_calibration(folder)
     return detector
 
 
-def load_uncalibrated(folder: str | Path, expected: str | None = None) -> Detector:
+def load_uncalibrated(
+    folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None
+) -> Detector:
     """Load a saved detector in eval mode, without its calibration. Raises ValueError as `load` does."""
-    description = read_config(folder)
+    description = read_config(folder) if description is None else description
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):
         found = f"detector {kind!r}" if kind else f"model type {description.get('model_type')!r}"

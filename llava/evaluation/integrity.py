@@ -6,14 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.evaluation.blind import TrainingPair, count_stated, flip_report, leak_report, template_report
 from llava.evaluation.captions import CaptionItem, CaptionSet, read_jsonl
-from llava.evaluation.counterfactual import EDITS, CounterfactualCase, counterfactual_report
-from llava.evaluation.flip import flip_report
-from llava.evaluation.pointing import RIVALS, PointingCase, pointing_report
-from llava.evaluation.questions import TrainingPair, count_stated, leak_report
-from llava.evaluation.regions import ARTEFACT, REGION, naming_report
+from llava.evaluation.grounding import (
+    ARTEFACT,
+    EDITS,
+    REGION,
+    RIVALS,
+    CounterfactualCase,
+    PointingCase,
+    counterfactual_report,
+    naming_report,
+    pointing_report,
+)
 from llava.evaluation.swap import caption_swap
-from llava.evaluation.template import template_report
 
 JUDGED = (("rouge_l", "ROUGE-L"), ("cider", "CIDEr"), ("bleu_4", "BLEU-4"))
 TEMPLATES = {

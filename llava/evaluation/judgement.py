@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from llava.data.conversations import read_conversations
 from llava.data.ddvqa import MANIPULATIONS
 from llava.evaluation.captions import image_groups, read_jsonl
 from llava.evaluation.metrics import Confusion, confusion
-from llava.evaluation.statistics import group_bootstrap, wilson
+from llava.evaluation.statistics import Interval, group_bootstrap, wilson
 from llava.evaluation.text import parse_verdict, parse_verdict_published
 
 PUBLISHED_REAL_PREFIX = "./utils/DDVQA_images/c40/test/5"
@@ -225,3 +226,61 @@ def _class_row(name: str, items: Sequence[Judgement]) -> dict[str, Any]:
     own = [j for j in items if j.class_name == name]
     said = {text: sum(j.verdict == v for j in own) for text, v in (("real", REAL), ("fake", FAKE), ("undecided", None))}
     return {"said": said, "accuracy": wilson(sum(j.verdict == j.label for j in own), len(own)).to_dict()}
+
+
+_LABELS_OF = {"REAL": REAL, "FAKE": FAKE}
+
+
+def agreement(
+    text_verdicts: Sequence[int | None],
+    found: Sequence[int | None],
+    groups: Sequence[str],
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Give the part of items whose text says what was found, with its group-bootstrap interval.
+
+    An undecided text does not agree. Items on which nothing was found (None) are left out and counted; when no item is
+    left, the agreement has no value.
+    """
+    pairs = [(t, f, g) for t, f, g in zip(text_verdicts, found, groups, strict=True) if f is not None]
+    same = np.array([t == f for t, f, _ in pairs], dtype=float)
+    interval = Interval(math.nan, math.nan, math.nan, 0)
+    if pairs:
+        interval = group_bootstrap([g for _, _, g in pairs], lambda w: float(np.average(same, weights=w)), n_boot, seed)
+    return {
+        "agreement": interval.to_dict(),
+        "n": len(pairs),
+        "text_undecided": sum(t is None for t, _, _ in pairs),
+        "left_out": len(found) - len(pairs),
+    }
+
+
+def read_agreement(predict_path: str | Path, n_boot: int = 2000, seed: int = 0) -> dict[str, Any] | None:
+    """Compare each answer with its row's metadata; None where rows do not say what the detector found.
+
+    What was found is the side of `p_fake`, of the detector or told (`evidence_p_fake`, the causality test): fake from
+    0.5 on, or as a clear label (REAL, FAKE) says. `clear`: the same over clear labels only, without UNCERTAIN ones.
+    `told` in the result names the evidence told.
+    """
+    rows = [row for _, row in read_jsonl(predict_path)]
+    notes = [row.get("metadata") or {} for row in rows]
+    if not any("label" in note for note in notes):
+        return None
+    told = {note.get("evidence_p_fake") for note in notes}
+    if len(told) > 1:
+        raise ValueError(f"{str(predict_path)!r} mixes answers to different evidence: {sorted(map(str, told))}.")
+    texts = [parse_verdict(row["text"]) for row in rows]
+    groups = image_groups([Path(row["image"]).stem for row in rows])
+    p_fake = told.pop()
+    if p_fake is not None:
+        return {"told": p_fake, **agreement(texts, [int(p_fake >= 0.5)] * len(rows), groups, n_boot, seed)}
+    labels = [_LABELS_OF.get(note.get("label", "")) for note in notes]
+    sides = [_side(note) if label is None else label for note, label in zip(notes, labels, strict=True)]
+    clear = agreement(texts, labels, groups, n_boot, seed)
+    return {"told": None, **agreement(texts, sides, groups, n_boot, seed), "clear": clear}
+
+
+def _side(note: dict[str, Any]) -> int | None:
+    p_fake = note.get("p_fake")
+    return None if p_fake is None else int(p_fake >= 0.5)

@@ -169,7 +169,7 @@ def draw_robustness(path: str | Path, report: Mapping[str, Any]) -> None:
 def draw_confusion(path: str | Path, what: str, part: Mapping[str, Any], columns: Sequence[str]) -> None:
     """Draw what was edited (rows) against what the text names (columns), shaded by the part of its row: a picture.
 
-    part: of `llava.evaluation.regions.naming_report`; what: `region` or `artefact`.
+    part: of `llava.evaluation.grounding.naming_report`; what: `region` or `artefact`.
     """
     rows = part["confusion"]
     counts = np.array([[said.get(column, 0) for column in columns] for said in rows.values()])

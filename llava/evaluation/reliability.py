@@ -10,9 +10,9 @@ import numpy as np
 from scipy.special import logit
 from sklearn.isotonic import isotonic_regression
 
-from llava.core.calibration import SMALLEST, Calibration, log_odds
+from llava.core.score_map import SMALLEST, Calibration, log_odds
 from llava.core.types import FAKE, REAL
-from llava.evaluation.conformal import coverage_range, groups_of
+from llava.evaluation.calibration import coverage_range, groups_of
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.statistics import Interval, group_bootstrap, group_bootstraps, wilson
 

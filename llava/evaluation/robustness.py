@@ -13,7 +13,7 @@ from llava.core.types import FAKE, VerdictLabel
 from llava.evaluation.metrics import auc_interval
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.statistics import wilson
-from llava.ops.delivery import DEGRADATIONS, VERSIONS, Change
+from llava.ops.degrade import DEGRADATIONS, VERSIONS, Change
 
 Judge: TypeAlias = Callable[[np.ndarray], list[VerdictLabel]]
 CLEAR = (VerdictLabel.REAL, VerdictLabel.FAKE)

@@ -11,12 +11,38 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from llava.core.types import Turn
+from llava.core.types import GenerationSettings, Turn
 from llava.explainer.modeling import Encoded, ForgeryLlava
 from llava.explainer.processing import ExplainerProcessor
-from llava.explainer.sampling import GenerationSettings
+
+
+def processors(settings: GenerationSettings) -> LogitsProcessorList:
+    """Give what changes the scores of one answer, none when greedy. Raises ValueError for a temperature below 0."""
+    if settings.temperature < 0:
+        raise ValueError(f"temperature: {settings.temperature} is not usable; allowed: 0 (greedy) or more.")
+    if settings.temperature == 0:
+        return LogitsProcessorList()
+    warpers = [TemperatureLogitsWarper(float(settings.temperature)), TopPLogitsWarper(settings.top_p)]
+    return LogitsProcessorList([*warpers, GumbelNoise(settings.seed)])
+
+
+class GumbelNoise(LogitsProcessor):
+    """Add Gumbel noise to scores, so that their greatest is a sample of their softmax (the Gumbel-max trick).
+
+    The noise of a step is a function of (seed, step), the same for every row of a batch and on every device:
+    transformers' own sampling takes no generator and would read and move the global one.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Give scores (B, vocabulary) with noise."""
+        waits = torch.empty(scores.shape[-1]).exponential_(generator=self.generator)
+        return scores - waits.log().to(scores)
+
 
 Layers = list[tuple[Tensor, Tensor]]
 UNFINISHED = "\ufffd"  # what a tokeniser gives for the first bytes of a character
@@ -46,7 +72,7 @@ class Row:
     processors: LogitsProcessorList = field(init=False)
 
     def __post_init__(self) -> None:
-        self.processors = self.settings.processors()
+        self.processors = processors(self.settings)
 
     @property
     def position(self) -> int:

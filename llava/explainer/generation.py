@@ -1,20 +1,98 @@
-"""Ask an explainer about images: encode them once, answer in batches or as a stream."""
+"""Load an explainer and ask it about images: encode them once, answer in batches or as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llava.core.types import Turn
+from llava.core.types import GenerationSettings, Turn
+from llava.core.weights import read_config
 from llava.detectors.base import DetectorOutput
+from llava.explainer.convert import is_published, ready
 from llava.explainer.decoding import Decoder, Row
-from llava.explainer.modeling import Encoded, ForgeryLlava
+from llava.explainer.modeling import Encoded, ForgeryLlava, ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor, Pixels
-from llava.explainer.sampling import GenerationSettings
+
+DTYPES: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "stored": "auto"}
+# Never quantised: p_fake is the same whether the words are written in 4, 8 or 16 bit.
+FULL_PRECISION = ["detector", "model.vision_tower", "model.multi_modal_projector", "deepfake_projector", "lm_head"]
+
+
+def load_model(
+    name: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: Literal["fp32", "bf16", "fp16", "stored"] = "fp32",
+    quantization: Literal["none", "8bit", "4bit"] = "none",
+    settings: Mapping[str, Any] | None = None,
+) -> ForgeryLlava:
+    """Load a merged explainer in eval mode; the detector stays in float32, whatever `dtype` (stored = as saved).
+
+    settings: what the config.json of the folder `name` says, where that was read already. Raises ValueError when the
+    folder holds something else, when a tensor is missing or left over, or when its calibration.json is of another
+    detector.
+    """
+    folder = Path(name) if settings else ready(name)
+    settings = settings or read_config(folder)
+    if settings.get("model_type") != ForgeryLlavaConfig.model_type:
+        found = settings.get("model_type") or settings.get("detector") or "something else"
+        raise ValueError(
+            f"{str(name)!r} holds {found!r}, not a merged explainer; run stage 2 and 3 or give their output."
+        )
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "config": ForgeryLlavaConfig.from_dict(dict(settings))}
+    if quantization != "none":
+        options |= {"quantization_config": _quantization(quantization, DTYPES[dtype]), "device_map": {"": str(device)}}
+    model, report = ForgeryLlava.from_pretrained(folder, output_loading_info=True, **options)
+    for kind_of_problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind_of_problem):
+            some = sorted(map(str, report[kind_of_problem]))
+            raise ValueError(f"{str(name)!r}: {len(some)} {kind_of_problem.replace('_', ' ')}, first: {some[0]}.")
+    model.detector.load_calibration(folder)
+    return model.eval() if quantization != "none" else model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load_processor(name: str | Path, model: ForgeryLlava) -> ExplainerProcessor:
+    """Load the tokeniser and picture preparation that go with a model."""
+    return ExplainerProcessor.from_pretrained(ready(name), model.config, model.detector.inputs)
+
+
+def load_explainer(
+    folder: Path,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    quantization: Literal["none", "8bit", "4bit"] = "none",
+) -> Explainer:
+    """Load a merged explainer, ours or a published one, whose config.json says `settings`.
+
+    precision `auto` is bf16 on a GPU and fp32 elsewhere. Raises ValueError when the folder holds something else.
+    """
+    if is_published(settings):
+        folder = ready(folder)
+        settings = read_config(folder)
+    if (kind := settings.get("model_type")) != ForgeryLlavaConfig.model_type:
+        raise ValueError(
+            f"{str(folder)!r} holds model type {kind!r}, neither a detector nor an explainer; give what stage 1 wrote, "
+            "or what stage 3 merged."
+        )
+    dtype = ("bf16" if device.type == "cuda" else "fp32") if precision == "auto" else precision
+    model = load_model(folder, device, dtype, quantization, settings)
+    return Explainer(model, ExplainerProcessor.from_pretrained(folder, model.config, model.detector.inputs))
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=FULL_PRECISION)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=FULL_PRECISION
+    )
 
 
 class Explainer:

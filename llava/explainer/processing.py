@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.core.types import InputSpec, Turn
-from llava.data.transforms import to_tensor, view_tensors
+from llava.data.dataset import to_tensor, view_tensors
 from llava.detectors.clip_prompt import CLIP_MEAN
-from llava.explainer.configuration import ForgeryLlavaConfig
+from llava.explainer.modeling import ForgeryLlavaConfig
 from llava.explainer.prompts import EVIDENCE_TAG, IMAGE_TAG, TAGS, lay_out
 
 IGNORE = -100

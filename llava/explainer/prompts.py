@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from llava.core.registry import nearest
 from llava.core.types import Turn
+from llava.data.answer_texts import VERDICT_QUESTION as VERDICT_QUESTION
 from llava.data.conversations import DEEPFAKE_MARK as EVIDENCE_TAG
 from llava.data.conversations import IMAGE_MARK as IMAGE_TAG
-from llava.data.ddvqa_text import VERDICT_QUESTION as VERDICT_QUESTION
 
 TAGS = re.compile(f"({re.escape(IMAGE_TAG)}|{re.escape(EVIDENCE_TAG)})")
 

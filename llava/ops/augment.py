@@ -1,4 +1,8 @@
-"""Versions of one photo that are as real as it is: turned, scaled, moved, mirrored, lit, focused and grained anew."""
+"""Versions of one photo that are as real as it is, and pictures of leaves that are nobody's face.
+
+Lee, Mumford and Huang, Occlusion Models for Natural Images, IJCV 2001. Networks can learn to see from them (Baradad et
+al., Learning to See by Looking at Noise, NeurIPS 2021).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import cv2
 import numpy as np
 
 from llava.core.config import setting
-from llava.ops.ranges import require_within
+from llava.ops.degrade import require_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +72,35 @@ def _photographed(image: np.ndarray, config: AugmentConfig, rng: np.random.Gener
     if config.grain:
         image = image + rng.normal(0, rng.uniform(0, config.grain) / 255, image.shape)
     return np.clip(image, 0, 1)
+
+
+SMALLEST_RADIUS = 3.0  # pixels
+COLOUR_SPREAD = 25.0  # standard deviation of a channel around the leaf's grey level, in levels of 255
+
+
+def dead_leaves(side: int, rng: np.random.Generator) -> np.ndarray:
+    """Give one picture, uint8 (side, side, 3): ellipses, focus, grain and shading are all drawn from `rng`.
+
+    Radii follow the cubic law, under which the picture looks alike at every scale, up to a third of the side.
+    """
+    picture = np.full((side, side, 3), rng.uniform(40, 200, 3), np.float32)
+    for _ in range(rng.integers(300, 900)):
+        radius = min(side / 3, SMALLEST_RADIUS / np.sqrt(max(rng.random(), 1e-6)))
+        x, y = rng.uniform(0, side, 2)
+        axes = (round(radius), round(radius * rng.uniform(0.4, 1.0)))
+        colour = rng.uniform(20, 235) + rng.normal(0, COLOUR_SPREAD, 3)
+        centre = (round(x), round(y))
+        cv2.ellipse(picture, centre, axes, rng.uniform(0, 360), 0, 360, colour.tolist(), cv2.FILLED, cv2.LINE_AA)
+    focused = cv2.GaussianBlur(picture, (0, 0), sigmaX=rng.uniform(0.5, 2.0))
+    grain = rng.uniform(3, 14) * power_law_noise(side, rng.uniform(0.6, 1.3), rng)
+    shading = rng.uniform(5, 20) * power_law_noise(side, 1.8, rng)
+    sensor = rng.normal(0, rng.uniform(0.5, 4.0), picture.shape)
+    return np.clip(np.rint(focused + (grain + shading)[..., None] + sensor), 0, 255).astype(np.uint8)
+
+
+def power_law_noise(side: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
+    """Give noise (side, side), mean 0, deviation 1; its amplitude is frequency to the power -`exponent`."""
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    frequency[0, 0] = 1 / side
+    noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(side, side))) / frequency**exponent).real
+    return (noise - noise.mean()) / noise.std()

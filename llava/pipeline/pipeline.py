@@ -5,34 +5,71 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from llava.core.calibration import require_share
 from llava.core.runtime import batched, pick_device
-from llava.core.types import Explanation, InputSpec, Turn, Verdict, VideoVerdict
+from llava.core.score_map import require_share
+from llava.core.types import Explanation, GenerationSettings, InputSpec, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config
-from llava.data.transforms import view_tensors
+from llava.data.answer_texts import VERDICT_QUESTION
+from llava.data.dataset import view_tensors
+from llava.data.inputs import Image, as_list, named
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
-from llava.explainer.convert import ready
-from llava.explainer.generation import Explainer
-from llava.explainer.loading import is_explainer, load_model, load_processor
-from llava.explainer.modeling import Encoded
-from llava.explainer.processing import Pixels
-from llava.explainer.prompts import VERDICT_QUESTION
-from llava.explainer.sampling import GenerationSettings
-from llava.ops.delivery import VERSIONS
-from llava.pipeline.agreement import explanation
-from llava.pipeline.chat import Chat
-from llava.pipeline.faces import Face, faces_of
-from llava.pipeline.findings import Finding, VideoFinding
-from llava.pipeline.given import Image, as_list, named
-from llava.pipeline.judging import judge
+from llava.detectors.m2f2det_published import ready_detector
+from llava.ops.degrade import VERSIONS
+from llava.pipeline.crops import Face, faces_of
 from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
-from llava.pipeline.video import Look, Video, explained_video_finding, video_finding
+from llava.pipeline.verdict import Finding, VideoFinding, explanation, judge
+from llava.pipeline.video import Look, Video, watch
+
+if TYPE_CHECKING:
+    from llava.explainer.generation import Explainer
+    from llava.explainer.modeling import Encoded
+    from llava.explainer.processing import Pixels
+
+
+class Chat:
+    """Ask about one face again and again.
+
+    verdict: the detector's, known before any word is written. turns: what was said so far. last: the last answer with
+    whether it agrees with the verdict; None before the first.
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        verdict: Verdict,
+        encoded: Encoded | None,
+        settings: GenerationSettings | None = None,
+    ) -> None:
+        self._explainer = explainer
+        self._encoded = encoded
+        self._settings = settings
+        self.verdict = verdict
+        self.turns: list[Turn] = []
+        self.last: Explanation | None = None
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Yield the answer piece by piece; it becomes part of the conversation once it is complete.
+
+        Raises ValueError for an empty question, and where there is no face to talk about.
+        """
+        if self._encoded is None:
+            raise ValueError(f"There is nothing to ask about: {self.verdict.reason}.")
+        if not question.strip():
+            raise ValueError("The question is empty; ask something, such as: Why?")
+        asked = [*self.turns, Turn(role="human", text=question.strip())]
+        pieces: list[str] = []
+        for piece in self._explainer.stream(self._encoded, asked, self._settings):
+            pieces.append(piece)
+            yield piece
+        text = "".join(pieces).rstrip()
+        self.turns = [*asked, Turn(role="assistant", text=text)]
+        self.last = explanation(self.verdict, question, text)
 
 
 class Pipeline:
@@ -90,22 +127,17 @@ class Pipeline:
         """
         if prior is not None:
             require_share("prior", prior)
-        folder, where = ready(name), pick_device(device)
-        if is_explainer(folder):
-            dtype = ("bf16" if where.type == "cuda" else "fp32") if precision == "auto" else precision
-            model = load_model(folder, where, dtype, quantization)
-            explainer = Explainer(model, load_processor(folder, model))
-            return cls(model.detector, explainer, str(name), faces, batch_size, prior, stability)
+        folder, where = ready_detector(name), pick_device(device)
         settings = read_config(folder)
-        if "detector" not in settings:
-            raise ValueError(
-                f"{str(name)!r} holds model type {settings.get('model_type')!r}, neither a detector nor an explainer; "
-                "give what stage 1 wrote, or what stage 3 merged."
-            )
-        if quantization != "none":
-            raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
-        detector = load_detector(folder).to(where)
-        return cls(detector, None, str(name), faces, batch_size, prior, stability)
+        if isinstance(settings.get("detector"), str):  # an explainer says more of its own
+            if quantization != "none":
+                raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
+            detector = load_detector(folder, description=settings).to(where)
+            return cls(detector, None, str(name), faces, batch_size, prior, stability)
+        from llava.explainer.generation import load_explainer  # here, because a detector needs no language model
+
+        explainer = load_explainer(folder, settings, where, precision, quantization)
+        return cls(explainer.model.detector, explainer, str(name), faces, batch_size, prior, stability)
 
     def detect(self, images: Image | Sequence[Image]) -> list[Verdict]:
         """Give one verdict per face, in the order of the images; `Verdict.image` says which one it belongs to."""
@@ -168,7 +200,7 @@ class Pipeline:
 
         look: judges the faces of a batch of frames, as `look` does; for who runs the model in a thread of its own.
         """
-        return video_finding(self, video, settings or VideoSettings(), look)
+        return self._watch(video, settings, look)[0]
 
     def explained_video_finding(
         self,
@@ -178,7 +210,14 @@ class Pipeline:
         words: GenerationSettings | None = None,
     ) -> VideoFinding:
         """Give the explanation as `explain_video` does, beside the crop and the map that it is about."""
-        return explained_video_finding(self, video, settings or VideoSettings(), question, words)
+        explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
+        finding, encoded = self._watch(video, settings)
+        verdict = finding.verdict
+        if encoded is None:
+            return replace(finding, explanation=explanation(verdict, asked, ""))
+        (text,) = explainer.answer(encoded, [[Turn(role="human", text=asked)]], words)
+        about = f"the frame at {verdict.telling_seconds:.1f} s"
+        return replace(finding, explanation=replace(explanation(verdict, asked, text), about=about))
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
@@ -226,6 +265,18 @@ class Pipeline:
         """Yield the faces of images, largest first, one without pixels where there is none."""
         for number, image in enumerate(images):
             yield from faces_of(named(image, number), self.faces)
+
+    def _watch(
+        self, video: Video, settings: VideoSettings | None, look: Look | None = None
+    ) -> tuple[VideoFinding, Encoded | None]:
+        return watch(
+            video,
+            settings or VideoSettings(),
+            self.faces,
+            look=look or self.look,
+            judge=lambda face, scores: judge(self.detector, face, scores, self.prior),
+            batch_size=self.batch_size,
+        )
 
     def _detection(self, images: Sequence[np.ndarray | Pixels]) -> DetectorOutput:
         """Run a detector on its own, averaged over the test-time views that it declares."""

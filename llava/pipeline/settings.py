@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from llava.core.config import setting
-
-if TYPE_CHECKING:
-    pass
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization: TypeAlias = Literal["none", "8bit", "4bit"]

@@ -7,80 +7,69 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import stdev
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from scipy.stats import trim_mean
 
 from llava.core.runtime import atomic_path, batched
-from llava.core.types import Explanation, FrameScore, Turn, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import Explanation, FrameScore, Verdict, VerdictLabel, VideoVerdict
+from llava.data.faces import link_faces
+from llava.data.frames import open_clip, read_frames
 from llava.data.images import UnreadableImage
 from llava.data.inputs import NamedImage, NamedVideo, open_input
-from llava.data.tracks import link_faces
-from llava.data.video import open_clip, read_frames
-from llava.explainer.modeling import Encoded
-from llava.explainer.prompts import VERDICT_QUESTION
-from llava.explainer.sampling import GenerationSettings
-from llava.pipeline.agreement import explanation
-from llava.pipeline.faces import Face, faces_of
-from llava.pipeline.findings import Finding, VideoFinding
-from llava.pipeline.judging import judge
+from llava.pipeline.crops import Face, faces_of
 from llava.pipeline.settings import FaceSettings, VideoSettings
+from llava.pipeline.verdict import Finding, VideoFinding
 
 if TYPE_CHECKING:
-    from llava.detectors.base import Detector
-    from llava.explainer.generation import Explainer
+    from llava.explainer.modeling import Encoded
 
 Answer: TypeAlias = Verdict | Explanation
 Video: TypeAlias = str | Path | NamedVideo
-Look: TypeAlias = Callable[[Sequence[Face]], tuple[list[Finding], Encoded | None]]
+Look: TypeAlias = Callable[[Sequence[Face]], "tuple[list[Finding], Encoded | None]"]
+Judge: TypeAlias = Callable[[Face, dict[str, Any] | None], Verdict]
 NO_FRAME = "none of its frames can be decoded"
 NO_FACE = "no face found in any frame"
 TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (--video.least_frames)"
 DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 
 
-class Judge(Protocol):
-    """What a video is judged with; a `Pipeline` is one."""
+def watch(
+    video: Video, settings: VideoSettings, cut: FaceSettings, look: Look, judge: Judge, batch_size: int
+) -> tuple[VideoFinding, Encoded | None]:
+    """Give the verdict on the face that a video shows longest, and what the explainer made of its most telling frame.
 
-    detector: Detector
-    prior: float | None
-    faces: FaceSettings
-    batch_size: int
-
-    def look(self, faces: Sequence[Face], stability: bool = False) -> tuple[list[Finding], Encoded | None]:
-        """Judge a batch of faces; beside the findings, what the explainer made of those that have pixels."""
-        ...
-
-    def needed_explainer(self) -> Explainer:
-        """Give the explainer. Raises ValueError where there is none."""
-        ...
-
-
-def video_finding(pipeline: Judge, video: Video, settings: VideoSettings, look: Look | None = None) -> VideoFinding:
-    """Give the verdict on the face that a video shows longest; INCONCLUSIVE with the reason where there is none.
-
-    The score is the trimmed mean of the raw p_fake of the frames with this face; threshold and calibration of the
-    detector, made for single images, are applied to it. look: judges faces instead of the pipeline's own `look`.
+    The score is the trimmed mean of the raw p_fake of the frames with this face; `judge` makes a verdict of it, as of
+    a single image. look: judges `batch_size` faces at a time. INCONCLUSIVE with the reason where there is no face.
     """
-    return _watch(pipeline, video, settings, look or pipeline.look)[0]
-
-
-def explained_video_finding(
-    pipeline: Judge,
-    video: Video,
-    settings: VideoSettings,
-    question: str | None = None,
-    words: GenerationSettings | None = None,
-) -> VideoFinding:
-    """Give the verdict on a video with words about its most telling frame; `about` says which second that is."""
-    explainer, asked = pipeline.needed_explainer(), question or VERDICT_QUESTION
-    finding, encoded = _watch(pipeline, video, settings, pipeline.look)
-    verdict = finding.verdict
-    if encoded is None:
-        return replace(finding, explanation=explanation(verdict, asked, ""))
-    (text,) = explainer.answer(encoded, [[Turn(role="human", text=asked)]], words)
-    about = f"the frame at {verdict.telling_seconds:.1f} s"
-    return replace(finding, explanation=replace(explanation(verdict, asked, text), about=about))
+    named = video if isinstance(video, NamedVideo) else open_input(str(video))
+    if not isinstance(named, NamedVideo):
+        raise ValueError(f"{str(video)!r} is not named like a video; `detect` and `explain` take images.")
+    seen = _faces_over_time(named, cut, settings.frames)
+    tracks = _tracks(seen.faces, settings)
+    total = len(seen.faces)
+    needed = min(settings.least_frames, total)
+    count = sum(len(track) >= needed for track in tracks)
+    followed = tracks[0] if tracks else {}
+    reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else NO_FACE
+    found, encoded = _looked_at(look, batch_size, followed if count else {})
+    alone = {number: finding.verdict for number, finding in found.items()}
+    clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
+    judged = judge(clip, _trimmed(list(alone.values()), settings.trim))
+    telling = _most_telling(judged, alone)
+    frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seen.seconds))
+    scores = [_raw(verdict) for verdict in alone.values()]
+    known = vars(judged) | {
+        "reason": "; ".join(part for part in (judged.reason, seen.limit) if part),
+        "face_box": None if telling is None else frames[telling].face_box,
+        "spread": stdev(scores) if len(scores) > 1 else None,
+    }
+    verdict = VideoVerdict(**known, frames=frames, damaged=seen.damaged, trim=settings.trim, telling=telling)
+    if telling is None:
+        return VideoFinding(verdict=verdict), None
+    shown = found[telling]
+    finding = VideoFinding(verdict=verdict, pixels=shown.pixels, evidence_map=shown.evidence_map, seen=shown.seen)
+    return finding, encoded.get(telling)
 
 
 def in_order(
@@ -115,38 +104,6 @@ def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]
                 staged.write_bytes(timeline_png(verdict))
             drawn.append(path)
     return drawn
-
-
-def _watch(pipeline: Judge, video: Video, settings: VideoSettings, look: Look) -> tuple[VideoFinding, Encoded | None]:
-    """Give what was found, and what the explainer made of the most telling frame, where there is one of each."""
-    named = video if isinstance(video, NamedVideo) else open_input(str(video))
-    if not isinstance(named, NamedVideo):
-        raise ValueError(f"{str(video)!r} is not named like a video; `detect` and `explain` take images.")
-    seen = _faces_over_time(named, pipeline.faces, settings.frames)
-    tracks = _tracks(seen.faces, settings)
-    total = len(seen.faces)
-    needed = min(settings.least_frames, total)
-    count = sum(len(track) >= needed for track in tracks)
-    followed = tracks[0] if tracks else {}
-    reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else NO_FACE
-    found, encoded = _looked_at(look, pipeline.batch_size, followed if count else {})
-    alone = {number: finding.verdict for number, finding in found.items()}
-    clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
-    judged = judge(pipeline.detector, clip, _trimmed(list(alone.values()), settings.trim), pipeline.prior)
-    telling = _most_telling(judged, alone)
-    frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seen.seconds))
-    scores = [_raw(verdict) for verdict in alone.values()]
-    known = vars(judged) | {
-        "reason": "; ".join(part for part in (judged.reason, seen.limit) if part),
-        "face_box": None if telling is None else frames[telling].face_box,
-        "spread": stdev(scores) if len(scores) > 1 else None,
-    }
-    verdict = VideoVerdict(**known, frames=frames, damaged=seen.damaged, trim=settings.trim, telling=telling)
-    if telling is None:
-        return VideoFinding(verdict=verdict), None
-    shown = found[telling]
-    finding = VideoFinding(verdict=verdict, pixels=shown.pixels, evidence_map=shown.evidence_map, seen=shown.seen)
-    return finding, encoded.get(telling)
 
 
 class _Seen(NamedTuple):

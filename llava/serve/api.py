@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI-compatible chat, `/v1/detect` and `/v1/explain`, health and metrics."""
+"""The application of `m2f2 serve`: OpenAI-compatible chat, `/v1/detect`, `/v1/explain`, health, documentation, page."""
 
 from __future__ import annotations
 
@@ -15,34 +15,53 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 
 from llava import __version__
-from llava.core.types import Turn, Verdict
+from llava.core.types import GenerationSettings, Turn, Verdict
 from llava.data.inputs import NamedImage
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.explainer.sampling import GenerationSettings
-from llava.pipeline.agreement import explanation
+from llava.pipeline.verdict import explanation
 from llava.pipeline.video import in_order
-from llava.serve.documentation import OPEN_PATHS, add_documentation
 from llava.serve.engine import Engine, Piece, Question, joined
 from llava.serve.fetch import Fetcher
-from llava.serve.guard import Guard, refusal_response
+from llava.serve.guard import Guard, RequestLimits, refusal_response
 from llava.serve.keys import KeyRing
-from llava.serve.limits import RequestLimits
-from llava.serve.measures import Measures
-from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest
+from llava.serve.measures import MeasuredEngine, Measures
+from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest, from_thread
+from llava.serve.options import ServeSettings
 from llava.serve.refusals import Refused
-from llava.serve.streams import from_thread
 from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_files, read_still, read_upload
 
 if TYPE_CHECKING:
     from llava.serve.page.door import PageDoor
 
 log = logging.getLogger(__name__)
+
+FILES = "/swagger"
+OPEN_PATHS = ("/docs", "/openapi.json", *(f"{FILES}/swagger-ui{end}" for end in ("-bundle.js", ".css")))
+
+
+def add_documentation(app: FastAPI) -> None:
+    """Add /docs to an application made with `docs_url=None`; FastAPI's own loads its script from another site."""
+    app.mount(FILES, StaticFiles(packages=[("fastapi_swagger", "resources")]))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=f"{app.title}: the API",
+            swagger_js_url=OPEN_PATHS[2].lstrip("/"),
+            swagger_css_url=OPEN_PATHS[3].lstrip("/"),
+            swagger_favicon_url="data:,",
+        )
+
+
 MAX_FILES = 16
 
 
@@ -290,3 +309,24 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     content = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}}
     return JSONResponse(content, error.status_code, headers=error.headers)
+
+
+def build(settings: ServeSettings, engine: Engine) -> FastAPI:
+    """Give the application of these settings. Raises ValueError for a file of keys that can not be used."""
+    measures = Measures()
+    engine = MeasuredEngine(engine, measures)
+    keys = KeyRing(settings.keys) if settings.keys else None
+    at_once = settings.rows * settings.replica_range[1]
+    limits = RequestLimits(
+        requests_per_minute=settings.requests_per_minute,
+        max_active=at_once,
+        max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
+    )
+    page = None
+    if settings.page:
+        from llava.serve.page.door import open_page
+
+        page = open_page({settings.name: engine}, limits, keys=keys, examples=settings.examples)
+    return build_app(
+        Service(engine=engine, model=settings.name, measures=measures, keys=keys, limits=limits, page=page)
+    )

@@ -1,15 +1,78 @@
-"""`m2f2 serve`: one model, its page, its API and documentation, in one process."""
+"""`m2f2 serve`: one model, its page, its API and documentation, in one process or on Ray."""
 
 from __future__ import annotations
 
+import logging
+import signal
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
+from typing import Any
 
-from llava.pipeline.loading import load
+from llava.core.cluster import connected
+from llava.pipeline import load
 from llava.pipeline.settings import DEMO_MODEL
 from llava.serve.keys import read_keys
-from llava.serve.settings import ServeSettings
+from llava.serve.options import ServeSettings
 from llava.serve.web import require_free, server_of
+
+NAME = "m2f2"
+
+
+def serve_with_ray(settings: ServeSettings) -> Iterator[str]:
+    """Serve until told to stop; yields where. What was started has ended afterwards. Raises ValueError."""
+    with connected(settings.cluster), _interruptible():
+        from ray import serve
+
+        from llava.serve.ray_app import application
+
+        _require_room(settings)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        port = settings.port or _free_port(settings.host)
+        try:
+            serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "WARNING"})
+            serve.run(application(settings), name=NAME, route_prefix="/")
+            yield settings.ready_line(settings.host, port)
+            Event().wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            serve.shutdown() if settings.cluster.is_private else serve.delete(NAME)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl+C does, whatever Ray has set; a second one waits until all has ended."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(*_: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _require_room(settings: ServeSettings) -> None:
+    """Raise ValueError where replicas would wait for ever for a place on this machine."""
+    room, fewest = settings.cluster.room(), settings.replica_range[0]
+    if settings.cluster.is_private and fewest > room:
+        raise ValueError(
+            f"replicas: {fewest} do not fit here, {room} do; give fewer, or other --cluster.cpus, --cluster.model_cpus "
+            "or --cluster.model_gpus."
+        )
+
+
+def _free_port(host: str) -> int:
+    """Find a port where nobody listens, because Ray takes no 0."""
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def serve(settings: ServeSettings) -> Iterator[str]:
@@ -24,7 +87,6 @@ def serve(settings: ServeSettings) -> Iterator[str]:
 
 
 def _with_ray(settings: ServeSettings) -> Iterator[str]:
-    from llava.serve.ray_command import serve_with_ray
 
     return serve_with_ray(settings)
 
@@ -32,7 +94,7 @@ def _with_ray(settings: ServeSettings) -> Iterator[str]:
 def _here(settings: ServeSettings) -> Iterator[str]:
     """Serve from this process."""
     from llava.core.logs import log_json
-    from llava.serve.app import build
+    from llava.serve.api import build
     from llava.serve.batching import BatchConfig, BatchingEngine
 
     if settings.log_json:
@@ -55,7 +117,7 @@ def _trained_demo() -> Iterator[str]:
 
     folder = checkpoints_dir() / DEMO_MODEL
     if not folder.is_dir():
-        from llava.pipeline.demo import DemoConfig, run_demo
+        from llava.jobs.demo import DemoConfig, run_demo
 
         yield f"No model was named, and {str(folder)!r} is not there yet: training it, which takes 5 to 10 minutes.\n"
         yield from run_demo(DemoConfig())

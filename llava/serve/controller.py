@@ -18,7 +18,6 @@ from fastapi.responses import StreamingResponse
 
 from llava.core.config import parse, setting
 from llava.core.logs import setup_logging
-from llava.serve.pool import Dispatch, Pool
 from llava.serve.protocol import (
     END,
     MAX_IMAGE_BYTES,
@@ -29,15 +28,9 @@ from llava.serve.protocol import (
     error_chunk,
 )
 from llava.serve.refusals import Refused
-from llava.serve.registration import (
-    SecretSettings,
-    checked_address,
-    is_admitted,
-    read_secret,
-    require_secret,
-)
+from llava.serve.registration import SecretSettings, checked_address, is_admitted, read_secret, require_secret
 from llava.serve.web import make_app, parse_body, read_body, read_json, serve
-from llava.serve.worker_client import WorkerClient
+from llava.serve.workers import Dispatch, Pool, WorkerClient
 
 log = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 500_000

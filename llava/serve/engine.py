@@ -12,10 +12,9 @@ from llava.core.types import Turn, Verdict
 if TYPE_CHECKING:
     import numpy as np
 
-    from llava.data.inputs import NamedVideo
-    from llava.explainer.sampling import GenerationSettings
-    from llava.pipeline.findings import Finding, VideoFinding
-    from llava.pipeline.given import Image
+    from llava.core.types import GenerationSettings
+    from llava.data.inputs import Image, NamedVideo
+    from llava.pipeline.verdict import Finding, VideoFinding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,5 +80,5 @@ class Engine(Protocol):
         ...
 
     def model_facts(self) -> dict[str, Any]:
-        """Give what a case file says of the model; see `llava.pipeline.cases.model_facts`."""
+        """Give what a case file says of the model; see `llava.jobs.case_file.model_facts`."""
         ...

@@ -19,8 +19,8 @@ import httpx
 from llava.core.config import setting
 from llava.data.inputs import FetchLimits
 from llava.serve.addresses import check_url, is_public, not_public, shown
-from llava.serve.media import SNIFF_BYTES, media_type, unknown_format
 from llava.serve.refusals import Refused
+from llava.serve.uploads import SNIFF_BYTES, media_type, unknown_format
 
 Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 HEADERS = {"User-Agent": "m2f2-det", "Accept": "image/*, video/*", "Accept-Encoding": "identity"}

@@ -16,9 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.core.types import Verdict
-from llava.data.inputs import NamedVideo
-from llava.pipeline.findings import Finding, VideoFinding
-from llava.pipeline.given import Image
+from llava.data.inputs import Image, NamedVideo
+from llava.pipeline.verdict import Finding, VideoFinding
 from llava.serve.engine import Engine, Piece, Question
 
 log = logging.getLogger("llava.serve.requests")

@@ -1,9 +1,11 @@
-"""Who may register a worker, and at which address: nobody aims the controller where it has no business."""
+"""Who may register a worker, at which address, and how a worker stays known through restarts of either."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +14,13 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
+import httpx
+
 from llava.core.config import setting
 from llava.serve.addresses import Address, address_in, is_loopback, plain_address
+from llava.serve.protocol import HeartBeat, Registration, WorkerStatus
+
+log = logging.getLogger(__name__)
 
 SECRET_VARIABLE = "M2F2_WORKER_SECRET"
 SECRET_HEADER = "X-Worker-Secret"
@@ -157,3 +164,43 @@ def _require_allowed(address: Address, asking: Address | None, allowed: Sequence
             f"worker address {name!r} leads to {address}, and the request comes from {asking}; a worker registers "
             "itself, or its network is named in --worker-networks of the controller."
         )
+
+
+RETRY_SECONDS = 2.0
+CALL_SECONDS = 5.0
+
+
+async def stay_registered(
+    controller: str, name: str, secret: str | None, status: Callable[[], WorkerStatus], seconds: float
+) -> None:
+    """Register a worker by its address `name`, then send a heartbeat every `seconds`, until cancelled.
+
+    A controller that does not know the worker (any more) gets a new registration; one that does not answer, or refuses,
+    is asked again soon.
+    """
+    headers = {SECRET_HEADER: secret} if secret else {}
+    async with httpx.AsyncClient(timeout=CALL_SECONDS, headers=headers, trust_env=False) as client:
+        is_known = False
+        while True:
+            is_known = await _say(client, controller, name, status(), is_known)
+            await asyncio.sleep(seconds if is_known else min(RETRY_SECONDS, seconds))
+
+
+async def _say(client: httpx.AsyncClient, controller: str, name: str, status: WorkerStatus, is_known: bool) -> bool:
+    """Send a heartbeat, or register; gives whether the controller knows the worker now."""
+    try:
+        if is_known:
+            beat = HeartBeat(worker_name=name, queue_length=status.queue_length)
+            answer = await client.post(f"{controller}/receive_heart_beat", json=beat.model_dump())
+            if answer.raise_for_status().json()["exist"]:
+                return True
+        asked = Registration(worker_name=name, worker_status=status, multimodal=True)
+        answer = await client.post(f"{controller}/register_worker", json=asked.model_dump())
+        if answer.is_error:
+            log.error("controller %s refuses this worker: %s %s", controller, answer.status_code, answer.text[:300])
+            return False
+        log.info("registered as %s at %s", name, controller)
+        return True
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        log.warning("controller %s does not answer (%s); trying again", controller, type(error).__name__)
+        return is_known

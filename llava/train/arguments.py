@@ -49,7 +49,7 @@ class MergeConfig:
 
 @dataclass(kw_only=True)
 class ExplainArguments(TrainingArguments):
-    """Flags of `train_deepfake.py`. Fields that the merged model already fixes are checked against it, not applied."""
+    """Flags of stages 2 and 3. Fields that the merged model already fixes are checked against it, not applied."""
 
     merge: MergeConfig = setting(MergeConfig(), "merges around the training (stage scripts only)")
     model_name_or_path: str = setting("", "merged explainer to start from")

@@ -1,11 +1,11 @@
-"""One phase of detector training on HF Trainer: our samples, parameter groups, metrics and file format."""
+"""One phase of detector training on HF Trainer: our samples, parameter groups, metrics, files, and what watches it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,119 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from llava.core.runtime import write_json
+from llava.core.runtime import last_checkpoint, write_json
 from llava.core.weights import load_module
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
 from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions, from_records
-from llava.train.callbacks import CollapseCheck, ProgressLine, TensorBoard, check_collapse
-from llava.train.config import OptimConfig, PhaseConfig
-from llava.train.runs import last_checkpoint
+from llava.train.recipe import CollapseConfig, OptimConfig, PhaseConfig, PhaseData
 from llava.train.scoring import p_fake_of, probe_answers
-from llava.train.splits import PhaseData
 
 log = logging.getLogger(__name__)
+
+
+class CollapseError(RuntimeError):
+    """The detector gives one answer to everything."""
+
+
+def check_collapse(
+    metrics: Mapping[str, float], config: CollapseConfig, answers: Callable[[], Mapping[str, float]]
+) -> None:
+    """Raise CollapseError when a class is hardly ever recalled at 0.5 or p_fake hardly varies over validation.
+
+    metrics: those of one evaluation. answers: gives p_fake of plain colours and noise, to be named beside it.
+    """
+    problems = []
+    for label in ("real", "fake"):
+        recall = metrics[f"eval_frame_recall_{label}"]
+        if recall < config.min_recall:
+            problems.append(f"recall of {label} is {recall:.3f}, under {config.min_recall}")
+    if metrics["eval_sd_p_fake"] < config.min_sd:
+        problems.append(f"sd(p_fake) is {metrics['eval_sd_p_fake']:.4f}, under {config.min_sd}")
+    if problems:
+        beside = ", ".join(f"{name} {p:.2f}" for name, p in answers().items())
+        raise CollapseError(
+            f"The detector has collapsed: on validation at 0.5, {' and '.join(problems)}. p_fake of plain images: "
+            f"{beside}. Use --loss.class_balance sampling, another --optim.lr, or more --collapse.grace_epochs."
+        )
+
+
+class CollapseCheck(TrainerCallback):
+    """Check for collapse at each evaluation after the grace epochs."""
+
+    def __init__(self, config: CollapseConfig, answers: Callable[[], Mapping[str, float]]) -> None:
+        self.config, self.answers = config, answers
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the numbers just measured."""
+        if (state.epoch or 0) > self.config.grace_epochs:
+            check_collapse(metrics or {}, self.config, self.answers)
+
+
+class ProgressLine(ProgressCallback):
+    """The progress bar, with one short line per evaluation instead of every number."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss beside the bar and validation above it."""
+        if self.training_bar is None or logs is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}")
+        if "eval_video_auc" in logs:
+            log.info(
+                "epoch %.1f: validation AUC %.3f (frame), %.3f [%.3f, %.3f] (video), accuracy %.3f, loss %.3f",
+                state.epoch or 0.0,
+                logs["eval_frame_auc"],
+                logs["eval_video_auc"],
+                logs.get("eval_video_auc_low", float("nan")),
+                logs.get("eval_video_auc_high", float("nan")),
+                logs["eval_frame_accuracy"],
+                logs["eval_log_loss"],
+            )
+
+
+class TensorBoard(TensorBoardCallback):
+    """TensorBoard logs in a folder of the run; the model's settings are in run.json."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.logging_dir = str(folder)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the writer; a detector's config is no Hugging Face config and is left out."""
+        kwargs.pop("model", None)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
 HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
 BEST = "best"  # sub-folder of a phase with its best detector; it exists when the phase is finished
 RESAMPLES_WHILE_TRAINING = 200

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from llava.core.runtime import item_rng, write_run
+from llava.core.config import parse
+from llava.core.logs import setup_logging
+from llava.core.runtime import item_rng, last_checkpoint, other_settings, write_run
 from llava.core.types import FAKE, REAL, Record
 from llava.core.weights import sha256_of
 from llava.data.conversations import ConversationSource, open_conversations
 from llava.data.splits import check_leaks
 from llava.explainer.convert import ready
 from llava.explainer.delta import Model, add_lora, fingerprint, inner, load_delta, read_record, save_delta
-from llava.explainer.loading import load_model, load_processor
+from llava.explainer.generation import load_model, load_processor
 from llava.explainer.processing import IGNORE, ExplainerProcessor
-from llava.train.arguments import ExplainArguments
-from llava.train.runs import last_checkpoint, other_settings
+from llava.train.arguments import ExplainArguments, translate
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("llava.train.explain")  # run as a file, __name__ is another
+
 SOFTEST = 0.5  # least exponent of spread evidence: shares of 0.95 and 0.0125 become 0.69 and 0.08
 # Settings that must be the same when an interrupted run goes on.
 SETTINGS_OF_A_RUN = (
@@ -294,3 +298,22 @@ def _check_against_model(args: ExplainArguments, config: Any) -> None:
     for name in ("vision_tower", "deepfake_ckpt_path"):
         if getattr(args, name):
             log.info("--%s %s: the merged model holds its own; the flag is not used", name, getattr(args, name))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the flags, train, and leave the process group cleanly; gives 2 for a mistake in what was asked."""
+    setup_logging()
+    try:
+        words = list(translate(sys.argv[1:] if argv is None else argv))
+        train(parse(ExplainArguments, words, description=__doc__ or ""))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        log.error("%s", error)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -18,20 +18,16 @@ from transformers import set_seed
 
 from llava.core.config import parse, to_dict
 from llava.core.logs import setup_logging
-from llava.core.runtime import pick_device, write_json, write_run
+from llava.core.runtime import other_settings, pick_device, write_json, write_run
 from llava.core.types import Decision
 from llava.core.weights import CONFIG_NAME, load_strictly
 from llava.detectors.base import Detector, create, load
-from llava.detectors.published import ready_detector
+from llava.detectors.m2f2det_published import ready_detector
 from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
 from llava.evaluation.predictions import write_csv
-from llava.train.calibrate import calibrate, measured
-from llava.train.callbacks import CollapseError
-from llava.train.config import PhaseConfig, Recipe
-from llava.train.engine import BEST, train_phase
-from llava.train.runs import other_settings
-from llava.train.scoring import probe_answers, score
-from llava.train.splits import PhaseData, open_data, report_near_duplicates
+from llava.train.engine import BEST, CollapseError, train_phase
+from llava.train.recipe import PhaseConfig, PhaseData, Recipe, open_data, report_near_duplicates
+from llava.train.scoring import calibrate, measured, probe_answers, score
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"

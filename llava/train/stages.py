@@ -1,30 +1,89 @@
-"""Stages 2 and 3 as whole steps: merge, train, merge (`python -m llava.train.stages 2 --config RECIPE`)."""
+"""Stages 2 and 3 as whole steps: merge, train (through deepspeed where asked), merge."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava.core.config import build, read_values
 from llava.core.logs import setup_logging
 from llava.explainer.merge import merge_delta, merge_detector
 from llava.train.arguments import ExplainArguments, MergeConfig, translate
-from llava.train.launch import default_recipe, run, split_flags
 
 log = logging.getLogger(__name__)
 
+ENTRY = "llava.train.explain"  # a module, because a script would put its folder in front of all imports
+LAUNCHER_FLAGS = ("include", "exclude", "num_gpus", "num_nodes", "master_port", "master_addr", "hostfile")
+
+
+def default_recipe(stage: str) -> Path:
+    """Give the full-size recipe of a stage."""
+    return Path("scripts/configs") / f"stage_{stage}" / "m2f2.yaml"
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the deepspeed launcher's flags from the training's."""
+    launcher: list[str] = []
+    training: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in LAUNCHER_FLAGS:
+            launcher.append(word)
+            if not equals:
+                launcher.append(next(words, ""))
+        else:
+            training.append(word)
+    return launcher, training
+
+
+def command(argv: Sequence[str], zero: Path) -> list[str]:
+    """Build the launcher's command line for these flags. Raises FileNotFoundError when deepspeed is missing."""
+    launcher, training = split_flags(argv)
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    found = str(deepspeed) if deepspeed.exists() else shutil.which("deepspeed")
+    if found is None:
+        raise FileNotFoundError(
+            "The deepspeed launcher is not installed; install the extra: pip install 'm2f2-det[train]'."
+        )
+    if not any(word.split("=")[0] == "--deepspeed" for word in training):
+        training = ["--deepspeed", str(zero), *training]
+    return [found, *launcher, "--module", ENTRY, *training]
+
+
+def run(stage: str, argv: Sequence[str], zero: Path = Path("scripts/zero2.json")) -> int:
+    """Train stage 2 or 3 with these flags (its full recipe unless --config says otherwise); gives the exit code."""
+    if not any(word.split("=")[0] == "--config" for word in argv):
+        argv = ["--config", str(default_recipe(stage)), *argv]
+    launcher, training = split_flags(argv)
+    if not launcher and not torch.cuda.is_available():
+        from llava.train import explain  # here, because transformers takes seconds to load
+
+        return explain.main(training)
+    words = command(argv, zero)
+    log.info("starting %s", " ".join(words))
+    return subprocess.run(words, check=False).returncode
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run stage 2 or 3; gives the exit code."""
+    """Run stage 2 or 3 with its merges, or its training alone (finetune_2, finetune_3); gives the exit code."""
     setup_logging()
     stage, *rest = sys.argv[1:] if argv is None else list(argv)
     try:
+        if stage in ("finetune_2", "finetune_3"):
+            return run(stage[-1], rest)
         if stage not in ("2", "3"):
-            raise ValueError(f"Stage {stage!r} is not here; allowed: 2, 3 (stage 1: llava.train.stage_1).")
+            raise ValueError(
+                f"Stage {stage!r} is not here; allowed: 2, 3, finetune_2, finetune_3 (stage 1: llava.train.stage_1)."
+            )
         values, merging = read_stage(rest, default_recipe(stage), stage)
         return {"2": stage_2, "3": stage_3}[stage](values, merging, rest)
     except (ValueError, FileNotFoundError) as error:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Mapping
-from contextlib import AbstractAsyncContextManager
+import os
+import tempfile
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from llava.serve.limits import RateLimiter, RequestLimits, address_identity
+from llava.serve.engine import Engine
+from llava.serve.guard import RateLimiter, RequestLimits, address_identity
+from llava.serve.keys import KeyRing
 from llava.serve.refusals import Refused
+from llava.serve.uploads import UploadLimits
 
 FILES = ("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/logout", "/manifest.json")
 FILE_FOLDERS = ("/assets/", "/static/")
@@ -187,3 +194,65 @@ def _refusal(error: Refused, path: str) -> Response:
     if path == UPLOAD:
         return PlainTextResponse(str(error), error.status, headers=error.headers)
     return JSONResponse({"detail": str(error), **error.content}, error.status, headers=error.headers)
+
+
+FONTS = ("system-ui", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif")
+CLOSED: dict[str, Any] = {  # what Gradio would offer beside the page
+    "footer_links": [],
+    "run_history": False,
+    "show_error": False,
+    "ssr_mode": False,
+    "mcp_server": False,
+    "pwa": False,
+    "enable_monitoring": False,
+}
+MONO = ("ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace")
+
+
+def open_page(
+    engines: Mapping[str, Engine],
+    limits: RequestLimits | None = None,
+    uploads: UploadLimits | None = None,
+    keys: KeyRing | None = None,
+    examples: str | Path | None = None,
+) -> PageDoor:
+    """Give the page behind its door; with keys it asks for the name of one and the key.
+
+    engines, examples: see `build_page`. Uploads go to a folder that is gone at the end.
+    """
+    limits, uploads = limits or RequestLimits(), uploads or UploadLimits()
+    folder = tempfile.TemporaryDirectory(prefix="m2f2-uploads-")
+    os.environ |= {"GRADIO_TEMP_DIR": folder.name, "GRADIO_ANALYTICS_ENABLED": "False"}  # read by Gradio alone
+    import gradio as gr
+
+    from llava.serve.page.layout import build_page
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with folder:
+            yield
+
+    shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    page = build_page(engines, uploads, examples, None if keys is None else partial(_may_ask, keys), limits.max_active)
+    gr.mount_gradio_app(
+        shell,
+        page,
+        path="/",
+        auth=None if keys is None else lambda name, secret: keys.is_of(secret, name),
+        auth_message=None if keys is None else "Log in with the name of a key and the key.",
+        max_file_size=uploads.max_bytes,
+        theme=gr.themes.Base(font=FONTS, font_mono=MONO, primary_hue="slate", secondary_hue="slate"),
+        css=_own("page.css"),
+        js=_own("page.js"),
+        head='<meta name="color-scheme" content="light dark">',
+        **CLOSED,
+    )
+    return PageDoor(shell, limits, page.fns)
+
+
+def _may_ask(keys: KeyRing, user: str | None) -> bool:
+    return user is not None and keys.has(user)
+
+
+def _own(name: str) -> str:
+    return resources.files("llava.serve.page").joinpath(name).read_text("utf-8")

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from llava.core.types import Explanation, Turn, VideoVerdict
+from llava.core.types import Explanation, GenerationSettings, Turn, VideoVerdict
 from llava.data.inputs import NamedImage
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.explainer.sampling import GenerationSettings
-from llava.pipeline.agreement import explanation
-from llava.pipeline.cases import case_about, entry_of, render_case
-from llava.pipeline.findings import Finding
+from llava.jobs.case_file import case_about, entry_of, render_case
+from llava.pipeline.verdict import Finding, explanation
 from llava.serve.engine import Engine, Question
-from llava.serve.page import views, words
+from llava.serve.page import views
 from llava.serve.page.visits import Visit, Visits
 from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits, read_upload
@@ -62,7 +60,7 @@ def told(step: Callable[..., Iterator[Screen]]) -> Callable[..., Iterator[Screen
             yield Screen(notice=str(error), say=str(error), is_busy=False)
         except Exception:
             log.exception("A step of the page failed")
-            yield Screen(notice=words.FAILED, say=words.FAILED, is_busy=False)
+            yield Screen(notice=views.FAILED, say=views.FAILED, is_busy=False)
 
     return safe
 
@@ -104,7 +102,7 @@ class Flow:
         """Answer one more question about the face."""
         visit, question = self._visit(page), (question or "").strip()
         if not question:
-            raise Refused(400, words.EMPTY)
+            raise Refused(400, views.EMPTY)
         if len(question) > MAX_QUESTION:
             raise Refused(413, f"The question has {len(question):,} characters; at most {MAX_QUESTION:,} are read.")
         yield from self._written(visit, question, GenerationSettings(), visit.answers)
@@ -150,7 +148,7 @@ class Flow:
     def _visit(self, page: str) -> Visit:
         visit = self._visits.get(page)
         if visit is None:
-            raise Refused(400, words.GONE)
+            raise Refused(400, views.GONE)
         return visit
 
     def _engine(self, model: str | None) -> Engine:
@@ -158,7 +156,7 @@ class Flow:
         try:
             return self._engines[model or ""]
         except (KeyError, ConnectionError):
-            raise Refused(503, words.NO_MODEL) from None
+            raise Refused(503, views.NO_MODEL) from None
 
     def _seen(self, engine: Engine, content: bytes, name: str) -> Visit:
         """Read what was sent and find its faces. Raises Refused, or ValueError where an engine takes no videos."""
@@ -179,9 +177,9 @@ class Flow:
             photo=views.photo(visit),
             faces=len(visit.findings) if is_new else None,
             card=views.card(visit.finding, visit.source.name),
-            words=views.words(visit.answers, words.NO_WORDS if visit.finding.pixels is None else ""),
+            words=views.words(visit.answers, views.NO_WORDS if visit.finding.pixels is None else ""),
             heatmap=views.heatmap(visit.finding),
-            say=words.announcement(verdict),
+            say=views.announcement(verdict),
             notice="",
             is_open=True,
             is_busy=is_asked,
@@ -195,7 +193,7 @@ class Flow:
         """Write an answer after those `before`, piece by piece, unless the person goes on to something else."""
         finding, stop, text = visit.finding, visit.begin(), ""
         if finding.pixels is None:
-            raise Refused(400, words.NO_WORDS)
+            raise Refused(400, views.NO_WORDS)
         picture: np.ndarray | None = finding.pixels
         is_crop = True
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):
@@ -210,14 +208,14 @@ class Flow:
                 yield Screen(words=_unfinished(finding, before, question, text))
         except Exception:
             if visit.stop is stop:
-                yield Screen(words=views.words(visit.answers, words.BROKEN_OFF))
+                yield Screen(words=views.words(visit.answers, views.BROKEN_OFF))
             raise
         if visit.stop is not stop:
             return
         said = _explained(finding, question, text)
         if said.text:
             visit.said[visit.chosen] = [*before, said]
-        note = "" if said.text else words.STOPPED if visit.is_stopped else words.NO_MORE
+        note = "" if said.text else views.STOPPED if visit.is_stopped else views.NO_MORE
         heard = f"{said.text} {said.remark}".strip() or note
         yield Screen(words=views.words(visit.answers, note), say=heard, is_busy=False, question="")
 

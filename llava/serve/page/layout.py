@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,34 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from markupsafe import Markup
 
-from llava.pipeline.pages import fill
+from llava.jobs.case_file import fill
 from llava.pipeline.settings import DEMO_MODEL
-from llava.pipeline.wording import LIMITS
+from llava.pipeline.verdict import LIMITS
 from llava.serve.engine import Engine
-from llava.serve.page import views, words
+from llava.serve.page import views
 from llava.serve.page.flow import Flow, Screen
-from llava.serve.page.receive import received
 from llava.serve.page.visits import Visits
 from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits
 
 log = logging.getLogger(__name__)
+
+
+def received(file: Mapping[str, Any] | None, folder: Path, limits: UploadLimits) -> tuple[bytes, str]:
+    """Give content and name of a file in the folder of uploads; it is gone afterwards. Raises Refused for any other."""
+    path = Path(str((file or {}).get("path", ""))).resolve()
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise Refused(400, views.GONE)
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(limits.max_bytes + 1)
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # another upload of the same bytes may be there
+            path.parent.rmdir()
+    return content, str((file or {}).get("orig_name") or path.name)
+
+
 FILE_TYPES = ["image", "video", ".heic", ".heif", ".avif"]
 SAVE = """(file) => {
   const link = document.createElement("a");
@@ -44,7 +61,7 @@ def build_page(
     """Give the page of some models.
 
     engines: of each model by its name; a mapping that is no dict is asked for its names whenever a page is opened.
-    examples: folder that holds photos of `words.EXAMPLES`. is_allowed: whether a user who logged in may still ask;
+    examples: folder that holds photos of `views.EXAMPLES`. is_allowed: whether a user who logged in may still ask;
     None where nobody logs in.
     at_once: steps of one kind that run at the same time; four times as many wait, further ones are refused.
     """
@@ -92,10 +109,10 @@ class _Parts:
         return [*first, self.offer, self.seen, self.result, self.stop, self.again, self.ask, self.question]
 
 
-def _parts(offered: Sequence[tuple[words.Example, Path]], models: Sequence[str], has_login: bool) -> _Parts:
+def _parts(offered: Sequence[tuple[views.Example, Path]], models: Sequence[str], has_login: bool) -> _Parts:
     parts = _Parts()
-    remark = words.DEMO if DEMO_MODEL in models else ""
-    gr.HTML(fill("live_head.html", title=words.TITLE, lead=words.LEAD, remark=remark), elem_id="head")
+    remark = views.DEMO if DEMO_MODEL in models else ""
+    gr.HTML(fill("live_head.html", title=views.TITLE, lead=views.LEAD, remark=remark), elem_id="head")
     parts.notice = gr.HTML("", elem_id="notice")
     parts.say = gr.HTML("", elem_id="say")
     with gr.Row(elem_id="desk", equal_height=False):
@@ -103,11 +120,11 @@ def _parts(offered: Sequence[tuple[words.Example, Path]], models: Sequence[str],
             _left(parts, offered, models)
         with gr.Column(scale=7, min_width=280, visible=False, elem_id="right") as parts.result:
             _right(parts)
-    gr.HTML(fill("live_about.html", limits=LIMITS, privacy=words.PRIVACY, has_login=has_login), elem_id="about")
+    gr.HTML(fill("live_about.html", limits=LIMITS, privacy=views.PRIVACY, has_login=has_login), elem_id="about")
     return parts
 
 
-def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]], models: Sequence[str]) -> None:
+def _left(parts: _Parts, offered: Sequence[tuple[views.Example, Path]], models: Sequence[str]) -> None:
     """Lay out what is given: the picture and its faces, or the place to drop a file and the examples."""
     with gr.Column(visible=False, elem_id="seen") as parts.seen:
         parts.photo = gr.HTML("", elem_id="photo")
@@ -116,7 +133,7 @@ def _left(parts: _Parts, offered: Sequence[tuple[words.Example, Path]], models: 
     parts.examples = []
     with gr.Column(elem_id="offer") as parts.offer:
         parts.model = _model_choice(models)
-        parts.drop = gr.File(label=words.DROP, file_types=FILE_TYPES, height=220, elem_id="drop")
+        parts.drop = gr.File(label=views.DROP, file_types=FILE_TYPES, height=220, elem_id="drop")
         if offered:
             gr.HTML(Markup("<h2>Or try one of these</h2>"))
             with gr.Row(elem_id="examples"):
@@ -157,7 +174,7 @@ def _right(parts: _Parts) -> None:
                 )
                 parts.ask = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="ask")
             with gr.Row(elem_id="suggestions"):
-                parts.suggestions = [gr.Button(question, size="sm") for question in words.SUGGESTIONS]
+                parts.suggestions = [gr.Button(question, size="sm") for question in views.SUGGESTIONS]
         with gr.Tab("Heatmap"):
             parts.heatmap = gr.HTML("", elem_id="heatmap")
     with gr.Row(elem_id="report"):
@@ -172,7 +189,7 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
         def run(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
             page = request.session_hash or ""
             if not is_allowed(getattr(request, "username", None)):
-                yield _updates(Screen(notice=words.LOCKED, say=words.LOCKED, is_busy=False))
+                yield _updates(Screen(notice=views.LOCKED, say=views.LOCKED, is_busy=False))
                 return
             for screen in step(page, *given):
                 yield _updates(screen)
@@ -212,7 +229,7 @@ def _saving(flow: Flow, kind: str, is_allowed: Callable[[str | None], bool]) -> 
 
     def save(request: gr.Request) -> dict[str, str]:
         if not is_allowed(getattr(request, "username", None)):
-            raise gr.Error(words.LOCKED)
+            raise gr.Error(views.LOCKED)
         try:
             return flow.report(request.session_hash or "", kind)
         except Refused as error:
@@ -245,10 +262,10 @@ def _updates(screen: Screen) -> list[Any]:
     return [*first, html(notice), html(say), *opened, *busy, html(screen.question)]
 
 
-def _offered(folder: str | Path | None) -> list[tuple[words.Example, Path]]:
+def _offered(folder: str | Path | None) -> list[tuple[views.Example, Path]]:
     """List the examples that are there."""
     if folder is None:
         return []
-    found = [(e, path) for e in words.EXAMPLES if (path := Path(folder) / e.file).is_file()]
-    log.info("The page offers %d of %d examples", len(found), len(words.EXAMPLES))
+    found = [(e, path) for e in views.EXAMPLES if (path := Path(folder) / e.file).is_file()]
+    log.info("The page offers %d of %d examples", len(found), len(views.EXAMPLES))
     return found

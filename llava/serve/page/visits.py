@@ -10,7 +10,7 @@ from threading import Event, Lock, Timer
 
 from llava.core.types import Explanation
 from llava.data.inputs import NamedImage, NamedInput
-from llava.pipeline.findings import Finding
+from llava.pipeline.verdict import Finding
 from llava.serve.engine import Engine
 
 

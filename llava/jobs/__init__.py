@@ -1,0 +1,1 @@
+"""Whole errands over the pipeline: commands, case files, bulk scoring, forging, DD-VQA runs, the demonstration."""

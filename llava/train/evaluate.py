@@ -1,0 +1,206 @@
+"""Score a split with a trained detector: tables, pictures, degradations; the threshold comes from validation only.
+
+`m2f2 evaluate`, which `stage_1_inference.sh` starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from llava.core.config import build, setting
+from llava.core.runtime import pick_device, write_json, write_run
+from llava.core.types import Record
+from llava.data.sources import DataConfig, Source, open_source, split_of
+from llava.data.splits import require_both_classes
+from llava.detectors.base import Detector, load
+from llava.detectors.m2f2det_published import ready_detector
+from llava.evaluation.metrics import LEVELS, TRIM, detection_report
+from llava.evaluation.pictures import draw_robustness, draw_roc
+from llava.evaluation.predictions import Predictions, write_csv, write_videos_csv
+from llava.evaluation.published_csv import published_ids, write_published
+from llava.evaluation.robustness import robustness_report
+from llava.ops.degrade import Change, every_change
+from llava.train.scoring import measured, score
+from llava.train.stage_1 import describe_level
+
+log = logging.getLogger(__name__)
+
+
+def degraded_scores(
+    detector: Detector,
+    source: Source,
+    records: Sequence[Record],
+    device: torch.device,
+    batch_size: int = 32,
+    workers: int = 0,
+    seed: int = 0,
+) -> dict[Change, np.ndarray]:
+    """Give the raw p_fake (N,) of the records after each change; noise is a function of (seed, index)."""
+    console = Console(stderr=True)
+    changes = track(every_change(), "degrading", console=console, transient=True, disable=not console.is_terminal)
+    return {
+        change: score(
+            detector, source, records, device, batch_size, workers, degrade=partial(_changed, change), seed=seed
+        ).p_fake
+        for change in changes
+    }
+
+
+def _changed(
+    change: Change, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Change an image that is scored; nobody reads its mask."""
+    return change(image, rng), mask
+
+
+def write_robustness(
+    folder: Path,
+    detector: Detector,
+    predictions: Predictions,
+    degraded: dict[Change, np.ndarray],
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write robustness.json and robustness.png into `folder` and give the report."""
+    calibration = detector.calibration
+    by = f"threshold {detector.decision.threshold:.3f}, not calibrated" if calibration is None else str(calibration)
+    report = {"verdicts": by, **robustness_report(predictions, degraded, detector.labels, n_boot, seed)}
+    write_json(folder / "robustness.json", report)
+    draw_robustness(folder / "robustness.png", report)
+    return report
+
+
+def rule_lines(report: dict[str, Any]) -> list[str]:
+    """Give a table of the flip rates over all strengths of each degradation, and what the stability rule does."""
+    rows = [["verdicts by " + report["verdicts"], "REAL <-> FAKE", "after the rule", "any other verdict"]]
+    for kind, numbers in report["degradations"].items():
+        mild, strong = numbers["points"][0]["strength"], numbers["points"][-1]["strength"]
+        rates = (_share_text(numbers["any"][name]) for name in ("flips_before", "flips_after", "differs"))
+        rows.append([f"{kind} {mild:g} to {strong:g} ({numbers['unit']})", *rates])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = report["rule"]
+    return [
+        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
+        f"the rule makes UNCERTAIN {_share_text(rule['become_uncertain'])} clear verdicts; right of the clear ones: "
+        f"{_share_text(rule['right_before'])} before, {_share_text(rule['right_after'])} after",
+    ]
+
+
+def _share_text(share: dict[str, Any]) -> str:
+    if share["value"] is None:
+        return "none to look at"
+    value, low, high = (100 * share[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}] of {share['images']}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """What is scored with which detector, and where the results go."""
+
+    model: str = setting(
+        "checkpoints/stage_1/m2f2_tiny", "folder, name in checkpoints/ or hub id of a trained detector"
+    )
+    data: DataConfig | None = setting(None, "where images come from (default: what the detector was trained on)")
+    split: str = setting("test", "split to score; all = every image")
+    output_dir: str = setting("outputs/stage_1", "folder of predictions.csv, videos.csv, report.json and roc.png")
+    batch_size: int = setting(32, "images per batch")
+    workers: int = setting(0, "processes that prepare images; 0 = none beside the scoring")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where it runs")
+    trim: float = setting(TRIM, "part of a video's frames dropped at each end for the trimmed mean")
+    published: bool = setting(
+        False, "write published.csv too, of FaceForensics++: image_id, ground_truth (1 = real), prediction (P(real))"
+    )
+    resamples: int = setting(2000, "bootstrap resamples behind each interval")
+    robustness: bool = setting(
+        False, "score JPEG, resized, cropped, blurred and noisy copies too, 30 times the work: robustness.json and .png"
+    )
+    seed: int = setting(0, "seed of the noise of --robustness and of the bootstrap")
+
+
+def evaluate(config: ScoreConfig) -> str:
+    """Score a split and give what was found in a few lines."""
+    return "\n".join(_lines(score_split(config), Path(config.output_dir)))
+
+
+def score_split(config: ScoreConfig) -> dict[str, Any]:
+    """Write predictions.csv, videos.csv, report.json and roc.png into `config.output_dir` and give the report.
+
+    With `published` also published.csv, with `robustness` robustness.json and robustness.png. Raises ValueError or
+    FileNotFoundError.
+    """
+    folder = ready_detector(config.model)
+    data = config.data or _data_of_training(folder)
+    source = open_source(data)
+    records = split_of(
+        source, {"train": data.train, "val": data.val, "test": data.test}.get(config.split, config.split)
+    )
+    require_both_classes(records, f"Split {config.split!r} of {data.path!r}")
+    if config.published:
+        published_ids(records)  # what has none is refused before anything is scored
+    detector = load(folder)
+    output = Path(config.output_dir)
+    write_run(output, asdict(config), config.seed)
+    asked = (detector, source, records, pick_device(config.device), config.batch_size, config.workers)
+    predictions = score(*asked)
+    report = {
+        "model": config.model,
+        "detector": detector.name,
+        "decision": asdict(detector.decision),
+        "split": config.split,
+        **detection_report(predictions, detector.decision.threshold, config.resamples, config.seed, config.trim),
+        "calibration": measured(detector.calibration, predictions, config.resamples),
+    }
+    write_csv(output / "predictions.csv", predictions)
+    write_videos_csv(output / "videos.csv", predictions, config.trim)
+    if config.published:
+        write_published(output / "published.csv", predictions)
+    write_json(output / "report.json", report)
+    draw_roc(output / "roc.png", predictions, config.resamples, config.seed, threshold=detector.decision.threshold)
+    if config.robustness:
+        degraded = degraded_scores(*asked, config.seed)
+        settings = (config.resamples, config.seed)
+        report["robustness"] = write_robustness(output, detector, predictions, degraded, *settings)
+    return report
+
+
+def _data_of_training(folder: Path) -> DataConfig:
+    """Give the data settings of the last phase that trained the detector. Raises ValueError when unknown."""
+    record = folder / "run.json"
+    recipe = json.loads(record.read_text(encoding="utf-8")).get("config", {}) if record.is_file() else {}
+    settings = dict(recipe.get("data") or {})
+    for phase in recipe.get("phases", []):
+        settings |= phase.get("data") or {}
+    if not settings:
+        raise ValueError(f"{str(folder)!r} does not say what it was trained on; give --data.path FOLDER_OR_CSV.")
+    return build(DataConfig, settings, where="data")
+
+
+def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:
+    """Yield the main numbers of a report, and where the rest of it is."""
+    for level in LEVELS:
+        yield describe_level(f"{report['split']} {level}", report[level])
+    for name, numbers in report["classes"].items():
+        auc, recall = (numbers["frame"][metric]["value"] for metric in ("auc", "recall"))
+        yield f"{name}: AUC {auc:.3f}, recall {recall:.3f}"
+    decision = report["decision"]
+    yield f"threshold {decision['threshold']:.3f}, chosen on {decision['chosen_on']}"
+    if decision["chosen_on"] == "default":
+        log.warning("no threshold was chosen on validation: 0.5 is only a convention")
+    files = ["predictions.csv", "videos.csv", "report.json", "roc.png"]
+    if (output / "published.csv").is_file():
+        files.append("published.csv")
+    if "robustness" in report:
+        yield from rule_lines(report["robustness"])
+        files += ["robustness.json", "robustness.png"]
+    yield f"{', '.join(files)} are in {output}"

@@ -1,0 +1,187 @@
+"""Recipes of detector training: settings, the phases that override them one after another, and a phase's data."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from llava.core.config import build, setting
+from llava.core.types import Record
+from llava.data.sources import DataConfig, Source, open_source, split_of
+from llava.data.splits import LeakError, check_leaks, choose_groups, near_duplicates, require_both_classes, summary
+from llava.detectors import DETECTORS
+from llava.evaluation.calibration import CalibrationConfig
+from llava.evaluation.metrics import ThresholdRule
+from llava.ops.degrade import DegradeConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights are moved; the defaults are those published for M2F2-Det, with cosine instead of plateau."""
+
+    optimizer: Literal["adam", "adamw"] = setting("adam", "adam adds weight decay to the gradient, adamw to the step")
+    lr: float = setting(1e-3, "learning rate; a detector may give some weights their own")
+    weight_decay: float = setting(1e-6, "weight decay")
+    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's moving averages")
+    schedule: Literal["cosine", "plateau", "constant"] = setting(
+        "cosine", "cosine to zero, plateau (lowered when validation stalls) or constant"
+    )
+    warmup: float = setting(0.0, "part of all steps in which the rate rises from zero (not with plateau)")
+    plateau_factor: float = setting(0.4, "plateau: what the rate is multiplied by")
+    plateau_patience: int = setting(6, "plateau: evaluations without a better one before it is lowered")
+    plateau_cooldown: int = setting(5, "plateau: evaluations after lowering that do not count")
+    max_grad_norm: float = setting(0.0, "gradients are scaled down to this norm; 0 = left alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the loss treats the classes."""
+
+    class_balance: Literal["weights", "sampling", "pairs", "none"] = setting(
+        "weights",
+        "weights in the cross-entropy, equally many samples of each class, each real beside a fake made from it "
+        "(tag untouched), or none of them",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollapseConfig:
+    """When a detector counts as collapsed, that is, as giving one answer to everything."""
+
+    min_recall: float = setting(0.1, "smallest validation recall of each class at 0.5")
+    min_sd: float = setting(0.02, "smallest standard deviation of p_fake over the validation split")
+    grace_epochs: float = setting(5.0, "epochs during which it is not looked at; the end of training always is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One phase of training: what is learned from, how, and starting where."""
+
+    name: str = setting("", "name of the phase")
+    data: DataConfig | None = setting(None, "where images come from")
+    degrade: DegradeConfig | None = setting(DegradeConfig(), "what is done to training images; none = nothing")
+    optim: OptimConfig = setting(OptimConfig())
+    loss: LossConfig = setting(LossConfig())
+    collapse: CollapseConfig = setting(CollapseConfig())
+    epochs: int = setting(200, "times the training split is gone through")
+    steps: int = setting(0, "steps of the phase whatever the size of the split; 0 = by epochs")
+    batch_size: int = setting(80, "images per step and process")
+    accumulation: int = setting(1, "batches whose gradients are added up into one step")
+    eval_steps: int = setting(0, "steps between two evaluations on the whole validation split; 0 = each epoch")
+    patience: int = setting(0, "evaluations without a better one before the phase ends early; 0 = never")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "arithmetic; auto = best that the device has")
+    init_from: str | None = setting(None, "folder of a trained detector to start from (default: the phase before)")
+    freeze: tuple[str, ...] = setting((), "modules that are not trained, as patterns: backbone, vision_encoder.*")
+    seed: int = setting(100, "seed of weights, order and degradations")
+    workers: int = setting(4, "processes that prepare images; 0 = none beside the training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(PhaseConfig):
+    """A training run: a detector, the settings that all phases share, and what each phase changes."""
+
+    detector: str = setting("m2f2det", "name of the detector")
+    model: dict[str, Any] = setting({}, "settings of the detector, as --model.fusion bridge")
+    phases: list[dict[str, Any]] = setting([], "what each phase overrides; empty = one phase")
+    output_dir: str = setting("checkpoints/stage_1", "folder of the trained detector and its numbers")
+    resume: bool = setting(True, "go on with an interrupted run in output_dir; false starts afresh")
+    threshold_rule: ThresholdRule = setting("youden", "how the decision threshold is chosen on validation")
+    calibration: CalibrationConfig | None = setting(
+        CalibrationConfig(), "how the score is calibrated on validation; none = not at all"
+    )
+    near_duplicates: bool = setting(True, "look for near-duplicates across splits (reads every image once)")
+    resamples: int = setting(2000, "bootstrap resamples behind each final interval")
+
+    def __post_init__(self) -> None:
+        self.detector_config()
+        self.phase_list()
+
+    def detector_config(self) -> Any:
+        """Give the detector's typed settings. Raises ValueError naming the setting and the nearest."""
+        return build(DETECTORS.get(self.detector).Config, self.model, where="model")
+
+    def phase_list(self) -> list[PhaseConfig]:
+        """Give every phase with the shared settings filled in. Raises ValueError naming the setting."""
+        fields = dataclasses.fields(PhaseConfig)
+        shared = PhaseConfig(**{field.name: getattr(self, field.name) for field in fields})
+        phases = [build(PhaseConfig, values, f"phases.{i}", shared) for i, values in enumerate(self.phases)]
+        return phases or [shared]
+
+    def require_data(self) -> None:
+        """Refuse a recipe that does not say where its images are. Raises ValueError."""
+        if any(phase.data is None for phase in self.phase_list()):
+            raise ValueError("Missing setting 'data.path'; give it in the recipe or as --data.path FOLDER_OR_CSV.")
+
+
+OWN_FRACTION = 0.15  # of the images, for validation and for test, when the data come without splits
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """A source with its training, validation and test records; test may be empty."""
+
+    source: Source
+    train: Sequence[Record]
+    val: Sequence[Record]
+    test: Sequence[Record]
+
+    def summary(self) -> dict[str, Any]:
+        """Count records, labels, classes, videos and groups of each split."""
+        return summary([*self.train, *self.val, *self.test])
+
+
+def open_data(config: DataConfig, seed: int) -> PhaseData:
+    """Open a source and pick its splits; data without splits are divided by groups, 70 : 15 : 15.
+
+    Raises LeakError when splits share a group (with `allow_leaks` it is a warning), ValueError when one lacks a class,
+    is empty, or has unknown labels.
+    """
+    source = open_source(config)
+    names = {config.train, config.val, config.test}
+    if not names & {r.split for r in source.records}:
+        train, val, test = _divide(source.records, config, seed)
+    else:
+        train, val = split_of(source, config.train), split_of(source, config.val)
+        test = [r for r in source.records if r.split == config.test]
+    splits = {config.train: train, config.val: val, config.test: test}
+    for name, records in splits.items():
+        if records or name != config.test:
+            require_both_classes(records, f"Split {name!r} of {config.path!r}")
+    try:
+        check_leaks(splits)
+    except LeakError as error:
+        if not config.allow_leaks:
+            raise
+        log.warning("trained all the same, by data.allow_leaks: %s", error)
+    return PhaseData(source, train, val, test)
+
+
+def report_near_duplicates(data: PhaseData) -> list[dict[str, Any]]:
+    """Log and give pairs of look-alike images in different splits; they are reported, not refused."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    pairs = near_duplicates(data.source, {name: records for name, records in splits.items() if records})
+    for first, second, distance in pairs[:5]:
+        log.warning("near-duplicate across splits: %s and %s (%d of 64 bits differ)", first, second, distance)
+    if len(pairs) > 5:
+        log.warning("... and %d more pairs; all are in metrics.json", len(pairs) - 5)
+    return [{"first": first, "second": second, "distance": distance} for first, second, distance in pairs]
+
+
+def _divide(
+    records: Sequence[Record], config: DataConfig, seed: int
+) -> tuple[list[Record], list[Record], list[Record]]:
+    test = choose_groups([r.group for r in records], OWN_FRACTION, seed)
+    rest = [r for r in records if r.group not in test]
+    val = choose_groups([r.group for r in rest], OWN_FRACTION / (1 - OWN_FRACTION), seed)
+    named = [
+        replace(r, split=config.test if r.group in test else config.val if r.group in val else config.train)
+        for r in records
+    ]
+    parts = [[r for r in named if r.split == split] for split in (config.train, config.val, config.test)]
+    log.info("the data have no splits; divided by groups into %d / %d / %d images", *(len(p) for p in parts))
+    return parts[0], parts[1], parts[2]
