@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava.core.conversion import REPORT_NAME, Plan, Rules, plan, write_shards
 from llava.core.runtime import atomic_path, write_json
@@ -24,6 +24,7 @@ from llava.detectors.published import POSITION_IDS, PUBLISHED_PREFIXES, converte
 from llava.detectors.published_sizes import detector_config, read_clip_config, vision_sizes
 from llava.explainer.configuration import ForgeryLlavaConfig, join_config
 from llava.explainer.modeling import ForgeryLlava
+from llava.explainer.processing import read_tokenizer
 
 log = logging.getLogger(__name__)
 TOKENISER_FILES: Final = ("tokenizer.model", "tokenizer.json")
@@ -102,7 +103,7 @@ class PublishedFolder:
         with atomic_path(out) as staged:
             write_shards(staged, self.plan.moves, self.tensors)
             self.config.save_pretrained(staged)
-            AutoTokenizer.from_pretrained(self.folder, config=self.config.text_config).save_pretrained(staged)
+            read_tokenizer(self.folder, config=self.config.text_config).save_pretrained(staged)
             write_json(staged / REPORT_NAME, self.plan.to_dict() | {"from": self.folder.name})
 
     def _config(self, clip: Mapping[str, Any] | None) -> LlavaConfig:

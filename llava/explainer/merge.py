@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from llava.core.calibration import write_calibration
 from llava.core.runtime import atomic_path, write_json
@@ -30,6 +30,7 @@ from llava.explainer.convert import ready
 from llava.explainer.delta import attach, fingerprint, read_record
 from llava.explainer.loading import load_model, load_processor
 from llava.explainer.modeling import EvidenceAdapter, ForgeryLlava
+from llava.explainer.processing import read_tokenizer
 from llava.explainer.published_delta import ready_delta
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def merge_detector(
     model = _join(llava, guest, join_config(llava.config, guest, ratio, evidence_tokens, layout), seed)
     with atomic_path(out) as staged:
         model.save_pretrained(staged)
-        AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
+        read_tokenizer(base_folder).save_pretrained(staged)
         if alone.calibration is not None:
             write_calibration(staged, alone.calibration)
         del model, llava  # one model in memory at a time
