@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import deprecations
 import golden
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect the differences that the parity tests find."""
+    """Collect the differences that the parity tests find; make deprecations errors."""
+    deprecations.watch(config)
     config.stash[golden.DIFFERENCES] = {}
 
 

@@ -103,15 +103,54 @@ def test_saved_and_loaded_it_answers_the_same(detector, tmp_path):
         torch.testing.assert_close(loaded(**inputs).logits, detector(**inputs).logits, rtol=0, atol=0)
 
 
-def test_frozen_parts_stay_in_eval_mode(detector):
+@pytest.mark.parametrize("also_norms", [False, True], ids=["by_config", "by_name"])
+def test_frozen_parts_stay_in_eval_mode(detector, also_norms):
+    """Neither their weights nor their BatchNorm statistics move in a real step; everything else does."""
+    with_norms = [name for name, child in detector.named_children() if any(map(is_norm, child.modules()))]
+    if also_norms:
+        detector.freeze(with_norms)
+    named = with_norms if also_norms else []
+    frozen = [*detector.frozen_modules(), *map(detector.get_submodule, named)]
     detector.train()
-    assert all(not m.training for part in detector.frozen_modules() for m in part.modules())
-    assert all(not p.requires_grad for part in detector.frozen_modules() for p in part.parameters())
+    assert all(not m.training for part in frozen for m in part.modules())
+    assert all(not p.requires_grad for part in frozen for p in part.parameters())
+    kept = {id(t) for part in frozen for t in (*part.parameters(), *part.buffers())}
+    statistics = {id(b) for m in detector.modules() if is_norm(m) for b in m.buffers()}
+    before = copy.deepcopy(dict(tensors_of(detector)))
+    without_gradient = take_steps(detector)
+    moved = {name for name, tensor in tensors_of(detector) if not torch.equal(before[name], tensor)}
+    expected = {n for n, p in detector.named_parameters() if p.requires_grad} - without_gradient
+    expected |= {n for n, b in detector.named_buffers() if id(b) in statistics - kept}
+    assert moved == expected and any(name.startswith("classifier.") for name in moved)
+    assert not {name for name, tensor in tensors_of(detector) if id(tensor) in kept} & moved
+    assert bool(statistics & {id(b) for n, b in detector.named_buffers() if n in moved}) != also_norms
+    detector.freeze(["*"])
     before = copy.deepcopy(detector.state_dict())
     inputs, labels = batch_for(detector)
-    detector.freeze(["*"])
     detector.train()(**inputs, labels=labels)
     assert all(torch.equal(before[name], tensor) for name, tensor in detector.state_dict().items())
+
+
+def is_norm(module):
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def tensors_of(detector):
+    return [*detector.named_parameters(), *detector.named_buffers()]
+
+
+def take_steps(detector, steps=2):
+    """Train a little; gives the names of weights whose gradient was zero throughout, which therefore stay."""
+    optimiser = torch.optim.Adam(detector.parameter_groups(0.01))
+    still = {name for name, p in detector.named_parameters() if p.requires_grad}
+    for seed in range(steps):
+        inputs, labels = batch_for(detector, seed=seed)
+        optimiser.zero_grad()
+        detector(**inputs, labels=labels).loss.backward()
+        still -= {name for name, p in detector.named_parameters() if p.grad is not None and p.grad.any()}
+        optimiser.step()
+    assert len(still) < 3
+    return still
 
 
 def test_freeze_names_the_nearest_module(detector):

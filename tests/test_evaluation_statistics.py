@@ -11,6 +11,7 @@ from llava.evaluation.statistics import (
     group_bootstrap,
     group_bootstraps,
     paired_group_bootstrap,
+    percentile_intervals,
     resampled_weights,
     wilson,
 )
@@ -47,6 +48,28 @@ def test_one_item_per_group_equals_scipy():
     assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.02)
     assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.02)
     assert ours.n == 60
+
+
+def test_an_interval_holds_95_percent_unless_told_otherwise():
+    replicates = np.arange(1001.0)[:, None]  # of 0, 1, ... 1000: the 2.5th and the 97.5th percentile are 25 and 975
+    (interval,) = percentile_intervals(np.array([500.0]), replicates, n=7)
+    assert (interval.low, interval.high, interval.n) == (pytest.approx(25), pytest.approx(975), 7)
+    (narrow,) = percentile_intervals(np.array([500.0]), replicates, n=7, level=0.9)
+    assert (narrow.low, narrow.high) == (pytest.approx(50), pytest.approx(950))
+
+
+def test_every_bootstrap_holds_95_percent_of_its_resamples():
+    values = np.random.default_rng(6).normal(size=40)
+    groups = np.arange(40).astype(str)
+    drawn = [mean_of(values)(weights) for weights in resampled_weights(groups, 1001, seed=0)]
+    expected = (pytest.approx(sorted(drawn)[25]), pytest.approx(sorted(drawn)[975]))
+    zero = mean_of(np.zeros(40))
+    for interval in (
+        group_bootstrap(groups, mean_of(values), 1001),
+        *group_bootstraps(groups, lambda weights: np.array([mean_of(values)(weights)]), 1001),
+        paired_group_bootstrap(groups, mean_of(values), zero, 1001),
+    ):
+        assert (interval.low, interval.high) == expected
 
 
 def test_groups_widen_the_interval_as_the_theory_says():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import string
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny_world import draw, make_base, train_detector
+from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.models import BPE
 from torch.nn import functional as F
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.core.types import GenerationSettings, Turn
 from llava.data.conversations import open_conversations
@@ -21,6 +26,7 @@ from llava.explainer.decoding import GumbelNoise, processors
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
 from llava.explainer.generation import Explainer, load_model, load_processor
 from llava.explainer.merge import max_difference, merge_delta, merge_detector, sample_logits
+from llava.explainer.processing import ExplainerProcessor, read_tokenizer
 from llava.explainer.prompts import LAYOUTS, lay_out, plain_text
 from llava.train.explain import SOFTEST, ExplainDataset
 
@@ -79,6 +85,43 @@ def test_only_answers_are_learned(explainer: Explainer) -> None:
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     assert ids.count(explainer.model.config.image_token_id) == explainer.model.config.image_tokens
     assert ids.count(explainer.model.config.deepfake_token_index) == 1
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_second_question_is_tokenised_as_llama_s_legacy_says(world: Path, tmp_path: Path, legacy: bool) -> None:
+    """Of our own making: a vocabulary of letters. Legacy puts a space before every text, else not behind an end."""
+    llama = LlamaTokenizer(vocab=letters(), merges=[], legacy=legacy)
+    llama.init_kwargs["legacy"] = legacy
+    llama.save_pretrained(tmp_path)
+    config = load_model(world / "start").config
+    processor = ExplainerProcessor.from_pretrained(tmp_path, config, {})
+    ids, labels = processor.encode(conversation("<image>\n<deepfake>\nWhy?", "So.", "And?", "No."), "published_train")
+    end = processor.tokenizer.eos_token_id
+    assert ids.count(end) == labels.count(end) == 2
+    behind = processor.tokenizer.convert_ids_to_tokens(ids[ids.index(end) + 1 :])
+    assert "".join(behind) == f"{'▁' if legacy else ''}USER:▁And?▁ASSISTANT:▁No.</s>"
+    learned = processor.tokenizer.convert_ids_to_tokens([label for label in labels if label != -100])
+    assert "".join(learned) == "▁So.</s>▁No.</s>"
+    assert read_tokenizer(tmp_path).init_kwargs["legacy"] == legacy
+
+
+def test_an_end_mark_that_is_normalised_is_counted_once(world: Path, tmp_path: Path) -> None:
+    """Old LLaMA files mark `</s>` as normalised: behind the space that is put before a text it is found with it."""
+    backend = Tokenizer(BPE(vocab=letters(), merges=[]))
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(spaces)
+    backend.add_special_tokens([AddedToken(text, normalized=True) for text in ("<s>", "</s>")])
+    tokens = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", legacy=True)
+    processor = ExplainerProcessor(tokens, load_model(world / "start").config, {})
+    ids, labels = processor.encode(conversation("Why?", "So.", "And?", "No."), "published_train")
+    assert ids.count(tokens.eos_token_id) == labels.count(tokens.eos_token_id) == 2
+    behind = tokens.convert_ids_to_tokens(ids[ids.index(tokens.eos_token_id) + 1 : -1])
+    assert "".join(behind) == "▁USER:▁And?▁ASSISTANT:▁No."
+
+
+def letters() -> dict[str, int]:
+    """Give a vocabulary of LLaMA's special tokens, its space, and one letter a token."""
+    return {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", "\n", *string.printable[:94]])}
 
 
 def test_a_conversation_that_is_cut_is_counted(
@@ -287,12 +330,24 @@ def test_a_reader_that_leaves_ends_the_writing(explainer: Explainer) -> None:
 
 
 def test_frozen_parts_stay_in_eval_mode(explainer: Explainer) -> None:
+    """A step of an optimiser that was given everything moves the words, and not what is never trained."""
     model = explainer.model.train()
-    before = {k: v.clone() for k, v in model.detector.state_dict().items()}
+    frozen = {"detector": model.detector, "tower": model.model.vision_tower}
+    before = {part: copy.deepcopy(module.state_dict()) for part, module in frozen.items()}
+    words = {n: p.clone() for n, p in model.model.language_model.named_parameters()}
+    adapter = {n: p.clone() for n, p in model.deepfake_projector.named_parameters()}
     model.encode(torch.randn(4, 3, 32, 32), {"pixel_values": torch.randn(4, 1, 3, 32, 32)})
     assert model.model.language_model.training
-    assert not any(m.training for part in (model.detector, model.model.vision_tower) for m in part.modules())
-    assert all(torch.equal(v, before[k]) for k, v in model.detector.state_dict().items())
+    assert not any(m.training for part in frozen.values() for m in part.modules())
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+    ids, labels = explainer.processor.encode([*QUESTION, Turn(role="assistant", text="They look fake.")])
+    item = {"input_ids": ids, "labels": labels, **explainer.processor.pixels(draw(1, 0))}
+    model(**explainer.processor.collate([item] * 2)).loss.backward()
+    optimiser.step()
+    for part, module in frozen.items():
+        assert all(torch.equal(v, before[part][k]) for k, v in module.state_dict().items()), part
+    assert not any(torch.equal(p, words[n]) for n, p in model.model.language_model.named_parameters())
+    assert not any(torch.equal(p, adapter[n]) for n, p in model.deepfake_projector.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from llava.explainer.convert import RULES, PublishedFolder
 from llava.explainer.delta import inner
 from llava.explainer.generation import load_model, load_processor
 from llava.explainer.modeling import ForgeryLlavaConfig
-from llava.explainer.processing import ExplainerProcessor
+from llava.explainer.processing import ExplainerProcessor, read_tokenizer
 from llava.train.arguments import ExplainArguments, translate
 from llava.train.explain import ExplainTrainer, prepare
 
@@ -408,24 +409,36 @@ def stored_picture(item: dict[str, Any], golden: Path) -> np.ndarray | None:
     return None
 
 
-def processor_with(ratio: str, golden: Path, legacy: bool = True) -> ExplainerProcessor:
+def processor_with(ratio: str, golden: Path, tokens: Path | None = None) -> ExplainerProcessor:
     """Give a processor with the published tags' numbers and one place for each image."""
-    from transformers import AutoTokenizer
-
     config = ForgeryLlavaConfig(
         vision_config={"image_size": 336, "patch_size": 336}, detector={}, image_token_index=IMAGE
     )
     config.deepfake_token_index, config.image_aspect_ratio = EVIDENCE, ratio
-    folder = next(golden.rglob("tokenizer.model")).parent
-    return ExplainerProcessor(AutoTokenizer.from_pretrained(folder, legacy=legacy), config, {})
+    return ExplainerProcessor(read_tokenizer(tokens or next(golden.rglob("tokenizer.model")).parent), config, {})
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_tokens_and_training_masks(golden: Path, legacy: bool) -> None:
+def tokenizer_folder(golden: Path, folder: Path, legacy: bool | None, saves: int) -> Path:
+    """Copy the fixtures' tokeniser, let its file say `legacy` (None: nothing), and read and save it some times."""
+    shutil.copytree(next(golden.rglob("tokenizer.model")).parent, folder / "0")
+    file = folder / "0" / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = {k: v for k, v in settings.items() if k != "legacy"} | ({} if legacy is None else {"legacy": legacy})
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    for number in range(saves):
+        read_tokenizer(folder / str(number)).save_pretrained(folder / str(number + 1))
+    return folder / str(saves)
+
+
+@pytest.mark.parametrize("saves", [0, 1, 2])
+@pytest.mark.parametrize("said", [True, None, False])
+def test_tokens_and_training_masks(golden: Path, said: bool | None, saves: int, tmp_path: Path) -> None:
+    """`legacy` is what the tokeniser's file says (the original takes none for true), also after our merges' saves."""
+    legacy = said is not False
     cases = json.loads((golden / "tokenization.json").read_text(encoding="utf-8")).get(f"legacy_{legacy}")
     if cases is None:
         pytest.skip(f"tokenization.json has no cases with legacy={legacy}")
-    processor = processor_with("square", golden, legacy)
+    processor = processor_with("square", golden, tokenizer_folder(golden, tmp_path, said, saves))
     for case in cases["hybrid"]:
         found = [processor.tokenizer.bos_token_id, *processor.text_ids(case["text"])]
         if "ids" in case:

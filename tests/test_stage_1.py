@@ -252,6 +252,22 @@ def test_equal_auc_is_decided_by_the_loss_and_any_higher_auc_wins():
     assert merits == sorted(merits, reverse=True) and len(set(merits)) == 3
 
 
+def test_the_best_weights_are_those_of_the_highest_video_auc(images, tmp_path):
+    """One scoring orders all videos rightly but not their frames; another has the higher AUC over frames alone."""
+    items = records([0] * 4 + [1] * 4)  # two frames a video
+    by_video = flat_metrics(from_records(items, [0.0, 0.7, 0.0, 0.7, 0.3, 0.6, 0.3, 0.6]))
+    by_frame = flat_metrics(from_records(items, [0.2, 0.2, 0.2, 0.9, 0.3, 0.3, 0.95, 0.95]))
+    assert (by_video["video_auc"], by_frame["video_auc"]) == (1, 0.75)
+    assert (by_video["frame_auc"], by_frame["frame_auc"]) == (0.5, 0.875)
+    assert by_video["merit"] == pytest.approx(by_video["video_auc"], abs=1e-4)
+    assert by_frame["merit"] == pytest.approx(by_frame["video_auc"], abs=1e-4)
+    phase = build(Recipe, settings(images, tmp_path)).phase_list()[0]
+    data = open_data(phase.data, seed=0)
+    trainer = DetectorTrainer(create("m2f2det", TINY_MODEL), phase, data, training_arguments(phase, tmp_path))
+    seen = [{f"eval_{name}": number for name, number in flat.items()} for flat in (by_frame, by_video, by_frame)]
+    assert [trainer._determine_best_metric(metrics, None) for metrics in seen] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava.core.runtime import atomic_path, write_json
 from llava.core.tensor_files import REPORT_NAME, Plan, Rules, TensorFiles, plan, tensor_files_in, write_shards
@@ -37,6 +37,7 @@ from llava.detectors.m2f2det_published import (
 )
 from llava.explainer.delta import LORA_WEIGHTS, OTHER_WEIGHTS, RECORD, add_lora, fingerprint, save_tensors, write_record
 from llava.explainer.modeling import ForgeryLlava, ForgeryLlavaConfig, join_config
+from llava.explainer.processing import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class PublishedFolder:
         with atomic_path(out) as staged:
             write_shards(staged, self.plan.moves, self.tensors)
             self.config.save_pretrained(staged)
-            AutoTokenizer.from_pretrained(self.folder, config=self.config.text_config).save_pretrained(staged)
+            read_tokenizer(self.folder, config=self.config.text_config).save_pretrained(staged)
             write_json(staged / REPORT_NAME, self.plan.to_dict() | {"from": self.folder.name})
 
     def _config(self, clip: Mapping[str, Any] | None) -> LlavaConfig:

@@ -105,7 +105,7 @@ class Decoder:
         evidence = torch.cat([image.evidence for image in images])
         cache = DynamicCache()
         given = {"image_features": features, "evidence": evidence}
-        self.model(input_ids=tokens, **given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=tokens, **given, cache=cache, use_cache=True, logits_to_keep=1)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         return [Prefix(ids, [(k[i : i + 1], v[i : i + 1]) for k, v in layers]) for i in range(len(tokens))]
 
@@ -132,7 +132,7 @@ class Decoder:
         positions = torch.tensor(kept, device=device)[:, None] + torch.minimum(steps, lengths[:, None] - 1)
         cache = DynamicCache(_stack([row.prefix for row in rows], width)) if width else DynamicCache()
         logits = self.model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
         ).logits
         last = logits[torch.arange(len(rows), device=device), lengths - 1]
         self._append([(layer.keys, layer.values) for layer in cache.layers], mask)
@@ -149,7 +149,7 @@ class Decoder:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
         cache = DynamicCache(self._layers)
         logits = self.model(
-            input_ids=tokens, attention_mask=self._mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, attention_mask=self._mask, position_ids=positions, cache=cache, use_cache=True
         ).logits
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
         self._write(self.rows, logits[:, -1])

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.score_map import write_calibration
@@ -25,7 +25,7 @@ from llava.explainer.convert import ready, ready_delta
 from llava.explainer.delta import Model, attach, fingerprint, inner, read_record
 from llava.explainer.generation import load_model, load_processor
 from llava.explainer.modeling import EvidenceAdapter, ForgeryLlava, ForgeryLlavaConfig, join_config
-from llava.explainer.processing import ExplainerProcessor
+from llava.explainer.processing import ExplainerProcessor, read_tokenizer
 from llava.explainer.prompts import VERDICT_QUESTION
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def merge_detector(
     model = _join(llava, guest, join_config(llava.config, guest, ratio, evidence_tokens, layout), seed)
     with atomic_path(out) as staged:
         model.save_pretrained(staged)
-        AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
+        read_tokenizer(base_folder).save_pretrained(staged)
         if alone.calibration is not None:
             write_calibration(staged, alone.calibration)
         del model, llava  # one model in memory at a time

@@ -189,7 +189,7 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -217,13 +217,13 @@ class ForgeryLlava(LlavaForConditionalGeneration):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         vocab_size = self.config.text_config.vocab_size
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size, num_items_in_batch=items)
-        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
 
     def _told(self, encoded: Encoded, evidence: Tensor | None, spread: Tensor | None) -> Tensor:
         """Give the evidence (N, E) for the words: the detector's, or what replaces it.

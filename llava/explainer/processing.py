@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,13 +41,14 @@ class ExplainerProcessor:
         self.config = config
         self.detector_inputs = detector_inputs
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.is_legacy = bool(getattr(tokenizer, "legacy", tokenizer.init_kwargs.get("legacy", False)))
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, config: ForgeryLlavaConfig, detector_inputs: dict[str, InputSpec]
     ) -> ExplainerProcessor:
         """Read the tokeniser beside the model."""
-        return cls(AutoTokenizer.from_pretrained(folder), config, detector_inputs)
+        return cls(read_tokenizer(folder), config, detector_inputs)
 
     def pixels(self, image: np.ndarray) -> Pixels:
         """Give pixel_values (3, S, S) and the detector's tensors (V, 3, S, S), one per view, from uint8 (H, W, 3)."""
@@ -105,16 +107,37 @@ class ExplainerProcessor:
         LLaMA's tokeniser puts a space before a text, but (unless `legacy`) not behind a special token.
         """
         ids: list[int] = []
-        end = str(self.tokenizer.eos_token) if follows_end else ""
+        end = str(self.tokenizer.eos_token) if follows_end and not self.is_legacy else ""
         for piece in TAGS.split(text):
             if piece == IMAGE_TAG:
                 ids += [self.config.image_token_id] * self.config.image_tokens
             elif piece == EVIDENCE_TAG:
                 ids += [self.config.deepfake_token_index] * self.config.evidence_tokens
             elif piece:
-                ids += self.tokenizer(end + piece, add_special_tokens=False)["input_ids"][bool(end) :]
+                found = self.tokenizer(end + piece, add_special_tokens=False)["input_ids"]
+                ids += found[found.index(self.tokenizer.eos_token_id) + 1 :] if end else found
                 end = ""
         return ids
+
+
+def read_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Read the tokeniser of a model folder, with LLaMA's `legacy` as the published code understands it.
+
+    True where a tokenizer.model stands beside no word on it (transformers 5 then takes False). It is kept in
+    `init_kwargs`, which are saved: transformers 5 reads `legacy` of LLaMA's class, but does not save it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if not hasattr(tokenizer, "legacy"):
+        return tokenizer
+    path = Path(folder) / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    legacy = said.get("legacy")
+    if legacy is None:
+        legacy = (Path(folder) / "tokenizer.model").is_file()
+    if legacy != tokenizer.legacy:
+        tokenizer = AutoTokenizer.from_pretrained(folder, legacy=legacy, **options)
+    tokenizer.init_kwargs["legacy"] = legacy
+    return tokenizer
 
 
 def _padded(rows: list[list[int]], fill: int, side: str) -> Tensor:
