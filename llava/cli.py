@@ -113,7 +113,7 @@ def _run(words: list[str]) -> int:
 
     setup_logging()
     function, config_class = _imported(name)
-    config = parse(config_class or NoSettings, rest, description=COMMANDS[name].help, prog=f"m2f2 {name}")
+    config: Any = parse(config_class or NoSettings, rest, description=COMMANDS[name].help, prog=f"m2f2 {name}")
     for piece in _pieces(function(config) if config_class else function()):
         print(piece, end="", flush=True)
     return 0

@@ -74,7 +74,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | No
 
 def convert(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> dict[str, Any]:
     """Give `values` in the types of `cls`, which is not built. Raises ValueError on an unknown key or a wrong value."""
-    hints, fields = _hints(cls), _fields(cls)
+    hints, fields = _hints(cls), _fields(cls)  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
