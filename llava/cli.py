@@ -6,13 +6,14 @@ text as they come, a mapping or dataclass as JSON.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any, NamedTuple, get_type_hints
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from llava import __version__
 from llava.core.logs import Incomplete
@@ -30,6 +31,7 @@ COMMANDS = {
     "explain": Command("llava.jobs.commands:explain", "say it with the reasons in words"),
     "chat": Command("llava.jobs.commands:chat", "talk about one face: the verdict, then your questions"),
     "demo": Command("llava.jobs.demo:run_demo", "run the whole path, small: data, three stages, answers, scores"),
+    "completion": Command("llava.cli:shell_completion", "print what makes a shell complete commands and settings"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
     "evaluate": Command("llava.train.evaluate:evaluate", "score a detector on a split: AUC, calibration, robustness"),
     "maps": Command("llava.jobs.maps:write_maps", "write a detector's maps of forged images into a file"),
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
+        if "_ARGCOMPLETE" in os.environ:
+            _complete(os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split()[1:])
         code = _run(words)
         sys.stdout.flush()
         return code
@@ -106,15 +110,11 @@ def _run(words: list[str]) -> int:
         return _help_or_complain(name, rest)
     from llava.core.config import parse
     from llava.core.logs import setup_logging
-    from llava.core.registry import Registry
 
     setup_logging()
-    command = COMMANDS[name]
-    function = Registry[Any]("command", {name: command.target}).get(name)
-    hints = {key: hint for key, hint in get_type_hints(function).items() if key != "return"}
-    config_class = next(iter(hints.values()), NoSettings)
-    config = parse(config_class, rest, description=command.help, prog=f"m2f2 {name}")
-    for piece in _pieces(function(config) if hints else function()):
+    function, config_class = _imported(name)
+    config: Any = parse(config_class or NoSettings, rest, description=COMMANDS[name].help, prog=f"m2f2 {name}")
+    for piece in _pieces(function(config) if config_class else function()):
         print(piece, end="", flush=True)
     return 0
 
@@ -122,6 +122,47 @@ def _run(words: list[str]) -> int:
 @dataclass(frozen=True)
 class NoSettings:
     """What a command without settings takes."""
+
+
+def _imported(name: str) -> tuple[Any, type | None]:
+    """Give the function of a sub-command and the class of its settings, if it takes any."""
+    from llava.core.registry import Registry
+
+    function = Registry[Any]("command", {name: COMMANDS[name].target}).get(name)
+    hints = {key: hint for key, hint in get_type_hints(function).items() if key != "return"}
+    return function, next(iter(hints.values()), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """Which shell is to complete."""
+
+    shell: Literal["bash", "zsh"] = field(metadata={"help": "the shell that reads it", "positional": True})
+
+
+def shell_completion(config: CompletionConfig) -> str:
+    """Give the lines that a shell reads once, to ask `m2f2` at every TAB."""
+    from argcomplete import shellcode
+
+    return shellcode(["m2f2"], shell=config.shell)
+
+
+def _complete(words: list[str]) -> None:
+    """Tell the shell that asks (argcomplete's protocol) what may come next, and exit; imports one command at most."""
+    from argcomplete import autocomplete
+
+    parser = argparse.ArgumentParser(prog="m2f2", allow_abbrev=False)
+    below = {"": parser.add_subparsers()}
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in below:
+            below[group] = below[""].add_parser(group).add_subparsers()
+        leaf = below[group].add_parser(last, help=command.help, allow_abbrev=False)
+        if name == _split(words)[0]:
+            from llava.core.config import add_flags
+
+            add_flags(leaf, _imported(name)[1] or NoSettings)
+    autocomplete(parser)
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:

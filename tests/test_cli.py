@@ -141,6 +141,27 @@ def test_the_command_is_installed() -> None:
     assert done.returncode == 0 and "m2f2 detectors" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("m2f2 det", {"detect", "detectors"}),
+        ("m2f2 keys ", {"create", "list", "revoke", "-h", "--help"}),
+        ("m2f2 detect --no_such", set()),
+        ("m2f2 detect --json", {"--json", "--json_file"}),
+        ("m2f2 detect --json a.png --prio", {"--prior"}),
+        ("m2f2 detect a.png --face l", {"largest"}),
+        ("m2f2 completion z", {"zsh"}),
+    ],
+)
+def test_bash_completes(line: str, offered: set[str], tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("m2f2")
+    script = f"""eval "$({command} completion bash)"
+        COMP_LINE='{line}' COMP_POINT={len(line)} COMP_TYPE=9; COMP_WORDS=({line}); COMP_CWORD=1
+        _python_argcomplete {command} && printf '%s\n' "${{COMPREPLY[@]}}" """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)

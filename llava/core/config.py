@@ -1,57 +1,142 @@
 """One configuration mechanism: a dataclass field is a YAML key is a command-line flag.
 
-The recipe (YAML) comes first, flags override it (`--optim.lr 1e-3`), unknown keys fail and name the nearest.
+The recipe (YAML) comes first, flags override it (`--optim.lr 1e-3`), unknown keys fail and name the nearest. Types are
+checked and converted by pydantic, field by field, so any dataclass works, Hugging Face's included. Why no library does
+all of this: docs/architecture.md, "Settings are our own".
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from copy import copy
+from dataclasses import MISSING, is_dataclass
 from enum import Enum
-from functools import reduce
+from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from llava.core.fields import (
-    MAPPINGS,
-    MISSING,
-    NONE_WORDS,
-    SEQUENCES,
-    Leaf,
-    build,
-    convert,
-    is_a,
-    leaves,
-    members,
-    setting,
-    to_dict,
-)
 from llava.core.registry import closest, nearest
 
-__all__ = ["assign", "build", "convert", "leaves", "load_yaml", "merge", "parse", "read_values", "setting", "to_dict"]
-
 T = TypeVar("T")
+NONE_WORDS = ("none", "null", "None")
 BOOLEAN_WORDS = ("true", "false", "1", "0", "yes", "no", "on", "off", *NONE_WORDS)
+SEQUENCES: tuple[Any, ...] = (list, tuple, Sequence)
+MAPPINGS: tuple[Any, ...] = (dict, Mapping)
+
+
+class Leaf(NamedTuple):
+    """One setting as a flag: where it is, its type, what it is when nobody says, and its words."""
+
+    path: str
+    hint: Any
+    default: Any
+    help: str
+    is_positional: bool
+    section: str
+
+
+def setting(default: Any = MISSING, help: str = "", *, positional: bool = False, **field_options: Any) -> Any:
+    """Declare a dataclass field with its help text; mutable defaults are copied for each instance.
+
+    positional: on the command line the value stands alone (`m2f2 detect PATH`), without `--name`.
+    """
+    metadata = {"help": help, "positional": positional}
+    if isinstance(default, (list, dict)) or is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata, **field_options)
+    return dataclasses.field(default=default, metadata=metadata, **field_options)
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
+    """Make a `cls` from plain values. Raises ValueError that names the key, what is allowed and the nearest name.
+
+    base: what settings that are not given keep; without it, the defaults of the class.
+    """
+    arguments = convert(cls, values, where, base)
+    if base is not None:
+        return dataclasses.replace(base, **arguments)  # type: ignore[type-var]
+    fields = _fields(cls)
+    missing = [name for name, field in fields.items() if name not in arguments and _default(field) is MISSING]
+    if missing:
+        paths = [f"{where}.{name}" if where else name for name in missing]
+        is_positional = fields[missing[0]].metadata.get("positional", False)
+        names, flag = ", ".join(map(repr, paths)), "on the command line" if is_positional else f"as --{paths[0]}"
+        raise ValueError(f"Missing setting {names}; give it in the recipe or {flag}.")
+    return cls(**arguments)
+
+
+def convert(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> dict[str, Any]:
+    """Give `values` in the types of `cls`, which is not built. Raises ValueError on an unknown key or a wrong value."""
+    hints, fields = _hints(cls), _fields(cls)  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            raise ValueError(f"Unknown setting {path!r}. {nearest(str(key), fields)}")
+        default = _default(fields[key]) if base is None else getattr(base, key)
+        arguments[key] = _convert(hints[key], value, path, default)
+    return arguments
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Give the plain JSON/YAML values of a config dataclass; `build` makes an equal one of them."""
+    return TypeAdapter(dict[str, Any]).dump_python(dataclasses.asdict(config), mode="json")
+
+
+def leaves(cls: type, prefix: str = "", base: Any = None) -> Iterator[Leaf]:
+    """List every setting, nested ones by dotted path, inherited ones last; groups only where they may be None."""
+    hints = _hints(cls)
+    owners = {name: owner for owner in reversed(cls.__mro__) for name in vars(owner).get("__annotations__", ())}
+    own_first = sorted(_fields(cls).items(), key=lambda item: cls.__mro__.index(owners.get(item[0], cls)))
+    for name, field in own_first:
+        default = _default(field) if base is None else getattr(base, name)
+        nested = _dataclass_in(hints[name])
+        if nested is None or NoneType in get_args(hints[name]):
+            section = f"{prefix[:-1]}: {_headline(cls)}" if prefix else _headline(owners.get(name, cls))
+            text, is_positional = field.metadata.get("help", ""), field.metadata.get("positional", False)
+            yield Leaf(f"{prefix}{name}", hints[name], default, text, is_positional, section)
+        if nested is not None:
+            yield from leaves(nested, f"{prefix}{name}.", default if isinstance(default, nested) else None)
+
+
+def words_of(hint: Any) -> list[str]:
+    """Give the words that a type allows, where they are few: those of a Literal, an Enum or a bool."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return [str(a) for a in arguments]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [str(member.value) for member in kind]
+    if kind is bool:
+        return ["true", "false"]
+    return list(dict.fromkeys(word for argument in arguments if argument is not kind for word in words_of(argument)))
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """Give the alternatives of a union type, without None; any other type alone."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(m for m in alternatives if m is not NoneType)
+
+
+def is_a(hint: Any, kinds: tuple[Any, ...]) -> bool:
+    """Tell whether one alternative of the type is one of `kinds`, with or without parameters."""
+    return any((get_origin(m) or m) in kinds for m in members(hint))
 
 
 def parse(
-    cls: type[T],
-    argv: Sequence[str] | None = None,
-    description: str = "",
-    recipe: Path | None = None,
-    prog: str | None = None,
+    cls: type[T], argv: Sequence[str] | None = None, description: str = "", recipe: Path | None = None, prog: str = ""
 ) -> T:
     """Read `--config RECIPE` and flags into a `cls`; exits with a message on any mistake, like argparse."""
     argv = list(sys.argv[1:] if argv is None else argv)
     positional = "".join(f" [{_metavar(leaf)} ...]" for leaf in leaves(cls) if leaf.is_positional)
     parser = argparse.ArgumentParser(
-        prog=prog,
+        prog=prog or None,
         usage=f"%(prog)s{positional} [--config RECIPE] [--setting value ...]",
         description=description,
         allow_abbrev=False,
@@ -84,6 +169,14 @@ def read_values(
     for path, value in given.items():
         assign(values, path, value)
     return values
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add `--config` and every setting of `cls` to a parser that a shell asks what may come next."""
+    _recipe_values(parser, (), None)
+    _add_flags(parser, list(leaves(cls)), {})
+    for action in parser._actions:
+        action.nargs = "?" if action.metavar == "bool" else action.nargs  # `--flag` alone is true; another may follow
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -125,6 +218,68 @@ def assign(values: dict[str, Any], path: str, value: Any) -> None:
         node[int(last)] = value
     else:
         node[last] = value
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(cls) if field.init}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _headline(cls: type) -> str:
+    """Give the first docstring line, or the name where there is none that a person wrote for reading."""
+    first = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return cls.__name__ if not first or first.startswith(f"{cls.__name__}(") or len(first) > 100 else first
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Give the dataclass of `X` or `X | None`, else None."""
+    found = [m for m in members(hint) if is_dataclass(m)]
+    return found[0] if len(found) == 1 else None  # type: ignore[return-value]
+
+
+def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
+    is_none_word = isinstance(value, str) and value in NONE_WORDS and value != default  # report_to's default is "none"
+    if (value is None or is_none_word) and NoneType in get_args(hint):
+        return None
+    nested = _dataclass_in(hint)
+    if nested is not None:
+        if isinstance(value, nested):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}: {value!r} is no group of settings. {nearest('', _fields(nested))}")
+        return build(nested, value, path, default if isinstance(default, nested) else None)
+    if isinstance(value, str) and is_a(hint, SEQUENCES) and str not in members(hint):
+        value = [value]
+    return _validated(hint, _with_items_built(hint, value, path), path)
+
+
+def _with_items_built(hint: Any, value: Any, path: str) -> Any:
+    """Build the dataclasses of `list[X]`, `tuple[X, ...]` and `dict[str, X]` here: pydantic lets unknown keys pass."""
+    for member in members(hint):
+        kind, arguments = get_origin(member), get_args(member)
+        if kind in SEQUENCES and isinstance(value, (list, tuple)) and is_dataclass(arguments[0]):
+            return [_convert(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value)]
+        if kind in MAPPINGS and isinstance(value, Mapping) and is_dataclass(arguments[-1]):
+            return {key: _convert(arguments[-1], item, f"{path}.{key}") for key, item in value.items()}
+    return value
+
+
+def _validated(hint: Any, value: Any, path: str) -> Any:
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([path, *(str(part) for part in first["loc"] if isinstance(part, int))])
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise ValueError(f"{place}: {first['input']!r} is not usable: {message}.") from None
 
 
 def _has(values: Mapping[str, Any], path: str) -> bool:
@@ -179,7 +334,9 @@ def _add_flags(parser: argparse.ArgumentParser, settings: Sequence[Leaf], values
         }
         if is_a(leaf.hint, SEQUENCES) or leaf.is_positional:
             parts["nargs"] = "*" if is_a(leaf.hint, SEQUENCES) else "?"
-        groups[leaf.section].add_argument(leaf.path if leaf.is_positional else f"--{leaf.path}", **parts)
+        action = groups[leaf.section].add_argument(leaf.path if leaf.is_positional else f"--{leaf.path}", **parts)
+        if words := words_of(leaf.hint):
+            action.completer = lambda words=words, **_: words  # argcomplete offers them
 
 
 def _add_free_flags(parser: argparse.ArgumentParser, settings: Sequence[Leaf], words: Iterable[str]) -> None:
@@ -195,8 +352,7 @@ class _StoreWords(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         is_none = len(values) == 1 and values[0] in NONE_WORDS
-        is_unused_positional = not values and option_string is None
-        if not is_unused_positional:
+        if values or option_string is not None:  # else a positional that is not used
             setattr(namespace, self.dest, values[0] if is_none else values)
 
 
@@ -216,16 +372,14 @@ def _metavar(leaf: Leaf) -> str:
 
 def _type_name(hint: Any) -> str:
     kind, arguments = get_origin(hint) or hint, get_args(hint)
-    if kind is Literal:
-        return "|".join(str(a) for a in arguments)
     if kind in SEQUENCES and arguments:
         return "|".join(_type_name(member) for member in members(arguments[0]))
     if kind in MAPPINGS:
         return "mapping"
     if is_dataclass(kind):
         return "none"  # a flag can only switch a group off; its settings have their own flags
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return "|".join(str(member.value) for member in kind)
+    if kind is not bool and words_of(hint):
+        return "|".join(words_of(hint))
     return str(getattr(kind, "__name__", kind)).lower()
 
 
