@@ -395,5 +395,5 @@ def test_the_templates_ship(tmp_path: Path) -> None:
     ]
     subprocess.run([*command, str(tree)], check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
-    own = {f"llava/pipeline/templates/{p.name}" for p in (root / "llava" / "pipeline" / "templates").iterdir()}
+    own = {f"llava/jobs/templates/{p.name}" for p in (root / "llava" / "jobs" / "templates").iterdir()}
     assert len(own) >= 6 and own <= set(ZipFile(wheel).namelist())
