@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)  ## all three stages, small, on the embedded photos, or on yours: make demo DATA=FOLDER
-	$(BIN)/m2f2 demo $(if $(DATA),--data $(DATA))
+	bash scripts/demo.sh $(if $(DATA),'$(DATA)')
 
 test: $(STAMP)  ## all tests: the fast ones, then the end-to-end ones
 	$(PYTEST)

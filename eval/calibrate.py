@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.core.config import parse, setting
-from llava.core.logs import setup_logging
-from llava.core.runtime import write_json
+from llava.core.runtime import setup_logging, write_json
 from llava.core.score_map import Calibration, write_calibration
+from llava.core.terminal import console
 from llava.detectors.base import load_uncalibrated
 from llava.detectors.m2f2det_published import ready_detector
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Predictions, read_csv, refuse_shared_groups
 from llava.evaluation.reliability import calibration_report, share_of_fakes
-from llava.evaluation.tables import calibration_tables, console, run_script
+from llava.evaluation.tables import calibration_tables, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.core.config import parse, setting
-from llava.evaluation.tables import comparison, console, run_script
+from llava.core.terminal import console
+from llava.evaluation.tables import comparison, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

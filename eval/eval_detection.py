@@ -10,11 +10,12 @@ from rich.console import Console
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
+from llava.core.terminal import console
 from llava.evaluation.metrics import TRIM, ThresholdRule, detection_report, threshold_from_validation
 from llava.evaluation.pictures import draw_histogram, draw_roc
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.published_csv import is_published, published_scores, read_predictions
-from llava.evaluation.tables import console, detection_tables, published_table, run_script
+from llava.evaluation.tables import detection_tables, published_table, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
+from llava.core.terminal import console
 from llava.evaluation.captions import read_caption_set, score_captions
-from llava.evaluation.tables import caption_table, console, run_script
+from llava.evaluation.tables import caption_table, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

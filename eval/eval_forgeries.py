@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
+from llava.core.terminal import console
 from llava.evaluation.forgeries import open_forged, strength_report, strength_tables
-from llava.evaluation.tables import console, run_script
+from llava.evaluation.tables import run_script
 
 
 @dataclass(frozen=True, kw_only=True)

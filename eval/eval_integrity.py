@@ -10,13 +10,13 @@ from rich.text import Text
 
 from llava.core.config import parse, setting, to_dict
 from llava.core.runtime import write_json
+from llava.core.terminal import console
 from llava.evaluation.blind import read_flipped, read_training
 from llava.evaluation.captions import read_caption_set
 from llava.evaluation.grounding import ARTEFACT, REGION, read_counterfactual, read_pointing
-from llava.evaluation.integrity import integrity_report, read_prompts
-from llava.evaluation.integrity_tables import confusion_columns, integrity_tables
+from llava.evaluation.integrity import confusion_columns, integrity_report, integrity_tables, read_prompts
 from llava.evaluation.pictures import draw_confusion
-from llava.evaluation.tables import console, run_script
+from llava.evaluation.tables import run_script
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from llava.core.config import parse, setting
 from llava.core.runtime import write_json
+from llava.core.terminal import console
 from llava.evaluation.judgement import judgement_report, read_agreement, read_judgements
-from llava.evaluation.tables import agreement_table, console, judgement_tables, run_script
+from llava.evaluation.tables import agreement_table, judgement_tables, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from rich.table import Table
 
 from llava.core.config import parse, setting
 from llava.core.runtime import software, write_json
+from llava.core.terminal import console, titled_table
 from llava.data.images import list_images
-from llava.evaluation.tables import console, run_script, titled_table
-from llava.serve.addresses import is_loopback
+from llava.evaluation.tables import run_script
+from llava.serve.fetch import is_loopback
 from llava.serve.load import Run, bodies, picture, send
 
 KEY_VARIABLE = "M2F2_API_KEY"

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.core.config import parse, setting
 from llava.core.runtime import item_rng, write_json
+from llava.core.terminal import console, titled_table
 from llava.core.types import InputSpec, Record
 from llava.data.clips import Hdf5Source
 from llava.data.dataset import DetectionDataset, collate, to_tensor
@@ -33,8 +34,8 @@ from llava.data.hdf5_pack import PackConfig, pack
 from llava.data.images import list_images, read_image
 from llava.data.public_sets import Kind, file_name, keys_of
 from llava.data.sources import DataConfig, split_of
-from llava.detectors.clip_prompt import CLIP_MEAN, CLIP_STD
-from llava.evaluation.tables import console, run_script, titled_table
+from llava.detectors.m2f2det_parts import CLIP_MEAN, CLIP_STD
+from llava.evaluation.tables import run_script
 from llava.ops.degrade import DegradeConfig
 
 MEASURED_KINDS: tuple[Kind, ...] = ("original", "Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")

@@ -16,10 +16,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, set_seed
 
 from llava.core.config import parse, setting
 from llava.core.runtime import software, write_json
+from llava.core.terminal import console, titled_table
 from llava.core.types import GenerationSettings, Turn
 from llava.data.images import read_image
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-from llava.evaluation.tables import console, run_script, titled_table
+from llava.evaluation.tables import run_script
 from llava.explainer.generation import DTYPES, Explainer
 from llava.explainer.modeling import ForgeryLlava, join_config
 from llava.explainer.processing import ExplainerProcessor

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 from llava import __version__
-from llava.core.logs import Incomplete
+from llava.core.runtime import Incomplete
 
 
 class Command(NamedTuple):
@@ -30,7 +30,6 @@ COMMANDS = {
     "detect": Command("llava.jobs.commands:detect", "say of faces whether they are real or forged"),
     "explain": Command("llava.jobs.commands:explain", "say it with the reasons in words"),
     "chat": Command("llava.jobs.commands:chat", "talk about one face: the verdict, then your questions"),
-    "demo": Command("llava.jobs.demo:run_demo", "run the whole path, small: data, three stages, answers, scores"),
     "completion": Command("llava.cli:shell_completion", "print what makes a shell complete commands and settings"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
     "evaluate": Command("llava.train.evaluate:evaluate", "score a detector on a split: AUC, calibration, robustness"),
@@ -39,7 +38,7 @@ COMMANDS = {
         "llava.jobs.maps:write_counterfactual", "change what the words name and write how far the score falls"
     ),
     "data verdicts": Command(
-        "llava.data.verdicts:build_verdicts", "turn labelled images into verdict-only conversations"
+        "llava.data.conversations:build_verdicts", "turn labelled images into verdict-only conversations"
     ),
     "data ddvqa": Command("llava.data.ddvqa:build_ddvqa", "turn DD-VQA annotation files into training files"),
     "data forge": Command(
@@ -109,7 +108,7 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         return _help_or_complain(name, rest)
     from llava.core.config import parse
-    from llava.core.logs import setup_logging
+    from llava.core.runtime import setup_logging
 
     setup_logging()
     function, config_class = _imported(name)

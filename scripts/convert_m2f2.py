@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from llava.core.config import parse, setting
-from llava.core.logs import setup_logging
+from llava.core.runtime import setup_logging
 from llava.core.tensor_files import Plan
 from llava.core.weights import resolve
 from llava.detectors.m2f2det_published import PublishedDetector, PublishedTower, published_file, read_clip_config

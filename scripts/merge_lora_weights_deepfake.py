@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.core.config import parse, setting
-from llava.core.logs import setup_logging
+from llava.core.runtime import setup_logging
 from llava.explainer.merge import merge_delta
 
 

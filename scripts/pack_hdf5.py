@@ -6,7 +6,7 @@ import logging
 import sys
 
 from llava.core.config import parse
-from llava.core.logs import Incomplete, setup_logging
+from llava.core.runtime import Incomplete, setup_logging
 from llava.data.hdf5_pack import PackConfig, pack
 
 log = logging.getLogger("llava.pack_hdf5")  # run as a script, __name__ is another

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import deprecations
+import forked
 import golden
 import numpy as np
 import pytest
@@ -13,20 +17,26 @@ from PIL import Image
 LONGEST = [
     "test_stages.py",
     "test_demo.py",
-    "test_convert.py",
-    "test_docs.py",
     "test_parity.py",
-    "test_stage_1_hdf5.py",
+    "test_convert.py",
+    "test_stage_1.py",
+    "test_serve_ray.py",
     "test_serve_stack.py",
     "test_serve_fschat.py",
-    "test_serve_ray.py",
-    "test_score.py",
     "test_serve_attacks.py",
+    "test_stage_1_hdf5.py",
     "test_serve_page.py",
+    "test_score.py",
+    "test_serve_load.py",
+    "test_serve_command.py",
     "test_serve_doors.py",
-    "test_stage_1.py",
-    "test_evaluation_judgement.py",
+    "test_docs.py",
+    "test_cli_ask.py",
     "test_evaluation_calibration.py",
+    "test_pipeline_forge.py",
+    "test_evaluation_captions.py",
+    "test_serve_page_parts.py",
+    "test_evaluation_judgement.py",
     "test_pipeline_cases.py",
 ]
 
@@ -37,7 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect the differences that the parity tests find; make deprecations errors."""
+    """Collect the differences that the parity tests find; make deprecations errors; share what is forked."""
+    if not hasattr(config, "workerinput"):  # the workers of xdist have its environment
+        forked.share()
     deprecations.watch(config)
     config.stash[golden.DIFFERENCES] = {}
 
@@ -69,7 +81,20 @@ def tiny_explainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the folder of a merged explainer that says what its detector finds; `../detector` is the detector alone."""
     from tiny_explainer import train_explainer
 
-    return train_explainer(tmp_path_factory.mktemp("tiny_explainer"))
+    return once(tmp_path_factory, "tiny_explainer", train_explainer)
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """Make something in a folder once for all processes of this run, and give what that gave; nobody may change it."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    made = shared / name / "made"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.is_file():
+            made.parent.mkdir(exist_ok=True)
+            made.write_text(str(make(made.parent)))
+    return Path(made.read_text())
 
 
 @pytest.fixture

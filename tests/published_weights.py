@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.detectors.clip_prompt import ClipVisionSizes
+from llava.core.weights import shapes_only
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+from llava.detectors.m2f2det_parts import ClipVisionSizes
 from llava.explainer.convert import RULES
 from llava.explainer.modeling import ForgeryLlava, join_config
 
@@ -80,7 +81,7 @@ def published_shapes(
     """Give the published names and shapes of a LLaVA, with this detector in it if there is one."""
     tower = CLIPVisionConfig(**{k: v for k, v in vision.__dict__.items() if k != "select_layer"})
     config = LlavaConfig(text_config=LlamaConfig(**llama), vision_config=tower, image_token_index=llama["vocab_size"])
-    with torch.device("meta"):
+    with shapes_only():
         if detector is None:
             model = LlavaForConditionalGeneration(config)
         else:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import httpx
 from fastapi import FastAPI
+from forked import Forked
 
 from llava.serve.web import server_of
 
@@ -99,13 +98,7 @@ class Process:
         }
         self.log = log
         with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *flags],
-                stdout=file,
-                stderr=file,
-                cwd=log.parent,
-                env=given | (environment or {}),
-            )
+            self._process = Forked(["-m", module, *flags], file, file, log.parent, given | (environment or {}))
 
     @property
     def pid(self) -> int:

@@ -16,8 +16,10 @@ from tiny_world import draw
 
 from llava import cli
 from llava.detectors.base import Detector
-from llava.pipeline.crops import NO_FACE
+from llava.pipeline.crops import CUT_OFF, NO_FACE, TOO_SMALL, TURNS
 
+PHOTO = Path(__file__).parents[1] / "utils" / "demo_faces" / "grace_hopper.jpg"
+GRACE_HOPPERS_EYES = ((223.6, 190.4), (307.0, 187.4))  # read off an enlarged print
 QUESTION = "Determine the authenticity of this image."
 
 
@@ -112,6 +114,32 @@ def test_an_image_without_a_face_is_an_answer_and_no_failure(
     assert (row["label"], row["reason"]) == ("INCONCLUSIVE", NO_FACE)
 
 
+def test_landmarks_and_roll_are_printed_and_written(ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "answers.csv"
+    assert ask("detect", PHOTO, "--json", "--csv", table, "--stability", "off") == 0
+    (row,) = json_rows(capsys.readouterr().out)
+    assert np.allclose(row["face_landmarks"][:2], GRACE_HOPPERS_EYES, atol=8) and len(row["face_landmarks"]) == 5
+    assert row["face_roll"] == pytest.approx(-2.1, abs=3)
+    with table.open(newline="") as file:
+        (written,) = csv.DictReader(file)
+    assert [float(value) for value in written["face_landmarks"].split()] == list(np.ravel(row["face_landmarks"]))
+    assert float(written["face_roll"]) == row["face_roll"]
+
+
+def test_a_face_that_cannot_be_judged_says_why(ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Image.open(PHOTO) as photo:
+        photo.rotate(90, expand=True).save(tmp_path / "1.png")
+        photo.resize((77, 90)).save(tmp_path / "2.png")
+        photo.crop((0, 0, 320, 600)).save(tmp_path / "3.png")
+    assert ask("detect", tmp_path, "--json") == 0
+    rows = json_rows(capsys.readouterr().out)
+    assert {(row["label"], row["p_fake"]) for row in rows} == {("INCONCLUSIVE", None)}
+    assert [row["reason"] for row in rows[::2]] == [TURNS[3], CUT_OFF]
+    assert rows[1]["reason"] == TOO_SMALL.format(*rows[1]["face_box"][2:], 32)
+    assert ask("detect", tmp_path / "1.png") == 0
+    assert "turn the image by 90 degrees to the right" in " ".join(capsys.readouterr().out.split())
+
+
 def test_nothing_to_look_at_ends_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["detect", "nothing.jpg", "--model", "no-such-model"]) == 2
     assert "'nothing.jpg' matches nothing" in capsys.readouterr().err
@@ -143,7 +171,7 @@ def test_a_text_that_disagrees_is_marked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        Detector, "told_evidence", lambda self, output, prior: output.evidence
+        Detector, "evidence_for_words", lambda self, output, prior: output.evidence
     )  # words that do not listen
     strict = tmp_path / "strict"
     strict.mkdir()

@@ -95,6 +95,16 @@ def test_a_recipe_comes_first_and_flags_override_it(recipe: Path) -> None:
     assert parse(Training, [], recipe=recipe).steps == 7
 
 
+def test_a_further_recipe_lies_over_the_first(recipe: Path, tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("steps: 8\noptim: {name: sgd}\n")
+    words = ["--config", str(recipe), f"--config={over}"]
+    config = parse(Training, words)
+    assert (config.data, config.steps, config.optim) == (Path("from_recipe"), 8, Optim(lr=0.01, name="sgd"))
+    assert parse(Training, [*words, "--steps", "9"]).steps == 9
+    assert parse(Training, ["--data", "x", "--config", str(over)], recipe=recipe).optim.lr == 5e-4  # not the default
+
+
 def test_a_group_given_in_part_keeps_the_rest_of_its_own_default(recipe: Path) -> None:
     assert run("--optim.name", "sgd").optim == Optim(lr=5e-4, name="sgd")
     assert build(Training, {"data": "x", "optim": {"name": "sgd"}}).optim.lr == 5e-4

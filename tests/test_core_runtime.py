@@ -16,8 +16,16 @@ import pytest
 import torch
 
 from llava.core import runtime
-from llava.core.logs import JsonLines, setup_logging
-from llava.core.runtime import atomic_path, git_commit, item_rng, pick_device, write_json, write_run
+from llava.core.runtime import (
+    JsonLines,
+    atomic_path,
+    git_commit,
+    item_rng,
+    pick_device,
+    setup_logging,
+    write_json,
+    write_run,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -148,7 +156,7 @@ def test_the_commit_is_the_one_of_the_source_tree(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.ERROR)])
 def test_rank_0_speaks(rank: str, level: int) -> None:
-    code = "import logging; from llava.core.logs import setup_logging as s; s(); l = logging.getLogger('llava.x')\n"
+    code = "import logging; from llava.core.runtime import setup_logging as s; s(); l = logging.getLogger('llava.x')\n"
     code += "print(l.getEffectiveLevel()); l.info('hello'); logging.getLogger('other').info('noise')"
     environment = {**os.environ, "RANK": rank}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from llava.core.weights import load_module, load_strictly, read_config, resolve, save_module, sha256_of
+from llava.core.weights import (
+    load_module,
+    load_strictly,
+    read_config,
+    resolve,
+    save_module,
+    sha256_of,
+    shapes_only,
+    without_random_weights,
+)
 
 
 def network(width: int = 3) -> nn.Module:
@@ -137,3 +146,20 @@ def test_a_name_no_hub_allows_is_one_message_too(in_workplace: Path) -> None:
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_shapes_are_seen_without_memory() -> None:
+    with shapes_only():
+        seen = network().state_dict()
+    own = network().state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in seen.items()} == {n: (t.shape, t.dtype) for n, t in own.items()}
+    assert all(tensor.is_meta for tensor in seen.values())
+
+
+def test_random_weights_are_left_out_and_constants_are_not() -> None:
+    before = torch.get_rng_state()
+    with without_random_weights():
+        built = network()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert built[1].weight.eq(1).all() and built[1].running_mean.eq(0).all()
+    assert not torch.equal(network()[0].weight, network()[0].weight), "afterwards they are drawn again"

@@ -23,6 +23,7 @@ from llava.core.types import InputSpec
 from llava.data.clips import ClipFiles, Hdf5Source, UnreadableClip
 from llava.data.dataset import DetectionDataset, collate
 from llava.data.frames import spread_frames
+from llava.data.images import MEMBER_MARK
 from llava.data.public_sets import group_names, keys_of, read_pairs
 from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import check_leaks, near_duplicates
@@ -246,14 +247,14 @@ def test_records_survive_predictions_csv(ffpp, tmp_path):
 
 def test_a_handle_is_opened_once_for_each_process(ffpp):
     files, path = ClipFiles(), str(ffpp / "FF++_original_c40.h5")
-    own = files.clip(path, "071").file
-    assert files.clip(path, "054").file.id == own.id
+    own = files.dataset(f"{path}{MEMBER_MARK}071").file
+    assert files.dataset(f"{path}{MEMBER_MARK}054").file.id == own.id
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
 
     def child():
         inherited = files._files[path]
-        clip = files.clip(path, "071")
+        clip = files.dataset(f"{path}{MEMBER_MARK}071")
         queue.put(
             (bool(inherited), files._files[path] is inherited, int(clip[4, 0, 0, 0]), files._process == os.getpid())
         )
@@ -262,7 +263,7 @@ def test_a_handle_is_opened_once_for_each_process(ffpp):
     process.start()
     assert queue.get(timeout=20) == (False, False, 4, True)
     process.join()
-    assert int(files.clip(path, "071")[3, 0, 0, 0]) == 3, "the parent's handle still works"
+    assert int(files.dataset(f"{path}{MEMBER_MARK}071")[3, 0, 0, 0]) == 3, "the parent's handle still works"
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.e2e)])

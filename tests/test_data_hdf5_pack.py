@@ -16,7 +16,7 @@ import pytest
 from clips import grey, write_clip, write_damaged
 from PIL import Image
 
-from llava.core.logs import Incomplete
+from llava.core.runtime import Incomplete
 from llava.data import hdf5_pack
 from llava.data.clips import Hdf5Source
 from llava.data.faces import FaceBox

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.data.faces import FACE_DETECTORS, FaceBox, HaarFaces, crop_face, find_faces
+from llava.data.faces import FaceBox, crop_face, find_faces
 from llava.data.images import UnreadableImage, list_images, read_image
 
 
@@ -187,14 +187,13 @@ def test_real_portraits_have_one_face_each(shared_data: Path) -> None:
 
 
 def test_no_face_and_three_faces_are_answers(shared_data: Path) -> None:
-    detector = FACE_DETECTORS.get("haar")()
-    assert find_faces(np.full((200, 300, 3), 127, np.uint8), detector) == []
+    assert find_faces(np.full((200, 300, 3), 127, np.uint8)) == []
     portrait = Image.fromarray(read_image(shared_data / "public_domain" / "grace_hopper.jpg"))
     sizes = (300, 220, 160)
     group = Image.new("RGB", (sum(sizes), 360), "white")
     for i, size in enumerate(sizes):
         group.paste(portrait.resize((size, int(size * 600 / 512))), (sum(sizes[:i]), 0))
-    faces = HaarFaces().detect(np.asarray(group))
+    faces = find_faces(np.asarray(group))
     assert len(faces) == 3
     assert [f.x for f in faces] == sorted(f.x for f in faces)  # largest first = left to right here
 

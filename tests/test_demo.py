@@ -1,51 +1,77 @@
-"""`m2f2 demo`: the whole path in one process on a few forged photos, and what its report shows and does not show."""
+"""`scripts/demo.sh`: the whole path on a few forged photos, and what its report shows and does not show."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import yaml
 from filelock import FileLock
 from page_parser import Page
 
-from llava.core.config import build, load_yaml
+from llava.core.config import build, load_yaml, merge
 from llava.data.sources import DataConfig
 from llava.data.stills import CsvSource
 from llava.jobs.case_file import outlined
-from llava.jobs.demo import Clock, DemoConfig, DemoRecipe, prepare, run_demo
+from llava.jobs.forged_faces import ForgeDataConfig
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "scripts" / "configs" / "demo.yaml"
+RECIPES = ROOT / "scripts" / "configs" / "demo"
+EXPLAIN = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+SMALL: dict[str, dict[str, Any]] = {
+    "forge": {"versions": 2, "per_image": 2, "longest_side": 96, "leaves": 3},
+    "stage_1": {"steps": 10, "eval_steps": 10, "batch_size": 4, "collapse": {"min_sd": 0.0}, "workers": 0},
+    "tiny_base": {"steps": 20, "batch_size": 4, "layers": 1, "hidden_size": 48, "heads": 2},
+    "stage_2": EXPLAIN,
+    "stage_3": EXPLAIN,
+}
+# All that the script needs, and no Java: METEOR loads for longer than the rest takes, and has its own tests.
+TOOLS = ("basename", "bash", "dirname", "flock", "mkdir", "sed")
+
+
+def write_recipes(folder: Path, **changes: dict[str, Any]) -> Path:
+    """Write the recipes of the demonstration, made small, into a folder."""
+    folder.mkdir()
+    for name, small in SMALL.items():
+        recipe = merge(merge(load_yaml(RECIPES / f"{name}.yaml"), small), changes.get(name, {}))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def demo_sh(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "scripts/demo.sh", *map(str, words)]
+    return forked.run_shell(command, ROOT, timeout=1800, **{"M2F2_CHECKPOINTS": "models"} | environment)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the whole demonstration with a handful of versions and steps."""
     folder = tmp_path_factory.mktemp("demo")
-    recipe = load_yaml(RECIPE)
-    recipe["data"] |= {"versions": 3, "per_image": 2, "longest_side": 96}
-    recipe["stage_1"] |= {"steps": 10, "eval_steps": 10, "batch_size": 4, "collapse.min_sd": 0.0, "workers": 0}
-    recipe["leaves"] = {"count": 3, "versions": 1}
-    recipe["base"] |= {"steps": 20, "batch_size": 4, "layers": 1, "hidden_size": 48, "heads": 2}
-    for stage in ("stage_2", "stage_3"):
-        recipe[stage] |= {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("M2F2_CHECKPOINTS", str(folder / "checkpoints"))
-        said = "".join(run_demo(DemoConfig(recipe=str(folder / "recipe.yaml"), output=str(folder / "out"))))
+    (folder / "tools").mkdir()
+    for tool in TOOLS:
+        (folder / "tools" / tool).symlink_to(str(shutil.which(tool)))
+    words = ("--output", folder / "out", "--recipes", write_recipes(folder / "recipes"))
+    place = {"M2F2_CHECKPOINTS": str(folder / "checkpoints"), "PATH": str(folder / "tools")}
+    done = demo_sh(*words, **place)
+    said = done.stdout
+    assert done.returncode == 0, said[-2000:] + done.stderr[-3000:]
     assert "judgement accuracy" in said and str(folder / "out" / "report.html") in said
     assert f"--model {folder / 'checkpoints' / 'demo'}" in said
-    yield folder / "out"
+    return folder / "out"
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match=r"another run writes to .*; wait for it"):
-        next(run_demo(DemoConfig(output=str(tmp_path))))
+    with FileLock(tmp_path / ".lock"):
+        done = demo_sh("--output", tmp_path)
+    assert done.returncode == 2 and f"another run writes to '{tmp_path}' now; wait for it" in done.stderr
+    assert "==" not in done.stdout
 
 
 @pytest.mark.e2e
@@ -60,8 +86,9 @@ def test_every_step_leaves_what_it_promises(demo: Path) -> None:
         assert (demo / name).is_file(), name
     seconds = json.loads((demo / "seconds.json").read_text())
     assert list(seconds)[:2] == ["data", "stage 1: the detector"] and all(s >= 0 for s in seconds.values())
-    source = CsvSource(DataConfig(source="csv", path=str(demo / "manifest.csv"), masks=True))
-    leaves = [record for record in source.records if record.id.startswith("leaves/")]
+    assert list(seconds)[-1] == "report" and len(seconds) == 10
+    source = CsvSource(DataConfig(source="csv", path=str(demo / "data" / "manifest.csv"), masks=True))
+    leaves = [record for record in source.records if record.id.startswith("images/leaves/")]
     assert len(leaves) == 3 * 3 and {record.split for record in leaves} == {"train"}
     assert {bool(source.load(record).mask.any()) for record in leaves if record.label == 1} == {True}
     assert {record.tags["untouched"] for record in leaves} <= {record.id for record in leaves}
@@ -89,32 +116,43 @@ def test_the_report_shows_only_the_historical_portrait_forged(demo: Path) -> Non
 
 
 def test_the_recipe_holds_the_navy_portrait_out() -> None:
-    recipe = build(DemoRecipe, load_yaml(RECIPE), where="demo.yaml")
-    assert recipe.data.test_groups == ("grace_hopper",) and recipe.data.folder == "utils/demo_faces"
-    photos = {p.stem for p in (ROOT / recipe.data.folder).iterdir() if p.suffix != ".md"}
+    recipe = build(ForgeDataConfig, load_yaml(RECIPES / "forge.yaml") | {"output": "x"}, where="forge.yaml")
+    assert recipe.test_groups == ("grace_hopper",) and recipe.folder == "utils/demo_faces"
+    photos = {p.stem for p in (ROOT / recipe.folder).iterdir() if p.suffix != ".md"}
     assert photos == {"astronaut", "grace_hopper", "portrait_cc0_1", "portrait_cc0_2"}
-    credits = (ROOT / recipe.data.folder / "CREDITS.md").read_text()
+    credits = (ROOT / recipe.folder / "CREDITS.md").read_text()
     assert all(name in credits for name in photos)
 
 
-def test_the_model_is_named_after_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("M2F2_CHECKPOINTS", "models")
-    assert DemoConfig().explainer == Path("models/demo")
-    assert DemoConfig(data="faces/mine/").explainer == Path("models/demo-mine")
-    assert DemoConfig(data="faces", model="x").explainer == Path("models/x")
+@pytest.mark.parametrize(
+    ("own", "name", "model"), [(None, None, "demo"), ("mine/", None, "demo-mine"), ("mine", "x", "x")]
+)
+def test_the_model_is_named_after_its_data(own: str | None, name: str | None, model: str, tmp_path: Path) -> None:
+    words = [str(tmp_path / own)] if own else []
+    (tmp_path / "mine").mkdir()
+    with FileLock(tmp_path / ".lock"):  # it says what it will do, and does not do it
+        done = demo_sh(*words, "--output", tmp_path, *(["--model", name] if name else []))
+    assert done.stdout.startswith(f"From {words[0] if own else 'the embedded photos'} to the model models/{model};")
+    assert done.stdout.rstrip().endswith(f"goes to {tmp_path}.")
 
 
-def test_a_step_that_fails_ends_the_demonstration() -> None:
-    clock = Clock()
-    assert clock.run("fine", lambda: 0) == 0 and clock.run("result", lambda: "text") == "text"
-    with pytest.raises(ValueError, match="The step 'broken' ended with 2"):
-        clock.run("broken", lambda: 2)
-    assert list(clock.seconds) == ["fine", "result"]
+@pytest.mark.e2e
+def test_a_step_that_fails_ends_the_demonstration(tmp_path: Path) -> None:
+    recipes = write_recipes(tmp_path / "recipes", forge={"versions": 1, "leaves": 0}, stage_1={"stepz": 3})
+    done = demo_sh("--output", tmp_path / "out", "--recipes", recipes)
+    assert done.returncode == 2 and "Unknown setting 'stepz'" in done.stderr
+    assert done.stderr.endswith("The step 'stage 1: the detector' ended with 2; its message stands above.\n")
+    assert "scores on test" not in done.stdout
+    assert list(json.loads((tmp_path / "out" / "seconds.json").read_text())) == ["data"]
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist; give DD-VQA or class folders"):
-        prepare(str(tmp_path / "nothing"), str(RECIPE), tmp_path)
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    done = demo_sh(tmp_path / "nothing")
+    assert done.returncode == 2 and "does not exist; give DD-VQA or class folders, or no folder at all" in done.stderr
+    done = demo_sh("--recipe", "x")
+    assert done.returncode == 2 and "Unknown option '--recipe'; allowed: --output, --model, --recipes." in done.stderr
+    done = demo_sh("--model")
+    assert done.returncode == 2 and "--model needs a value." in done.stderr
 
 
 def test_an_outline_lies_outside_of_what_it_shows() -> None:

@@ -24,9 +24,8 @@ from llava.detectors.backbones import (
     stage_channels,
 )
 from llava.detectors.base import create, load
-from llava.detectors.clip_prompt import PromptEncoder, VisionEncoder, load_clip
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-from llava.detectors.m2f2det_parts import RegionPool, map_loss
+from llava.detectors.m2f2det_parts import PromptEncoder, RegionPool, VisionEncoder, load_clip, map_loss
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 NAMES = list(DETECTORS)

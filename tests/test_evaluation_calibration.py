@@ -2,10 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -368,8 +367,8 @@ def files(tmp_path):
 
 
 def calibrate(files, *words):
-    command = [sys.executable, "eval/calibrate.py", "--predictions", str(files / "val.csv"), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    command = ["eval/calibrate.py", "--predictions", str(files / "val.csv"), *map(str, words)]
+    return forked.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.e2e

@@ -16,6 +16,7 @@ from tiny_world import draw
 
 from llava import cli
 from llava.core.runtime import item_rng
+from llava.core.terminal import text_of
 from llava.data.sources import DataConfig
 from llava.data.stills import CsvSource
 from llava.evaluation.blind import TrainingPair
@@ -23,7 +24,7 @@ from llava.evaluation.captions import CaptionItem
 from llava.evaluation.grounding import (
     REGION,
     CounterfactualCase,
-    Pointed,
+    Pointing,
     PointingCase,
     cell_coverage,
     counterfactual_report,
@@ -33,9 +34,8 @@ from llava.evaluation.grounding import (
     read_counterfactual,
     read_pointing,
 )
-from llava.evaluation.integrity_tables import confusion_columns, grounding_tables
+from llava.evaluation.integrity import confusion_columns, grounding_tables
 from llava.evaluation.pictures import draw_confusion
-from llava.evaluation.tables import text_of
 from llava.jobs.maps import CounterfactualSettings, versions
 from llava.ops.face_regions import face_regions
 from llava.ops.forge import blur_region, random_region
@@ -66,8 +66,8 @@ def test_a_cell_is_covered_by_its_part_of_the_mask_in_the_central_square() -> No
         cell_coverage(mask, (5, 5))
 
 
-def pointed(group: str, region: str, cell: int, covered: list[float]) -> Pointed:
-    return Pointed(group, region, np.eye(4)[cell], np.array(covered))
+def pointed(group: str, region: str, cell: int, covered: list[float]) -> Pointing:
+    return Pointing(group, region, np.eye(4)[cell], np.array(covered))
 
 
 def test_the_pointing_game_by_hand() -> None:

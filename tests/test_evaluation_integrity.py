@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava.core.terminal import console
 from llava.data.answer_texts import REGIONS, flipped_question, published_pair, stated_label
 from llava.evaluation import caption_metrics
 from llava.evaluation.blind import (
@@ -31,10 +32,8 @@ from llava.evaluation.blind import (
 )
 from llava.evaluation.captions import CaptionItem, CaptionSet, read_caption_set
 from llava.evaluation.grounding import ARTEFACT, REGION, named_artefact, named_region, naming_report
-from llava.evaluation.integrity import integrity_report, read_prompts, verdict
-from llava.evaluation.integrity_tables import integrity_tables
+from llava.evaluation.integrity import integrity_report, integrity_tables, read_prompts, verdict
 from llava.evaluation.swap import N_BLEU, PairScorer, caption_swap, pair_scores, swap_gap
-from llava.evaluation.tables import console
 from llava.jobs.ddvqa_answers import ReasonSettings, list_items
 
 pytest.importorskip("pycocoevalcap")

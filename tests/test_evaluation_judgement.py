@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
@@ -137,9 +138,7 @@ def test_agreement_with_nothing_has_no_value():
 
 def run(*arguments):
     """Run a script without Java on the PATH, which would start for seconds."""
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PATH": ""}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    return forked.run([*map(str, arguments)], cwd=ROOT, env=os.environ | {"PATH": ""})
 
 
 def test_script_judgement(answers, tmp_path):
@@ -194,10 +193,8 @@ def test_scripts_fail_with_a_message(script):
 
 @pytest.mark.parametrize("script", ["eval_judgement", "eval_explanation", "eval_detection"])
 def test_scripts_start_without_torch(script):
-    done = run(
-        "-c",
-        f"import runpy, sys; runpy.run_path('eval/{script}.py'); sys.exit('torch' in sys.modules)",
-    )
+    code = f"import runpy, sys; runpy.run_path('eval/{script}.py'); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -22,9 +22,8 @@ from llava.core.types import GenerationSettings, Turn
 from llava.data.conversations import open_conversations
 from llava.data.dataset import to_tensor
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-from llava.explainer.decoding import GumbelNoise, processors
 from llava.explainer.delta import add_lora, attach, fingerprint, inner, load_delta, save_delta
-from llava.explainer.generation import Explainer, load_model, load_processor
+from llava.explainer.generation import Explainer, GumbelNoise, load_model, load_processor, processors
 from llava.explainer.merge import max_difference, merge_delta, merge_detector, sample_logits
 from llava.explainer.processing import ExplainerProcessor, read_tokenizer
 from llava.explainer.prompts import LAYOUTS, lay_out, plain_text

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import forked
 import pytest
 from PIL import Image
 from tiny_explainer import REASON_QUESTION
@@ -202,6 +202,6 @@ def test_the_scripts_run(task: str, tiny_explainer: Path, faces: Path, tmp_path:
     command = ["bash", f"stage_3_inference_{task}.sh", "--model-path", str(tiny_explainer), "--limit", "2"]
     command += ["--images", str(faces / "c40"), "--output", str(tmp_path / "a.jsonl")]
     command += ["--questions", str(faces / "questions.jsonl")] if task == "exp" else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run_shell(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert len(rows(tmp_path / "a.jsonl")) == 2

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from PIL import Image
 from tiny_world import draw
@@ -24,8 +23,7 @@ def test_both_patterns_are_measured_in_all_layouts(tmp_path):
     small = shlex.split("--pairs 1 --frames 60 --side 96 --repeats 1 --draws 2 --scored 10 --workers 1")
     places = ["--faces", str(tmp_path / "faces"), "--folder", str(tmp_path / "set"), "--json", str(tmp_path / "a.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "eval/measure_hdf5.py", *places, *small]
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    done = forked.run(["eval/measure_hdf5.py", *places, *small], cwd=ROOT, env=environment, check=True)
     found = json.loads((tmp_path / "a.json").read_text())
     for ways in found["images_per_second"].values():
         assert len(ways) == 4

@@ -112,7 +112,7 @@ def test_a_text_that_disagrees_is_marked_and_the_verdict_stands(
     monkeypatch.setattr(model.detector, "decision", Decision(threshold=0.0))
     assert model.explain(PICTURES[0]).text_verdict == FAKE, "words turn with the threshold"
     # words that do not listen
-    monkeypatch.setattr(model.detector, "told_evidence", lambda output, prior: output.evidence)
+    monkeypatch.setattr(model.detector, "evidence_for_words", lambda output, prior: output.evidence)
     after = model.explain(PICTURES[0])
     assert (after.verdict.label, after.text_verdict, after.agrees) == ("FAKE", REAL, False)
     assert str(after).endswith("[The text says real; the detector's verdict stands.]") and str(after).startswith("FAKE")

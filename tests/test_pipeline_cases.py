@@ -109,6 +109,15 @@ def test_a_calibrated_verdict_is_said_in_plain_words() -> None:
     assert "not calibrated" not in text
 
 
+def test_the_page_says_where_eyes_nose_and_mouth_are() -> None:
+    marks = ((12.2, 31.0), (28.0, 27.6), (20.0, 38.0), (15.0, 46.0), (26.4, 45.0))
+    told = entry(replace(FACE, face_landmarks=marks, face_roll=-12.4))
+    page = page_of(told)
+    assert "(12, 31) (28, 28); (20, 38); (15, 46) (26, 45)" in page.text and "-12° clockwise" in page.text
+    assert json.loads(json.dumps(told))["verdict"]["face_landmarks"] == [list(mark) for mark in marks]
+    assert "clockwise" not in page_of(entry(FACE)).text
+
+
 def test_a_bare_score_is_called_no_probability() -> None:
     text = page_of(entry(BARE, evidence_map=None)).text
     assert "FAKE p_fake 0.950 (not calibrated)" in text

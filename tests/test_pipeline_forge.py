@@ -18,17 +18,18 @@ from scipy import ndimage
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS
 from llava.data.answer_texts import SIGNS, Truth, truthful_answer
 from llava.data.conversations import ConversationSource
-from llava.data.faces import FaceBox, find_eyes, find_faces
+from llava.data.faces import FaceBox, find_faces
 from llava.data.images import read_image
 from llava.data.sources import DataConfig, open_source
 from llava.data.splits import LeakError, check_leaks
+from llava.data.stills import CsvSource
 from llava.evaluation.blind import read_training
 from llava.evaluation.captions import read_caption_set
 from llava.evaluation.grounding import ARTEFACT, REGION, naming_report
 from llava.evaluation.text import parse_verdict
 from llava.jobs.ddvqa_answers import ReasonSettings, list_items
 from llava.jobs.forged_faces import ForgeDataConfig, build_forgeries, divide, regions_by_eyes
-from llava.ops.face_regions import FACE, face_regions
+from llava.ops.face_regions import FACE, eyes_in_box, face_regions
 from llava.ops.forge import ARTEFACTS, ForgeConfig
 
 HEAD = "<image>\n<deepfake>\n"
@@ -94,6 +95,25 @@ def test_sources_read_what_is_written(photos: Path) -> None:
     assert {item.name for item in list_items(settings)} == {
         r.id.removeprefix("images/") for r in source.records if r.split == "val"
     }
+
+
+def test_pictures_without_a_face_are_for_training_and_for_no_conversation(photos: Path) -> None:
+    plain, out = photos.parent / "plain", photos.parent / "out"
+    build_forgeries(config_of(photos, output=str(plain), versions=2))
+    counts = build_forgeries(config_of(photos, versions=2, leaves=2, longest_side=SIDE))
+    assert counts["leaves"] == 2 * 4 and counts["manifest.csv"] == len(table(plain)) + 8
+    without, there = files(plain), files(out)
+    numbers = [f"leaves/0000{picture}_{k}.png" for picture in (0, 1) for k in range(4)]
+    assert there.keys() - without.keys() == {
+        *(f"images/{name}" for name in numbers),
+        *(f"masks/{name}" for name in numbers if not name.endswith("_0.png")),
+    }
+    assert {name for name in without if there[name] != without[name]} == {"manifest.csv"}
+    rows = table(out)[len(table(plain)) :]
+    assert table(out)[: -len(rows)] == table(plain)
+    assert {(row["split"], row["group"]) for row in rows} == {("train", "leaves/00000"), ("train", "leaves/00001")}
+    source = CsvSource(DataConfig(source="csv", path=str(out / "manifest.csv"), masks=True))
+    assert len(source.records) == len(table(out))
 
 
 def test_the_truth_can_be_scored_by_region(photos: Path) -> None:
@@ -170,9 +190,7 @@ def test_answers_are_true_of_the_pixels(photos: Path) -> None:
     build_forgeries(config_of(photos, per_image=8))
     rows = {row["file"].removeprefix("images/"): row for row in table(out)}
     assert {row["artefact"] for row in rows.values()} == {"", *ARTEFACTS}
-    regions = face_regions(
-        SIDE, SIDE, find_eyes(pixels(photos / "cy.png"), FaceBox(x=18, y=18, width=60, height=60, score=0))
-    )
+    regions = regions_by_eyes(pixels(photos / "cy.png"), FaceBox(x=18, y=18, width=60, height=60, score=0))
     told: Counter[str] = Counter()
     for split in ("train", "val", "test"):
         for item in json.loads((out / split / "label_free.json").read_text()):
@@ -317,17 +335,18 @@ def test_a_real_portrait_is_cropped_and_forged(shared_data: Path, tmp_path: Path
     for name in ("grace_hopper.jpg", "portrait_cc0_2.png"):
         (tmp_path / "photos" / name).write_bytes((shared_data / "public_domain" / name).read_bytes())
     Image.new("RGB", (200, 200), "grey").save(tmp_path / "photos" / "wall.png")
+    with Image.open(tmp_path / "photos" / "grace_hopper.jpg") as photo:
+        photo.rotate(90, expand=True).save(tmp_path / "photos" / "lying.png")
     config = config_of(tmp_path / "photos", face="auto", per_image=2, test_groups=("grace_hopper",), val_fraction=0)
     counts = build_forgeries(config)
-    assert counts["left_out_without_face"] == 1
+    assert (counts["left_out_without_face"], counts["left_out_doubtful_face"]) == (1, 1)
     assert (counts["test/real"], counts["test/fake"], counts["train/real"], counts["train/fake"]) == (1, 2, 1, 2)
     crop = pixels(tmp_path / "out" / "images" / "test" / "00000_0.png")
     portrait = read_image(tmp_path / "photos" / "grace_hopper.jpg")
     assert crop.shape[0] == crop.shape[1] < min(portrait.shape[:2])
     (box,) = find_faces(portrait)
-    eyes = find_eyes(portrait, box)
-    assert eyes is not None
-    assert np.allclose(eyes, GRACE_HOPPERS_EYES, atol=8)
+    assert box.eyes is not None
+    assert np.allclose(box.eyes, GRACE_HOPPERS_EYES, atol=8)
     regions = regions_by_eyes(portrait, box)
     assert all(regions["eyes"][round(y), round(x)] > 0 for x, y in GRACE_HOPPERS_EYES)
     assert set(REGIONS) < set(regions)
@@ -335,8 +354,13 @@ def test_a_real_portrait_is_cropped_and_forged(shared_data: Path, tmp_path: Path
 
 def test_no_eyes_where_there_are_none() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (120, 120, 3), dtype=np.uint8)
-    assert find_eyes(noise, FaceBox(x=10, y=10, width=100, height=100, score=1.0)) is None
-    assert find_eyes(np.full_like(noise, 128), FaceBox(x=0, y=0, width=120, height=120, score=1.0)) is None
+    for picture in (noise, np.full_like(noise, 128)):
+        assert find_faces(picture) == []
+        box = FaceBox(x=10, y=10, width=100, height=100, score=1.0)
+        assert box.eyes is None and box.roll is None
+        assert (
+            regions_by_eyes(picture, box)["eyes"] == face_regions(120, 120, eyes_in_box(10, 10, 100, 100))["eyes"]
+        ).all()
 
 
 def test_versions_of_a_photo_each_have_their_untouched_face_and_forgeries(photos: Path) -> None:

@@ -24,8 +24,9 @@ from llava.detectors.base import load
 from llava.evaluation.pictures import timeline_png
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Pipeline
+from llava.pipeline.crops import TURNS
 from llava.pipeline.settings import FaceSettings, VideoSettings
-from llava.pipeline.video import NO_FACE, write_timelines
+from llava.pipeline.video import NO_FACE, UNFIT, write_timelines
 
 WHOLE = FaceSettings(face="off")
 # Eleven frames: three real ones among forged ones, so that the scores differ widely.
@@ -185,12 +186,33 @@ def test_a_face_is_followed_and_frames_without_it_are_counted(
     assert [box is not None for box in boxes] == [place is not None for place in places]
     moved = [(box[0] - boxes[0][0], box[1] - boxes[0][1]) for box in boxes if box]
     assert np.abs(np.array(moved) - [[0, 0], [40, 20], [120, 60], [160, 80]]).max() <= 12
+    shown = [frame for frame in verdict.frames if frame.face_box]
+    assert [len(frame.face_landmarks) for frame in shown] == [5] * 4 and all(abs(f.face_roll) < 20 for f in shown)
+    eyes = np.array([frame.face_landmarks[0] for frame in shown])
+    assert np.abs(eyes - eyes[0] - [[0, 0], [40, 20], [120, 60], [160, 80]]).max() <= 12
+    assert verdict.face_landmarks == verdict.frames[verdict.telling].face_landmarks and verdict.face_roll is not None
+    assert {frame.face_landmarks for frame in verdict.frames if not frame.face_box} == {None}
     assert (verdict.frames_with_face, verdict.face_count) == (4, 1) and verdict.label != "INCONCLUSIVE"
     assert verdict.face_box == boxes[verdict.telling]
     whole = FaceSettings(whole_from=0.01)  # would take every image whole
     assert finder.faces.whole_from != whole.whole_from
     same = Pipeline(finder.detector, None, "same", faces=whole).detect_video(path)
     assert same.raw_p_fake == verdict.raw_p_fake
+
+
+def test_a_clip_of_unfit_faces_says_what_is_wrong_with_most(
+    finder: Pipeline, shared_data: Path, tmp_path: Path
+) -> None:
+    upright = scenes(shared_data, [(20, 20), (60, 40), None, (140, 80)])
+    lying = [np.ascontiguousarray(np.rot90(frame)) for frame in upright]
+    said = finder.detect_video(write_clip(tmp_path / "lying.mkv", lying, codec="ffv1"))
+    assert (said.label, said.reason) == ("INCONCLUSIVE", UNFIT.format(3, 4, TURNS[3]))
+    small = [np.full((400, 640, 3), 90, np.uint8) for _ in upright]
+    for number, frame in enumerate(small):  # of other sizes in each frame, so that no reason stands twice
+        shrunk = np.asarray(Image.fromarray(upright[0]).resize((128 + 8 * number, 80 + 5 * number)))
+        frame[: shrunk.shape[0], : shrunk.shape[1]] = shrunk
+    said = finder.detect_video(write_clip(tmp_path / "small.mkv", [*small, *lying[:1]], codec="ffv1"))
+    assert said.label == "INCONCLUSIVE" and "in 4 of 5 frames the face is too small: " in said.reason
 
 
 def test_too_few_frames_with_a_face_give_no_verdict(finder: Pipeline, shared_data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from llava.data.stills import FolderSource
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.evaluation.pictures import draw_robustness
 from llava.evaluation.predictions import Prediction, Predictions
-from llava.evaluation.robustness import flips, robustness_report
+from llava.evaluation.robustness import robustness_report
 from llava.evaluation.statistics import wilson
 from llava.ops.degrade import DEGRADATIONS, VERSIONS, Change, every_change
 from llava.train.evaluate import degraded_scores, rule_lines
@@ -54,8 +54,8 @@ def degraded() -> dict[Change, np.ndarray]:
 
 
 def test_only_real_against_fake_is_a_flip() -> None:
-    names = ["REAL", "FAKE", "UNCERTAIN"]
-    found = [[bool(flips(np.array([a]), np.array([b]))[0]) for b in names] for a in names]
+    labels = [VerdictLabel.REAL, VerdictLabel.FAKE, VerdictLabel.UNCERTAIN]
+    found = [[before.contradicts(after) for after in labels] for before in labels]
     assert found == [[False, True, False], [True, False, False], [False, False, False]]
 
 

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +16,19 @@ import pandas as pd
 import pytest
 import torch
 from bad_images import plant
+from forked import Forked
 from PIL import Image
 from processes import processes_with
 from tiny_world import draw, train_detector
 
 from llava.core.cluster import ClusterSettings
-from llava.core.logs import Incomplete
+from llava.core.runtime import Incomplete
 from llava.jobs.bulk import ScoreSettings, score
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 
 ROOT = Path(__file__).parents[1]
+PHOTO = ROOT / "utils" / "demo_faces" / "grace_hopper.jpg"
 GOOD, PART_ROWS = 60, 10
 
 
@@ -64,6 +64,19 @@ def run(settings: ScoreSettings) -> tuple[str, str]:
         for piece in score(settings):
             said.append(piece)
     return "".join(said), str(ended.value)
+
+
+def test_rows_hold_the_landmarks(settings: ScoreSettings, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    shutil.copy(PHOTO, tmp_path / "images" / "0.jpg")
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "1.png")
+    found = replace(settings, source=str(tmp_path / "images"), out=str(tmp_path / "out"), face="largest")
+    assert "".join(score(found))
+    face, none = rows(found).to_dict("records")
+    eyes = [face[f"{name}_{axis}"] for name in ("left_eye", "right_eye") for axis in "xy"]
+    assert eyes == pytest.approx([223.6, 190.4, 307.0, 187.4], abs=8)
+    assert face["face_roll"] == pytest.approx(-2.1, abs=3) and face["mouth_right_y"] > face["nose_y"] > eyes[1]
+    assert pd.isna(none["nose_x"]) and pd.isna(none["face_roll"])
 
 
 def rows(settings: ScoreSettings) -> pd.DataFrame:
@@ -187,15 +200,15 @@ def killed_after(settings: ScoreSettings, parts: int) -> dict[str, int]:
     """Score in processes that are killed once so many parts are there; gives the times of those parts."""
     words = [f"--{name}={getattr(settings, name)}" for name in ("out", "model", "face", "stability", "part_rows")]
     words += ["--engine", settings.engine, *(["--cluster.cpus", "2"] if settings.engine == "ray" else [])]
-    command = [sys.executable, "-m", "llava.cli", "score", settings.source, *words]
+    command = ["-m", "llava.cli", "score", settings.source, *words]
     threads = str(torch.get_num_threads())  # the last digits of a score depend on them
     place = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "M2F2_TEST": settings.out}
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=place, start_new_session=True) as process:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and len(parts_of(settings)) < parts and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = Forked(command, env=place, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and len(parts_of(settings)) < parts and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 60
     while alive := processes_with(f"M2F2_TEST={settings.out}"):
         assert time.monotonic() < deadline, f"still alive: {alive}"

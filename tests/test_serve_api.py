@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from PIL import Image
 from tiny_world import draw
 
 from llava.core.types import GenerationSettings
-from llava.explainer.decoding import Decoder
+from llava.explainer.generation import Decoder
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Pipeline
+from llava.pipeline.crops import TURNS
 from llava.pipeline.settings import FaceSettings
 from llava.serve.api import Service, build_app
 from llava.serve.batching import BatchingEngine
 from llava.serve.guard import RequestLimits
 
 pytestmark = pytest.mark.e2e
+PHOTO = Path(__file__).parents[1] / "utils" / "demo_faces" / "grace_hopper.jpg"
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -54,8 +57,8 @@ def pipeline(tiny_explainer: Path) -> Pipeline:
     return Pipeline.from_pretrained(tiny_explainer, faces=FaceSettings(face="off"), stability=False)
 
 
-@pytest.fixture(scope="module")
-def server(pipeline: Pipeline) -> Iterator[str]:
+@contextmanager
+def serving(pipeline: Pipeline) -> Iterator[str]:
     engine = BatchingEngine(pipeline)
     app = build_app(
         Service(engine=engine, model="tiny", limits=RequestLimits(requests_per_minute=10_000, max_active=16))
@@ -71,6 +74,12 @@ def server(pipeline: Pipeline) -> Iterator[str]:
     running.should_exit = True
     thread.join(10)
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(pipeline: Pipeline) -> Iterator[str]:
+    with serving(pipeline) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +219,22 @@ def test_files_are_judged_and_explained(server: str, pipeline: Pipeline) -> None
     assert "questoin: there is no such field here; allowed: files, question" in misspelt.json()["error"]["message"]
     form = httpx.post(f"{server}/v1/chat/completions", data={"model": "tiny"})
     assert form.status_code == 400 and "send application/json" in form.json()["error"]["message"]
+
+
+def test_landmarks_and_what_makes_a_face_unfit_are_in_the_answer(tiny_explainer: Path) -> None:
+    with Image.open(PHOTO) as photo:
+        pictures = [photo, photo.rotate(90, expand=True), photo.resize((77, 90)), photo.crop((0, 0, 320, 600))]
+        files = [("files", (f"{n}.png", png(np.asarray(picture)), "image/png")) for n, picture in enumerate(pictures)]
+    with serving(Pipeline.from_pretrained(tiny_explainer, stability=False)) as address:
+        judged, *unfit = httpx.post(f"{address}/v1/detect", files=files, timeout=300).json()["verdicts"]
+    assert np.allclose(judged["face_landmarks"][:2], ((223.6, 190.4), (307.0, 187.4)), atol=8)
+    assert judged["face_roll"] == pytest.approx(-2.1, abs=3) and judged["label"] != "INCONCLUSIVE"
+    assert [verdict["reason"].partition(":")[0] for verdict in unfit] == [
+        TURNS[3],
+        "the face is too small",
+        "the face is cut off by the image's border",
+    ]
+    assert unfit[0]["face_roll"] == pytest.approx(-92.1, abs=3)
 
 
 def test_a_video_is_judged_between_images(server: str, pipeline: Pipeline, tmp_path: Path) -> None:

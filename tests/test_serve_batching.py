@@ -22,8 +22,7 @@ from llava.pipeline import Pipeline
 from llava.pipeline.crops import faces_of
 from llava.pipeline.settings import FaceSettings
 from llava.serve.batching import BatchConfig, BatchingEngine, _Call
-from llava.serve.engine import Question
-from llava.serve.refusals import Refused
+from llava.serve.engine import Question, Refusal
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = (VERDICT_QUESTION, "Does the nose look real or fake?", "Why?")
@@ -77,7 +76,7 @@ def test_many_at_once_are_answered_as_one_alone(engine: BatchingEngine, pipeline
         wanted, words = alone(pipeline, image, question)
         assert text == words
         assert verdict.label == wanted.label and verdict.p_fake == pytest.approx(wanted.p_fake, abs=1e-6)
-    assert len(engine.looks.images) == 2, "only the newest images are kept"
+    assert len(engine.observations.images) == 2, "only the newest images are kept"
 
 
 def test_an_image_is_looked_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +87,7 @@ def test_an_image_is_looked_at_once(pipeline: Pipeline, monkeypatch: pytest.Monk
     for question in QUESTIONS:
         ask(engine, draw(1, 5), question)
     assert looks == [1]
-    (seen,) = engine.looks.images.values()
+    (seen,) = engine.observations.images.values()
     assert len(seen.prefixes) == 1
     engine.close()
 
@@ -135,7 +134,7 @@ def test_a_new_image_is_made_ready_once_for_all_who_ask(pipeline: Pipeline, monk
         sleep(0.2)
         gate.set()
         assert len({str(answer.result(60)[0]) for answer in asked}) == 1
-    assert made == ["face"] and not engine.looks._coming
+    assert made == ["face"] and not engine.observations._coming
     engine.close()
 
 
@@ -205,7 +204,7 @@ def test_closing_waits_for_no_answer_and_leaves_nobody_waiting(
     monkeypatch.setattr(engine.decoder, "step", lambda: gate.wait(20))  # never writes a token
 
     def told(work: Callable[[], object]) -> None:
-        with pytest.raises(Refused, match="The server ends") as caught:
+        with pytest.raises(Refusal, match="The server ends") as caught:
             work()
         raised.append(caught.value.status)
 

@@ -8,6 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -16,8 +19,9 @@ import pytest
 from test_serve_api import messages
 from tiny_world import draw
 
-from llava.serve.addresses import is_loopback
+from llava.serve import command
 from llava.serve.command import serve
+from llava.serve.fetch import is_loopback
 from llava.serve.keys import NewKey, create_key
 from llava.serve.options import ServeSettings
 
@@ -82,7 +86,47 @@ def test_without_a_model_the_demonstration_is_trained_first(tmp_path: Path, monk
     monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path))
     said = next(serve(ServeSettings(port=0)))
     assert f"{str(tmp_path / 'demo')!r} is not there yet: training it" in said
+    assert command.SCRIPT == ROOT / "scripts" / "demo.sh"
     assert [is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "10.0.0.1", "example.org")] == [
         *(True, True, True),
         *(False, False),
     ]
+
+
+def test_the_script_that_trains_must_be_there_and_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path / "models"))
+    script = tmp_path / "demo.sh"
+    monkeypatch.setattr(command, "SCRIPT", script)
+    with pytest.raises(FileNotFoundError, match="the script that trains it, comes with the source tree alone; give"):
+        next(serve(ServeSettings(port=0)))
+    script.write_text(f'echo "$M2F2_CHECKPOINTS $PYTHON" > {tmp_path}/places; exit 3')
+    with pytest.raises(ValueError, match=r"demo.sh ended with 3; its message stands above"):
+        list(serve(ServeSettings(port=0)))
+    assert (tmp_path / "places").read_text().split() == [str(tmp_path / "models"), sys.executable]
+
+
+def test_who_stops_the_server_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path / "models"))
+    script = tmp_path / "demo.sh"
+    script.write_text(f"sleep 600 & echo $! > {tmp_path}/step; wait")
+    monkeypatch.setattr(command, "SCRIPT", script)
+    server = serve(ServeSettings(port=0))
+    next(server)
+
+    def stop() -> None:
+        wait_until(lambda: (tmp_path / "step").is_file() and (tmp_path / "step").read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(server)
+    step = Path("/proc") / (tmp_path / "step").read_text().strip()
+    wait_until(lambda: not step.exists() or " Z " in (step / "stat").read_text())
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    for _ in range(600):
+        if is_so():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came")

@@ -35,7 +35,7 @@ def http(body: bytes, length: int | None = None, status: str = "200 OK") -> byte
 def address() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(SECRET_VARIABLE, raising=False)
-        app = build_app(ControllerSettings(host="127.0.0.1", worker_seconds=0.5, expiry_seconds=1.0))
+        app = build_app(ControllerSettings(host="127.0.0.1", worker_seconds=0.5, expiry_seconds=30))
     with running(app) as url:
         yield url
 

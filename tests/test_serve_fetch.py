@@ -22,9 +22,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava.serve.addresses import NOT_PUBLIC_V4, NOT_PUBLIC_V6, PUBLIC_V6, check_url, is_public
-from llava.serve.fetch import Fetcher, ServerFetchLimits, resolve
-from llava.serve.refusals import Refused
+from llava.serve.engine import Refusal
+from llava.serve.fetch import (
+    NOT_PUBLIC_V4,
+    NOT_PUBLIC_V6,
+    PUBLIC_V6,
+    Fetcher,
+    ServerFetchLimits,
+    check_url,
+    is_public,
+    resolve,
+)
 
 HOST = "faces.example.org"
 PUBLIC = "93.184.215.14"
@@ -61,9 +69,9 @@ class Untouched(httpx.AsyncBaseTransport):
         raise AssertionError(f"a connection to {request.url} was opened")
 
 
-def refused(url: str, **options: object) -> Refused:
+def refused(url: str, **options: object) -> Refusal:
     options = {"resolver": fake_resolver, "transport": Untouched()} | options
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refusal) as caught:
         asyncio.run(Fetcher(**options).fetch(url))
     return caught.value
 
@@ -174,7 +182,7 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
     for url in (text, f"https://{text}", f"https://{HOST}/{text}", f"https://{HOST}:{text}"):
         try:
             assert check_url(url).scheme == "https"
-        except Refused as error:
+        except Refusal as error:
             assert error.status == 400
 
 
@@ -313,7 +321,7 @@ def test_the_next_address_is_tried_when_one_does_not_answer(wire: Loopback) -> N
 
 
 def test_the_certificate_has_to_be_that_of_the_name(wire: Loopback) -> None:
-    with pytest.raises(Refused, match="cannot be downloaded over https"):
+    with pytest.raises(Refusal, match="cannot be downloaded over https"):
         fetched(wire, "https://both.example.org/good")
     assert Site.asked == []
 
@@ -329,7 +337,7 @@ def test_the_system_s_connection_trusts_no_stranger_and_uses_no_proxy(
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        with pytest.raises(Refused, match="cannot be downloaded over https"):
+        with pytest.raises(Refusal, match="cannot be downloaded over https"):
             asyncio.run(Fetcher(resolver=here, ports=(port,)).fetch(f"https://{HOST}:{port}/good"))
         proxy.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -364,14 +372,14 @@ def test_redirects_to_public_addresses_are_followed(wire: Loopback) -> None:
 )
 def test_a_download_that_goes_wrong_says_why(wire: Loopback, path: str, status: int, words: str) -> None:
     limits = ServerFetchLimits(max_bytes=20_000, seconds=0.5)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refusal) as caught:
         fetched(wire, f"https://{HOST}{path}", limits)
     assert caught.value.status == status and words in str(caught.value)
     assert all(asked != "/secret" for _, asked in Site.asked)
 
 
 def test_a_message_shows_no_query(wire: Loopback) -> None:
-    with pytest.raises(Refused, match=r"/gone: the host answers") as caught:
+    with pytest.raises(Refusal, match=r"/gone: the host answers") as caught:
         fetched(wire, f"https://{HOST}/gone?token=secret")
     assert "secret" not in str(caught.value)
 

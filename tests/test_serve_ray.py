@@ -51,8 +51,9 @@ class Running:
 
     @property
     def replicas(self) -> list[int]:
-        """List the processes that hold the model."""
-        return [pid for pid, words in processes_with(self.mark).items() if "m2f2:engine" in words]
+        """List the processes that hold the model and have loaded it."""
+        words_of = processes_with(self.mark).items()
+        return [pid for pid, words in words_of if "m2f2:engine" in words and "__init__" not in words]
 
 
 @contextmanager
@@ -78,8 +79,32 @@ def serving(model: Path, folder: Path, *flags: str) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tiny_explainer, tmp_path_factory.mktemp("ray"), "--replicas", "2") as started:
+    flags = ["--min_replicas", "1", "--max_replicas", "2", "--rows", "1"]
+    with serving(tiny_explainer, tmp_path_factory.mktemp("ray"), *flags) as started:
         yield started
+
+
+@pytest.mark.e2e
+def test_a_second_replica_comes_when_there_is_more_to_do(server: Running) -> None:
+    assert len(server.replicas) == 1
+    answered: Counter[str | None] = Counter()
+    deadline, is_enough = time.monotonic() + START_SECONDS, Event()
+
+    def ask(number: int) -> None:
+        while not is_enough.is_set():
+            reply = server.client.chat.completions.create(model="explainer", messages=messages(draw(1, number)))
+            answered[reply.choices[0].message.content] += 1
+
+    with ThreadPoolExecutor(3) as threads:
+        asking = [threads.submit(ask, number) for number in range(3)]
+        try:
+            while len(server.replicas) < 2 and time.monotonic() < deadline:
+                time.sleep(1)
+        finally:
+            is_enough.set()
+        for each in asking:
+            each.result(timeout=120)
+    assert len(server.replicas) == 2 and set(answered) == {"The image is fake."}
 
 
 @pytest.mark.e2e
@@ -171,32 +196,6 @@ def test_sigterm_ends_every_process(server: Running) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.e2e
-def test_a_second_replica_comes_when_there_is_more_to_do(tiny_explainer: Path, tmp_path: Path) -> None:
-    with serving(tiny_explainer, tmp_path, "--min_replicas", "1", "--max_replicas", "2", "--rows", "1") as server:
-        assert len(server.replicas) == 1
-        answered: Counter[str | None] = Counter()
-        deadline, is_enough = time.monotonic() + START_SECONDS, Event()
-
-        def ask(number: int) -> None:
-            while not is_enough.is_set():
-                reply = server.client.chat.completions.create(model="explainer", messages=messages(draw(1, number)))
-                answered[reply.choices[0].message.content] += 1
-
-        with ThreadPoolExecutor(6) as threads:
-            asking = [threads.submit(ask, number) for number in range(6)]
-            try:
-                while len(server.replicas) < 2 and time.monotonic() < deadline:
-                    time.sleep(1)
-            finally:
-                is_enough.set()
-            for each in asking:
-                each.result(timeout=120)
-        assert len(server.replicas) == 2 and set(answered) == {"The image is fake."}
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(END_SECONDS) == 0
-
-
 def test_replicas_need_ray_and_make_sense() -> None:
     assert ServeSettings().replica_range == (1, 1)
     assert ServeSettings(ray=True, replicas=3).replica_range == (3, 3)
@@ -206,6 +205,15 @@ def test_replicas_need_ray_and_make_sense() -> None:
         ServeSettings(replicas=2)
     with pytest.raises(ValueError, match="replicas: 3 to 1 is not usable"):
         ServeSettings(ray=True, min_replicas=3)
+
+
+@pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray Serve's own
+def test_replicas_are_a_number_or_a_range_for_ray() -> None:
+    from llava.serve.ray_app import _scale
+
+    assert _scale(ServeSettings(ray=True, replicas=2)) == {"num_replicas": 2}
+    scaling = _scale(ServeSettings(ray=True, min_replicas=1, max_replicas=2, rows=3))["autoscaling_config"]
+    assert scaling == {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 3}
 
 
 @pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray Serve's own

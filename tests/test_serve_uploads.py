@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.data.inputs import NamedImage, NamedVideo
-from llava.serve.refusals import KINDS, Refused
+from llava.serve.engine import KINDS, Refusal
 from llava.serve.uploads import (
     BEGINNINGS,
     UploadLimits,
@@ -69,8 +69,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def refused(content: bytes, name: str = "", limits: UploadLimits | None = None) -> Refused:
-    with pytest.raises(Refused) as caught:
+def refused(content: bytes, name: str = "", limits: UploadLimits | None = None) -> Refusal:
+    with pytest.raises(Refusal) as caught:
         read_upload(content, name, limits)
     return caught.value
 
@@ -200,7 +200,7 @@ def test_a_bomb_costs_little(name: str) -> None:
     try:
         read_upload(content, "bomb")
         found = None
-    except Refused as error:
+    except Refusal as error:
         found = error.status
     seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -226,12 +226,12 @@ def test_bytes_are_counted_before_anything_is_decoded() -> None:
     limits = UploadLimits(max_bytes=1000)
     for content in (PICTURES["image/png"], b"x" * 1001):
         assert refused(content, limits=limits).status == 413
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refusal) as caught:
         decode_base64("!" * 2000, limits=limits)  # not even looked at
     assert caught.value.status == 413
     for length in (999, 1000):
         assert len(decode_base64(base64.b64encode(bytes(length)).decode(), limits=limits)) == length
-    with pytest.raises(Refused, match="larger than 1,000 bytes"):
+    with pytest.raises(Refusal, match="larger than 1,000 bytes"):
         decode_base64(base64.b64encode(bytes(1001)).decode(), limits=limits)
 
 
@@ -264,7 +264,7 @@ def test_data_uris_are_read_and_their_type_is_not_believed() -> None:
     ],
 )
 def test_what_is_no_data_uri_is_400(uri: str) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refusal) as caught:
         decode_data_uri(uri, "a.png")
     assert caught.value.status == 400 and str(caught.value).startswith("a.png: not ")
 
@@ -302,7 +302,7 @@ def outcome(content: bytes) -> int:
     try:
         read_upload(content, "fuzz")
         return 200
-    except Refused as error:
+    except Refusal as error:
         assert error.status in (400, 413, 415) and error.status in KINDS
         assert "Traceback" not in str(error) and " object at 0x" not in str(error)
         return error.status
@@ -353,7 +353,7 @@ def test_any_text_is_decoded_by_the_grammar_or_refused(text: str) -> None:
     for function, content in ((decode_base64, text), (decode_data_uri, f"data:a/b;base64,{text}")):
         try:
             assert function(content) == expected
-        except Refused as error:
+        except Refusal as error:
             assert expected is None and error.status == 400
 
 

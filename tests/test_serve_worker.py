@@ -25,10 +25,9 @@ from servers import running, wait_for
 
 from llava.core.types import GenerationSettings, Turn, Verdict, VerdictLabel
 from llava.serve import web
-from llava.serve.engine import Piece, Question
+from llava.serve.engine import Answer, Piece, Question, from_thread
 from llava.serve.gradio_web_server import Controller, RemoteEngine
 from llava.serve.model_worker import ALIASES, REFUSED, WorkerSettings, build_app, translated
-from llava.serve.openai_chat import StopAt, from_thread
 from llava.serve.protocol import Chunk, decode_chunk, split_chunks
 
 PROMPT = "A chat. USER: <image>\n<deepfake>\nIs it real? ASSISTANT:"
@@ -179,13 +178,13 @@ def test_a_stop_text_ends_the_answer_and_is_never_shown() -> None:
 
 
 def test_growing_text_is_cut_at_the_first_stop() -> None:
-    text = StopAt(["END", "###"])
+    answer = Answer("Why?", stops=["END", "###"])
     for letter in "one E two ## E":
-        text.feed(letter)
-        assert not text.is_reached
-    assert (text.shown(), text.shown(is_last=True)) == ("one E two ##", "one E two ## E")
-    text.feed("ND ###")
-    assert text.is_reached and text.shown() == "one E two ##"
+        answer.add(Piece(text=letter))
+        assert not answer.is_ended
+    assert (answer.shown, answer.text) == ("one E two ##", "one E two ## E")
+    answer.add(Piece(text="ND ###"))
+    assert answer.is_ended and answer.shown == answer.text == "one E two ##"
 
 
 @pytest.mark.parametrize(

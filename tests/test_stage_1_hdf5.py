@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -57,9 +56,8 @@ def packed(tmp_path_factory) -> Path:
             (folder / kind / key).mkdir(parents=True)
             for n in range(6):
                 Image.fromarray(draw(label, 6 * i + n)).save(folder / kind / key / f"{n:03}.png")
-        command = [sys.executable, "scripts/pack_hdf5.py", str(folder / kind), "--output", str(folder), "--kind", kind]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        command = ["scripts/pack_hdf5.py", str(folder / kind), "--output", str(folder), "--kind", kind]
+        forked.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     write_splits(folder / "splits", SPLITS)
     return folder
 

@@ -1,15 +1,20 @@
-"""Stages 2 and 3 through their scripts, in real processes: they learn, resume exactly, ZeRO-2 equals one process."""
+"""Stages 2 and 3 through their scripts, in real processes: they learn, resume exactly, ZeRO-2 equals one process.
+
+A run that is not killed may be started by a Python that has loaded the large packages (`forked.py`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tiny_world import draw, train_detector, write_world
@@ -28,12 +33,14 @@ SMALL = [
     *("--bf16", "false", "--tf32", "null", "--per_device_train_batch_size", "16", "--warmup_steps", "0.03"),
     *("--dataloader_num_workers", "0", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true"),
 ]
+TUNING = ["--num_train_epochs", "3", "--learning_rate", "1e-3", "--lora_r", "8"]
+SAVING = ["--save_steps", "4", "--save_total_limit", "9", "--lora_dropout", "0.1"]
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 ASK = [Turn(role="human", text="Determine the authenticity of this image.")]
 
 
 def run(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800, check=False)
+    done = forked.run_shell(words, ROOT, timeout=1800, OMP_NUM_THREADS="1")
     assert not check or done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -70,8 +77,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("bash", "stage_2_train.sh", *merge, *out, *data, *SMALL, *fast)
     merge = ["--merge.base_of_delta", str(folder / "start"), "--merge.delta", str(folder / "delta_2")]
     out = ["--merge.start", str(folder / "stage_2"), "--merge.final", str(folder / "final")]
-    fast = ["--output_dir", str(folder / "delta_3"), "--num_train_epochs", "3", "--learning_rate", "1e-3"]
-    run("bash", "stage_3_train.sh", *merge, *out, *data, *SMALL, *fast, "--lora_r", "8", "--lora_alpha", "16")
+    out += ["--output_dir", str(folder / "delta_3"), "--lora_alpha", "16"]
+    run("bash", "stage_3_train.sh", *merge, *out, *data, *SMALL, *TUNING, *SAVING)
     return folder
 
 
@@ -97,55 +104,67 @@ def test_the_words_learn_to_follow_the_evidence(world: Path) -> None:
     assert (world / "delta_3/run.json").is_file()
 
 
-def stage_3_flags(world: Path, out: Path, dropout: float) -> list[str]:
+def stage_3_flags(world: Path, out: Path, model: str = "stage_2") -> list[str]:
     return [
-        *("--model_name_or_path", str(world / "stage_2"), "--data_path", str(world / "conversations.json")),
-        *("--image_folder", str(world / "images"), "--output_dir", str(out), *SMALL, "--lora_r", "8"),
-        *("--num_train_epochs", "3", "--learning_rate", "1e-3", "--lora_dropout", str(dropout)),
+        *("--model_name_or_path", str(world / model), "--data_path", str(world / "conversations.json")),
+        *("--image_folder", str(world / "images"), "--output_dir", str(out), *SMALL, *TUNING),
     ]
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: Path, processes: int) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    script = ["bash", "scripts/finetune_stage_3.sh"]
-    if processes == 2:
-        script += ["--num_gpus", "2", "--master_port", "29941"]
-    flags = ["--save_steps", "4", "--save_total_limit", "9", "--per_device_train_batch_size", str(16 // processes)]
-    run(*script, *stage_3_flags(world, whole, 0.1), *flags)
-    words = [*script, *stage_3_flags(world, broken, 0.1), *flags]
+def kill(words: list[str], checkpoint: Path) -> None:
+    """Start a run and kill it, and all that it started, once it has written a checkpoint."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **quiet)
-    wait_for(broken / "checkpoint-8" / "trainer_state.json", process)
+    wait_for(checkpoint / "trainer_state.json", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (broken / "trainer_state.json").exists()
-    run(*words)
+    assert not (checkpoint.parent / "trainer_state.json").exists()
+
+
+def require_the_same(whole: Path, broken: Path) -> None:
+    assert len(losses(whole)) == 18
     assert losses(broken) == pytest.approx(losses(whole), abs=1e-6)
     for name in ("adapter_model.safetensors", "non_lora_trainables.safetensors"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
 @pytest.mark.e2e
-def test_a_run_of_something_else_is_not_gone_on_with(world: Path, tmp_path: Path) -> None:
-    words = [*stage_3_flags(world, tmp_path / "out", 0.0), "--max_steps", "2", "--save_steps", "1"]
-    words += ["--save_total_limit", "9"]
-    run("bash", "scripts/finetune_stage_3.sh", *words)
-    (tmp_path / "out/checkpoint-2/trainer_state.json").unlink()  # as if killed while saving
-    other = ["--model_name_or_path", str(world / "start")]
-    done = run("bash", "scripts/finetune_stage_3.sh", *words, *other, check=False)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: Path) -> None:
+    script = ["bash", "scripts/finetune_stage_3.sh"]
+    words = [*stage_3_flags(world, tmp_path / "out"), *SAVING, "--lora_alpha", "16"]
+    kill([*script, *words], tmp_path / "out" / "checkpoint-8")
+    for later in (tmp_path / "out").glob("checkpoint-1*"):  # written before the signal came
+        shutil.rmtree(later)
+    (tmp_path / "out/checkpoint-8/trainer_state.json").unlink()  # as if killed while saving
+    done = run(*script, *words, "--model_name_or_path", str(world / "start"), check=False)
     assert done.returncode != 0 and "holds a run with another model or data file" in done.stderr
-    assert "checkpoint-2 is not complete and is passed over" in done.stderr
-    run("bash", "scripts/finetune_stage_3.sh", *words)
-    assert len(losses(tmp_path / "out")) == 2
+    assert "checkpoint-8 is not complete and is passed over" in done.stderr
+    run(*script, *words)
+    require_the_same(world / "delta_3", tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Run stage 3 in bf16 by ZeRO-2 on two processes; gives the command, without its output folder, and that folder."""
+    out = tmp_path_factory.mktemp("two_processes") / "whole"
+    words = ["bash", "scripts/finetune_stage_3.sh", "--num_gpus", "2", "--master_port", "29941"]
+    words += [*stage_3_flags(world, out), *SAVING, "--per_device_train_batch_size", "8", "--bf16", "true"]
+    run(*words)
+    return words, out
 
 
 @pytest.mark.e2e
-def test_zero_2_in_bf16_leaves_the_detector_in_float32(world: Path, tmp_path: Path) -> None:
-    words = [*stage_3_flags(world, tmp_path / "out", 0.0), "--max_steps", "2", "--save_strategy", "no"]
-    run("bash", "scripts/finetune_stage_3.sh", "--num_gpus", "1", "--master_port", "29921", *words, "--bf16", "true")
-    assert all(0 < loss < 3 for loss in losses(tmp_path / "out"))
+def test_a_killed_run_of_two_processes_goes_on_likewise(two_processes: tuple[list[str], Path], tmp_path: Path) -> None:
+    words, whole = two_processes
+    words = [*words, "--output_dir", str(tmp_path / "broken")]
+    kill(words, tmp_path / "broken" / "checkpoint-8")
+    run(*words)
+    require_the_same(whole, tmp_path / "broken")
+
+
+@pytest.mark.e2e
+def test_zero_2_in_bf16_leaves_the_detector_in_float32(world: Path, two_processes: tuple[list[str], Path]) -> None:
+    assert all(0 < loss < 3 for loss in losses(two_processes[1]))
     model = load_model(world / "stage_2", dtype="bf16")
     kept = DetectorInFloat32(model)
     exact = model.detector.classifier.weight.clone()
@@ -167,12 +186,12 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_2_on_two_processes_equals_one(world: Path, tmp_path: Path, stage: int) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    start = world / ("start" if stage == 2 else "stage_2")
+    model = "start" if stage == 2 else "stage_2"
     script = ["bash", f"scripts/finetune_stage_{stage}.sh"]
-    common = ["--save_strategy", "no", "--model_name_or_path", str(start), "--num_train_epochs", "1"]
-    run(*script, *stage_3_flags(world, one, 0.0), *common)
+    common = ["--save_strategy", "no", "--lora_dropout", "0", "--num_train_epochs", "1"]
+    run(*script, *stage_3_flags(world, one, model), *common)
     halves = ["--num_gpus", "2", "--master_port", str(29900 + stage), "--per_device_train_batch_size", "8"]
-    run(*script, *stage_3_flags(world, two, 0.0), *common, *halves)
+    run(*script, *stage_3_flags(world, two, model), *common, *halves)
     assert len(losses(one)) == 6
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
 

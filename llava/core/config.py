@@ -1,8 +1,8 @@
 """One configuration mechanism: a dataclass field is a YAML key is a command-line flag.
 
-The recipe (YAML) comes first, flags override it (`--optim.lr 1e-3`), unknown keys fail and name the nearest. Types are
-checked and converted by pydantic, field by field, so any dataclass works, Hugging Face's included. Why no library does
-all of this: docs/architecture.md, "Settings are our own".
+The recipe (YAML) comes first, a further one lies over it, flags override both (`--optim.lr 1e-3`), unknown keys fail
+and name the nearest. Types are checked and converted by pydantic, field by field, so any dataclass works, Hugging
+Face's included. Why no library does all of this: docs/architecture.md, "Settings are our own".
 """
 
 from __future__ import annotations
@@ -310,12 +310,12 @@ def _normalised(argv: Iterable[str], bool_flags: set[str]) -> Iterator[str]:
 def _recipe_values(parser: argparse.ArgumentParser, words: Sequence[str], recipe: Path | None) -> dict[str, Any]:
     """Read the recipe before all else, so that --help shows what it sets."""
     default = f" (default: {recipe.name})" if recipe else ""
-    text = f"YAML file of settings; flags override it{default}"
-    parser.add_argument("--config", default=recipe, metavar="RECIPE", help=text)
+    text = f"YAML file of settings; a further --config lies over it, flags over both{default}"
+    parser.add_argument("--config", action="append", metavar="RECIPE", help=text)
     first = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=recipe, metavar="RECIPE")
-    chosen = first.parse_known_args(words)[0].config
-    return load_yaml(chosen) if chosen else {}
+    first.add_argument("--config", action="append", metavar="RECIPE")
+    chosen = first.parse_known_args(words)[0].config or [recipe]
+    return reduce(merge, (load_yaml(path) for path in chosen if path), {})
 
 
 def _add_flags(parser: argparse.ArgumentParser, settings: Sequence[Leaf], values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Generic, TypeVar
 
 LISTED_AT_MOST = 12
+T = TypeVar("T")
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
@@ -25,9 +26,6 @@ def nearest(word: str, choices: Iterable[str]) -> str:
         listed = get_close_matches(word, names, n=LISTED_AT_MOST, cutoff=0.0)
         return f"Allowed, the closest of {len(names)}: {', '.join(listed)}.{hint}"
     return f"Allowed: {', '.join(names) or 'none'}.{hint}"
-
-
-T = TypeVar("T")
 
 
 class Registry(Generic[T]):

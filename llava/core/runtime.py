@@ -1,4 +1,4 @@
-"""What a run needs around its computation: devices, randomness, files that appear when complete, the run's record."""
+"""What a run needs around its computation: a log, devices, randomness, files that appear when complete, its record."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 log = logging.getLogger(__name__)
@@ -31,6 +30,40 @@ PACKAGES = (
     *("torch", "torchvision", "transformers", "peft", "accelerate", "deepspeed"),
     *("numpy", "pillow", "opencv-python-headless"),
 )
+
+
+class Incomplete(Exception):
+    """A result is there, but not for everything that was asked; the message counts what is missing."""
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and each of a record's `fields` by its key."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Give the line of a record."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line | getattr(record, "fields", {}), ensure_ascii=False)
+
+
+def log_json() -> None:
+    """Write the log as JSON lines from now on."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonLines())
+
+
+def setup_logging(verbose: bool = False) -> None:
+    """Send this package's log to standard error; other ranks only report errors."""
+    level = logging.DEBUG if verbose else logging.INFO
+    if int(os.environ.get("RANK", "0")) != 0:
+        level = logging.ERROR
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    for name in ("llava", "__main__"):  # a module run by `python -m` logs as __main__
+        logging.getLogger(name).setLevel(level)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -55,6 +88,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def item_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Give the generator of one item: the same on any worker, in any order, after any resume."""
+    import numpy as np  # here, so that commands that load no model begin at once
+
     return np.random.default_rng((seed, epoch, index))
 
 

@@ -11,20 +11,23 @@ from typing import Any, Literal
 from zipfile import is_zipfile
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from llava.core.runtime import write_json
+from llava.core.terminal import progress
 
 PICKLED = (".bin", ".pth", ".pt")
 # Classes of training state that published files carry beside tensors. They are never imported: an empty object of ours
 # stands in for each. Whatever else a file asks for is refused.
 _INERT_MODULES = ("torch.optim.",)
 _INERT_NAMES = ("collections.defaultdict", "builtins.dict")
+Shape = tuple[int, ...]
+SHARD_BYTES = 1 << 30  # tensors are gathered up to this before they are written
+REPORT_NAME = "conversion.json"
+NAMED_AT_MOST = 5
 
 
 class Inert:
@@ -164,12 +167,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 
-Shape = tuple[int, ...]
-SHARD_BYTES = 1 << 30  # tensors are gathered up to this before they are written
-REPORT_NAME = "conversion.json"
-NAMED_AT_MOST = 5
-
-
 @dataclass(frozen=True, kw_only=True)
 class Move:
     """One tensor's way: `used` keeps its name, `folded` goes into others, `dropped` goes nowhere."""
@@ -297,7 +294,7 @@ def write_shards(
     waiting: dict[str, Tensor] = dict(extra or {})
     size = total = sum(tensor.nbytes for tensor in waiting.values())
     shards: list[list[str]] = []
-    for source, target in track(ways, "converting", console=Console(stderr=True), transient=True):
+    for source, target in progress(ways, "converting"):
         tensor = files[source]
         if waiting and size + tensor.nbytes > shard_bytes:
             shards.append(_write(folder, len(shards), waiting))

@@ -121,6 +121,10 @@ class VerdictLabel(StrEnum):
     UNCERTAIN = "UNCERTAIN"
     INCONCLUSIVE = "INCONCLUSIVE"
 
+    def contradicts(self, other: VerdictLabel) -> bool:
+        """Say whether one of the two is REAL and the other FAKE."""
+        return {self, other} == {VerdictLabel.REAL, VerdictLabel.FAKE}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -134,6 +138,8 @@ class Verdict:
     `stability`: p_fake of each delivered version of the face (`llava.ops.degrade`) by name, empty when not judged.
     `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
     has `face_count` faces, of which this is number `face`, largest first. face_box: (x, y, width, height) in pixels.
+    face_landmarks: (x, y) in pixels of both eyes, nose and both mouth corners; left before right as in
+    an upright face. face_roll: degrees by which the line of the eyes is turned clockwise.
     """
 
     label: VerdictLabel
@@ -151,6 +157,8 @@ class Verdict:
     risk_band: str | None = None
     stability: Mapping[str, float] = field(default_factory=dict)
     face_box: tuple[int, int, int, int] | None = None
+    face_landmarks: tuple[tuple[float, float], ...] | None = None
+    face_roll: float | None = None
     reason: str = ""
     image: str = ""
     face: int = 1
@@ -209,6 +217,8 @@ class FrameScore:
 
     seconds: float
     face_box: tuple[int, int, int, int] | None = None
+    face_landmarks: tuple[tuple[float, float], ...] | None = None
+    face_roll: float | None = None
     raw_p_fake: float | None = None
     p_fake: float | None = None
 
@@ -274,10 +284,10 @@ class Explanation:
 
     def __str__(self) -> str:
         """Say the verdict, then the text, then whether the two contradict each other."""
-        return "\n".join(part for part in (str(self.verdict), self.told, self.remark) if part)
+        return "\n".join(part for part in (str(self.verdict), self.placed_text, self.remark) if part)
 
     @property
-    def told(self) -> str:
+    def placed_text(self) -> str:
         """Give the text, after what it is about where that is not the whole image."""
         return f"[{self.about}] {self.text}" if self.about else self.text
 

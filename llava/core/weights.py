@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn, uint8
+from torch import Tensor, device, nn, uint8
+from torch.overrides import TorchFunctionMode
 
 from llava.core.registry import nearest
 from llava.core.runtime import atomic_path, write_json
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+_RANDOM = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_"}
+_RANDOM |= {"xavier_uniform_", "orthogonal_"}
+_CONSTANT = {"constant_", "ones_", "zeros_", "fill_", "zero_"}
 
 
 def checkpoints_dir() -> Path:
@@ -38,7 +43,7 @@ def resolve(name: str | Path) -> Path:
     if Path(name).is_file():
         raise FileNotFoundError(f"{str(name)!r} is a file; give the folder that holds it.")
     known = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")] if root.is_dir() else []
-    there = nearest(Path(name).name, known) if known else "it holds none; m2f2 demo trains a small one"
+    there = nearest(Path(name).name, known) if known else "it holds none; make demo trains a small one"
     tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({there})"
     owner, _, model = str(name).partition("/")
     if not model or "/" in model or owner in ("", "~") or owner.startswith("."):
@@ -71,6 +76,35 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); copy the folder again.") from error
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leave new tensors as they are instead of filling them by functions of these names."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self._names = names  # not the functions: transformers puts its own in their place
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function of PyTorch, unless it fills a tensor."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._names:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def without_random_weights() -> TorchFunctionMode:
+    """Build modules whose random weights are left undefined, because all are loaded next: seconds for a real size."""
+    return _Unfilled(_RANDOM)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build modules without memory for their weights, and without the seconds in which PyTorch would "fill" them."""
+    with device("meta"), _Unfilled(_RANDOM | _CONSTANT):
+        yield
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS
-from llava.data.conversations import Pair
 
+Pair = tuple[str, str]  # question and answer
 # What an annotation says before its reasons.
 LEAD = re.compile(r"(?:The image looks|The person's \w+ looks?) (real|fake)\.\s*")
 _BECAUSE = re.compile(
@@ -103,6 +103,29 @@ _DANGLING = re.compile(
     re.IGNORECASE,
 )
 FEWEST_WORDS = 3
+VERDICT_QUESTION = "Determine the authenticity of this image."
+WHOLE_QUESTION = "Does this image look real or fake? Give the reasons."
+_REGION = re.compile(r"person's (\w+)")
+_LABEL_WORD = re.compile(rf"(?<![\w-])(?:{'|'.join(LABEL_NAMES)})(?![\w-])", re.I)
+_PUBLISHED_REGION = re.compile(r"The (\w+) in the image (?:is|are) (\w+)")
+# The order in which the published questions name the regions that an answer speaks of.
+_NAMED = ("face", "nose", "mouth", "skin", "eyebrows", "eyes")
+_EXAMPLES = {
+    "skin": "The skin is overly smooth and lacks of details, such as skin texture. ",
+    "eyebrows": "The eyebrows look asymmetric. ",
+    "eyes": "The eyes look unnaturally asymmetric. ",
+    "nose": "The nose lacks of subtle details, such as pores, fine lines. ",
+    "mouth": "The mouth is misaligned with other facial features. ",
+}
+SIGNS = {
+    "blending_boundary": "a blending boundary",
+    "colour_mismatch": "a colour mismatch",
+    "blur": "local blur",
+    "over_smooth": "over-smooth texture",
+    "resampling": "coarse resampling",
+    "warp": "a warp",
+    "self_blended": "a blend with a changed copy of itself",
+}
 
 
 def stated_verdict(answer: str) -> str | None:
@@ -140,23 +163,6 @@ def _mended(clause: str) -> str:
     for pattern, mended in _REPAIRS:
         clause = pattern.sub(mended, clause)
     return clause.strip()
-
-
-VERDICT_QUESTION = "Determine the authenticity of this image."
-WHOLE_QUESTION = "Does this image look real or fake? Give the reasons."
-
-_REGION = re.compile(r"person's (\w+)")
-_LABEL_WORD = re.compile(rf"(?<![\w-])(?:{'|'.join(LABEL_NAMES)})(?![\w-])", re.I)
-_PUBLISHED_REGION = re.compile(r"The (\w+) in the image (?:is|are) (\w+)")
-# The order in which the published questions name the regions that an answer speaks of.
-_NAMED = ("face", "nose", "mouth", "skin", "eyebrows", "eyes")
-_EXAMPLES = {
-    "skin": "The skin is overly smooth and lacks of details, such as skin texture. ",
-    "eyebrows": "The eyebrows look asymmetric. ",
-    "eyes": "The eyes look unnaturally asymmetric. ",
-    "nose": "The nose lacks of subtle details, such as pores, fine lines. ",
-    "mouth": "The mouth is misaligned with other facial features. ",
-}
 
 
 def region_of(question: str) -> str | None:
@@ -239,17 +245,6 @@ def _published_region_question(region: str, verdict: str) -> str:
         f'{stem}"The {region} ……"{early}. Instead of saying, "The {region} {are} fake because" '
         f'directly answer why {late}"{example}"'
     )
-
-
-SIGNS = {
-    "blending_boundary": "a blending boundary",
-    "colour_mismatch": "a colour mismatch",
-    "blur": "local blur",
-    "over_smooth": "over-smooth texture",
-    "resampling": "coarse resampling",
-    "warp": "a warp",
-    "self_blended": "a blend with a changed copy of itself",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import h5py
 import numpy as np
 
 from llava.core.types import FAKE, LABEL_NAMES, REAL, Record, Sample
-from llava.data.frames import FrameReader, clip_records, drawn_number, is_drawn
+from llava.data.frames import DRAWN, FrameReader, clip_records, drawn_number, is_drawn
 from llava.data.images import MEMBER_MARK, UnreadableImage, read_image, report_missing
 from llava.data.public_sets import (
     KINDS,
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 HDF5_SUFFIXES = (".h5", ".hdf5")
 # Frames are read in random order, so a chunk kept in memory would hardly ever be asked for again.
 NO_CHUNK_CACHE = {"rdcc_nbytes": 0}
+NAMED_AT_MOST = 5
 
 
 class UnreadableClip(UnreadableImage):
@@ -103,8 +104,17 @@ class ClipFiles:
     def __getstate__(self) -> dict[str, Any]:
         return {"_process": -1, "_files": {}}
 
-    def clip(self, path: str, key: str) -> h5py.Dataset:
-        """Give a clip for `read_frame`. Raises FileNotFoundError or UnreadableClip."""
+    def frame_count(self, clip: str) -> int:
+        """Count the frames of a clip, FILE::KEY. Raises FileNotFoundError or UnreadableClip."""
+        return frame_count(self.dataset(clip))
+
+    def read(self, clip: str, number: int) -> np.ndarray:
+        """Read one frame of a clip, FILE::KEY, uint8 RGB (H, W, 3). Raises UnreadableClip naming file and frame."""
+        return read_frame(self.dataset(clip), number)
+
+    def dataset(self, clip: str) -> h5py.Dataset:
+        """Give the data set of a clip, FILE::KEY. Raises FileNotFoundError or UnreadableClip."""
+        path, key = clip.rsplit(MEMBER_MARK, 1)
         if self._process != os.getpid():
             for inherited in self._files.values():
                 inherited.close()
@@ -130,16 +140,50 @@ def _name(clip: h5py.Dataset) -> str:
     return f"{clip.file.filename}{clip.name}"
 
 
-NAMED_AT_MOST = 5
+class ClipStore(Protocol):
+    """Where clips lie: `clip` names one as a record's `where` does, without the frame."""
+
+    def frame_count(self, clip: str) -> int:
+        """Count the frames of a clip. Raises what `read` raises."""
+        ...
+
+    def read(self, clip: str, number: int) -> np.ndarray:
+        """Read one frame, uint8 RGB (H, W, 3). Raises UnreadableImage naming clip and frame."""
+        ...
 
 
-class Hdf5Source:
-    """Single frames of clips in HDF5 files, one data set for each clip (`llava.data.clips`).
+class ClipSource(ImageSource):
+    """Single frames of the clips of a store.
+
+    A clip of the training split is one record, of which `load` draws a frame; any other clip is `frames` records,
+    evenly spread frames, the same every time.
+    """
+
+    def __init__(self, config: DataConfig, records: Sequence[Record], clips: ClipStore) -> None:
+        super().__init__(config, records)
+        self._clips = clips
+
+    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+        """Read one frame; of a training record any frame of the clip, each as likely, the middle one without `rng`.
+
+        The sample's record says in its tag `frame` which one it is. Raises UnreadableImage naming clip and frame.
+        """
+        clip, _, frame = record.where.rpartition(MEMBER_MARK)
+        number = int(frame) if frame != DRAWN else drawn_number(self._clips.frame_count(clip), rng)
+        tags = {**record.tags, "frame": str(number)}
+        return super().load(replace(record, where=f"{clip}{MEMBER_MARK}{number}", tags=tags))
+
+    def _read(self, where: str) -> np.ndarray:
+        clip, _, number = where.rpartition(MEMBER_MARK)
+        return self._clips.read(clip, int(number))
+
+
+class Hdf5Source(ClipSource):
+    """Single frames of clips in HDF5 files, one data set for each clip.
 
     With `splits`, `path` is the folder of the FF++ files of one `compression`; without, an .h5 file or a folder of
-    them, whose clips carry the attribute label, and may carry class_name, split and group. A clip of the training
-    split is one record, of which `load` draws a frame; any other clip is `frames` records, evenly spread frames, the
-    same every time. Raises FileNotFoundError or ValueError naming files and clips.
+    them, whose clips carry the attribute label, and may carry class_name, split and group. Raises FileNotFoundError or
+    ValueError naming files and clips.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -149,26 +193,8 @@ class Hdf5Source:
                     f"{name}: clips in HDF5 files have none and are read as they are; give --data.{name} false "
                     "(scripts/pack_hdf5.py --face_crop true packs crops)."
                 )
-        self.config = config
-        self._records = tuple(_ffpp_records(config) if config.splits else _pack_records(config))
-        self._files = ClipFiles()
-
-    @property
-    def records(self) -> Sequence[Record]:
-        """Give every record; no pixel is read for it."""
-        return self._records
-
-    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
-        """Read one frame; of a training record any frame of the clip, each as likely, the middle one without `rng`.
-
-        The sample's record says in its tag `frame` which one it is. Raises UnreadableClip naming file and frame.
-        """
-        path, key, frame = record.where.rsplit(MEMBER_MARK, 2)
-        clip = self._files.clip(path, key)
-        number = drawn_number(frame, len(clip), rng)
-        return Sample(
-            record=replace(record, tags={**record.tags, "frame": str(number)}), image=read_frame(clip, number)
-        )
+        records = _ffpp_records(config) if config.splits else _pack_records(config)
+        super().__init__(config, list(records), ClipFiles())
 
 
 def _record(path: Path, key: str, label: int, class_name: str, video: str, group: str, split: str) -> Record:
@@ -293,11 +319,10 @@ def _hdf5_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-class ListingSource(ImageSource):
-    """Single frames of a set of LISTINGS, which `DataConfig.source` names; `path` is its root.
+class ListingSource(ClipSource):
+    """Single frames of the videos of a set of LISTINGS, which `DataConfig.source` names; `path` is its root.
 
-    A video of the training split is one record, of which `load` draws a frame; any other is `frames` records, evenly
-    spread frames, the same every time. Raises FileNotFoundError or ValueError naming what is wrong or missing.
+    Raises FileNotFoundError or ValueError naming what is wrong or missing.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -307,7 +332,7 @@ class ListingSource(ImageSource):
         ):
             if getattr(config, name):
                 raise ValueError(f"{name}: {reason}; give --data.{name} false.")
-        self._reader = FrameReader(config.frames)
+        reader = FrameReader(config.frames)
         tree = VideoTree(config.path)
         videos = LISTINGS[config.source](tree, config)
         places = tree.locate([video.place for video in videos])
@@ -318,30 +343,18 @@ class ListingSource(ImageSource):
         counts = Counter(video.split for video in found)
         form = "folders of frames" if places[found[0].place].is_dir() else "video files"
         log.info("%s, %s: %s", config.source, form, ", ".join(f"{n} {split}" for split, n in counts.items()))
-        super().__init__(config, [r for v in found for r in self._records_of(v, places[v.place], config)])
+        records = [r for v in found for r in _frame_records(v, places[v.place], reader, config)]
+        super().__init__(config, records, reader)
 
-    def _records_of(self, video: ListedVideo, path: Path, config: DataConfig) -> Iterator[Record]:
-        clip = Record(
-            id=video.name,
-            label=video.label,
-            class_name=video.class_name,
-            video=video.name,
-            group=video.group,
-            where=str(path),
-            split=video.split,
-        )
-        return clip_records(clip, 0 if is_drawn(clip, config) else self._reader.frames(path), config)
 
-    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
-        """Read one frame; of a training record any frame of the clip, each as likely, the middle one without `rng`.
-
-        The sample's record says in its tag `frame` which one it is. Raises UnreadableImage naming the file.
-        """
-        path, _, frame = record.where.rpartition(MEMBER_MARK)
-        number = drawn_number(frame, self._reader.frames(Path(path)), rng)
-        tags = {**record.tags, "frame": str(number)}
-        return super().load(replace(record, where=f"{path}{MEMBER_MARK}{number}", tags=tags))
-
-    def _read(self, where: str) -> np.ndarray:
-        path, _, number = where.rpartition(MEMBER_MARK)
-        return self._reader.read(Path(path), int(number))
+def _frame_records(video: ListedVideo, path: Path, reader: FrameReader, config: DataConfig) -> Iterator[Record]:
+    clip = Record(
+        id=video.name,
+        label=video.label,
+        class_name=video.class_name,
+        video=video.name,
+        group=video.group,
+        where=str(path),
+        split=video.split,
+    )
+    return clip_records(clip, 0 if is_drawn(clip, config) else reader.frame_count(clip.where), config)

@@ -1,8 +1,9 @@
-"""LLaVA conversation files, read as a source and written: a json list of {id, image, conversations}."""
+"""LLaVA conversation files: a json list of {id, image, conversations}, read as a source, written from labels."""
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llava.core.config import setting
 from llava.core.registry import nearest
 from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Record, Sample, Turn
+from llava.data.answer_texts import VERDICT_QUESTION, Pair, verdict_sentence
 from llava.data.images import open_store, require_files
-from llava.data.sources import DataConfig, parse_label
+from llava.data.sources import DataConfig, open_source, parse_label, split_of
 from llava.data.stills import ImageSource
 
 IMAGE_MARK = "<image>"
@@ -143,9 +146,6 @@ def _unique(names: Sequence[str]) -> list[str]:
     return unique
 
 
-Pair = tuple[str, str]  # question and answer
-
-
 @dataclass(frozen=True)
 class Subject:
     """One image that is talked about: its name without suffix, file, class, group and tags."""
@@ -239,3 +239,57 @@ def _conversation(row: Row) -> dict[str, Any]:
         **({"tags": dict(subject.tags)} if subject.tags else {}),
         "conversations": turns,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictConfig:
+    """Say which data, and where the conversation files go."""
+
+    data: DataConfig = setting(help="labelled images, as for stage 1")
+    output: str = setting(help="folder to write; it gets train/, val/ and test/verdict_only.json")
+
+
+def build_verdicts(config: VerdictConfig) -> dict[str, int]:
+    """Write {train,val,test}/verdict_only.json; image names are absolute paths, so no image folder is needed.
+
+    Returns the number of records per file. Raises ValueError for an image that lies in a zip or has no label.
+    """
+    source = open_source(config.data)
+    counts = {}
+    for split, name in (("train", config.data.train), ("val", config.data.val), ("test", config.data.test)):
+        rows = _rows(split_of(source, name))
+        path = Path(config.output) / split / "verdict_only.json"
+        write_json(path, rows)
+        counts[f"{split}/{path.name}"] = len(rows)
+    return counts
+
+
+def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": record.id,
+            "image": _file(record),
+            "label": _label_name(record),
+            "class_name": record.class_name,
+            "video": record.video,
+            "group": record.group,
+            "conversations": [
+                {"from": "human", "value": PROMPT_HEAD + VERDICT_QUESTION},
+                {"from": "gpt", "value": verdict_sentence(_label_name(record))},
+            ],
+        }
+        for record in records
+    ]
+
+
+def _label_name(record: Record) -> str:
+    if record.label is None:
+        raise ValueError(f"Record {record.id!r} has no label; a verdict needs one.")
+    return LABEL_NAMES[record.label]
+
+
+def _file(record: Record) -> str:
+    path = Path(os.path.abspath(record.where))  # noqa: PTH100 - resolve() would follow links out of the data folder
+    if not path.is_file():
+        raise ValueError(f"Record {record.id!r} ({record.where}) is no file of its own; unpack the archive first.")
+    return str(path)

@@ -21,6 +21,9 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+# `llava.ops.degrade.DegradeConfig` is one: settings that can be called on an image and its mask.
+Degradation = Callable[[np.ndarray, np.ndarray | None, np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
+UNKNOWN_CELL = -1.0
 
 
 def to_tensor(image: np.ndarray, spec: InputSpec) -> Tensor:
@@ -53,11 +56,6 @@ def _resize_and_crop(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     resized = np.array(Image.fromarray(image).resize((new_width, new_height), _RESAMPLING[spec.interpolation]))
     top, left = (new_height - spec.size) // 2, (new_width - spec.size) // 2
     return resized[top : top + spec.size, left : left + spec.size]
-
-
-# `llava.ops.degrade.DegradeConfig` is one: settings that can be called on an image and its mask.
-Degradation = Callable[[np.ndarray, np.ndarray | None, np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
-UNKNOWN_CELL = -1.0
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):

@@ -12,6 +12,7 @@ from typing import Any
 from llava.core.config import setting
 from llava.data.answer_texts import (
     VERDICT_QUESTION,
+    Pair,
     label_free_answer,
     label_free_question,
     published_pair,
@@ -19,7 +20,6 @@ from llava.data.answer_texts import (
     verdict_sentence,
 )
 from llava.data.conversations import (
-    Pair,
     Row,
     Subject,
     shuffled_dialogue,

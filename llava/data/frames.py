@@ -32,6 +32,7 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg"
 JUMP_FROM = 100
 # A clip that ends before this part of the length in its header is said to break off.
 WHOLE_FROM = 0.9
+DRAWN = "*"  # instead of a frame's number: any frame of the clip
 
 
 class UnreadableVideo(UnreadableImage):
@@ -202,9 +203,6 @@ def _upright(frame: VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90)))
 
 
-DRAWN = "*"  # instead of a frame's number: any frame of the clip
-
-
 def spread_frames(total: int, count: int) -> list[int]:
     """Give the numbers of `count` evenly spread frames, the middle of each of `count` equal parts; all if fewer.
 
@@ -229,10 +227,8 @@ def clip_records(clip: Record, frames: int, config: DataConfig) -> Iterator[Reco
         yield replace(clip, id=f"{clip.id}#{number}", where=f"{clip.where}{MEMBER_MARK}{number}")
 
 
-def drawn_number(frame: str, frames: int, rng: np.random.Generator | None) -> int:
-    """Give a frame's number; where it is to be drawn, each is equally likely, and it is the middle one without rng."""
-    if frame != DRAWN:
-        return int(frame)
+def drawn_number(frames: int, rng: np.random.Generator | None) -> int:
+    """Draw the number of one of so many frames, each as likely; the middle one without rng."""
     return frames // 2 if rng is None else int(rng.integers(frames))
 
 
@@ -246,22 +242,24 @@ class FrameReader:
     def __getstate__(self) -> dict[str, Any]:
         return {"count": self.count, "_spread": None}
 
-    def frames(self, path: Path) -> int:
+    def frame_count(self, clip: str | Path) -> int:
         """Count the frames of a clip. Raises UnreadableVideo."""
+        path = Path(clip)
         return len(frame_files(path)) if path.is_dir() else len(_clip(path, path.stat().st_mtime_ns).stamps)
 
-    def read(self, path: Path, number: int) -> np.ndarray:
+    def read(self, clip: str | Path, number: int) -> np.ndarray:
         """Read one frame, uint8 RGB (H, W, 3). Raises UnreadableImage or UnreadableVideo naming file and frame.
 
         A damaged frame of a video file is replaced by the next sound one.
         """
+        path = Path(clip)
         if path.is_dir():
             return read_image(frame_files(path)[number])
-        clip = _clip(path, path.stat().st_mtime_ns)
-        if number not in clip.chosen(self.count):
-            return _sound(next(read_numbers(clip, [number]), None), clip, number).pixels
+        video = _clip(path, path.stat().st_mtime_ns)
+        if number not in video.chosen(self.count):
+            return _sound(next(read_numbers(video, [number]), None), video, number).pixels
         if self._spread is None or not self._spread.can_give(path, number):
-            self._spread = _Spread(path, clip, self.count)
+            self._spread = _Spread(path, video, self.count)
         return self._spread.read(number)
 
 

@@ -14,11 +14,10 @@ from typing import Literal, NamedTuple
 import h5py
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from llava.core.config import setting
-from llava.core.logs import Incomplete
+from llava.core.runtime import Incomplete
+from llava.core.terminal import progress
 from llava.core.types import FAKE, LABEL_NAMES, REAL
 from llava.data.clips import HDF5_SUFFIXES, clips_in
 from llava.data.faces import crop_face, find_faces, link_faces
@@ -30,9 +29,10 @@ from llava.data.sources import DataConfig
 
 log = logging.getLogger(__name__)
 
-# From this overlap (IoU) on, or within this many face widths, two boxes are the same face; so it is in `m2f2 detect`.
+# From this overlap (IoU) on, or this many longer sides apart, two boxes are the same face; so it is in `m2f2 detect`.
 OVERLAP, SHIFT = 0.3, 1.0
 ENCODED = {"jpeg": (".jpg", ".jpeg", ".jfif"), "png": (".png",)}
+SETTINGS = "settings"  # attribute of an unfinished file: how it is packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class FrameConfig:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptFrames:
     """What was kept of a clip: frames, uint8 (H, W, 3) or (bytes,) of an encoded picture; problems in words.
 
     without_face: frames that were left out because they do not show the face.
@@ -76,16 +76,16 @@ class _Picture:
     content: bytes = b""
 
 
-def keep_frames(path: Path, config: FrameConfig) -> Kept:
+def keep_frames(path: Path, config: FrameConfig) -> KeptFrames:
     """Read the frames of a folder of pictures or of a video file; what cannot be read is among the problems."""
     problems: list[str] = []
     pictures = _from_folder(path, config, problems) if path.is_dir() else _from_video(path, config, problems)
     if not config.face_crop:
-        return Kept([_encoded(picture, config) for picture in pictures], problems)
+        return KeptFrames([_encoded(picture, config) for picture in pictures], problems)
     crops, seen = _face_crops(pictures, config.margin)
     if seen and not crops:
         problems.append(f"{path}: no face was found in {seen} frames")
-    return Kept([_encoded(crop, config) for crop in crops], problems, seen - len(crops))
+    return KeptFrames([_encoded(crop, config) for crop in crops], problems, seen - len(crops))
 
 
 def _from_folder(folder: Path, config: FrameConfig, problems: list[str]) -> Iterator[_Picture]:
@@ -141,9 +141,6 @@ def _encoded(picture: _Picture, config: FrameConfig) -> np.ndarray:
     options = {"quality": config.quality, "subsampling": 0} if config.form == "jpeg" else {}
     image.save(buffer, config.form, **options)
     return np.frombuffer(buffer.getvalue(), np.uint8)
-
-
-SETTINGS = "settings"  # attribute of an unfinished file: how it is packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +279,7 @@ def _pack_into(part: Path, items: Sequence[PackItem], absent: Sequence[str], con
             )
         if done:
             log.info("going on: %d of %d clips are packed already", len(done), len(items))
-        for item in track(waiting, "packing", console=Console(stderr=True)):
+        for item in progress(waiting, "packing", is_kept=True):
             kept = keep_frames(item.path, config)
             problems += kept.problems
             without_face += kept.without_face
@@ -316,7 +313,7 @@ def _claim(file: h5py.File, config: PackConfig, part: Path) -> None:
     file.flush()
 
 
-def _store(file: h5py.File, item: PackItem, kept: Kept) -> None:
+def _store(file: h5py.File, item: PackItem, kept: KeptFrames) -> None:
     """Write a clip, and name it only then: a name in the file says that the clip is complete."""
     shapes = {frame.shape for frame in kept.frames}
     if kept.frames[0].ndim == 1:

@@ -25,6 +25,8 @@ MAX_PIXELS = 89_000_000
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 # What Pillow and libheif raise on broken files of one format or another.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, RuntimeError)
+MEMBER_MARK = "::"
+NAMED_AT_MOST = 5
 
 
 class UnreadableImage(ValueError):
@@ -113,10 +115,6 @@ def _to_eight_bits(values: np.ndarray, is_16_bit: bool) -> np.ndarray:
     largest = float(values.max())
     top = next((step for step in steps if largest <= step), largest)
     return np.rint(np.clip(values.astype(np.float64) / top, 0, 1) * 255).astype(np.uint8)
-
-
-MEMBER_MARK = "::"
-NAMED_AT_MOST = 5
 
 
 class ImageStore(Protocol):

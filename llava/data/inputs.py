@@ -6,11 +6,11 @@ import glob
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ import numpy as np
 from llava.core.config import setting
 from llava.data.images import IMAGE_SUFFIXES, MEMBER_MARK, UnreadableImage, list_images, read_image, stored_image
 
+T = TypeVar("T")
 SCHEMES = ("http", "https")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
 SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
@@ -245,3 +246,20 @@ def named(image: Image, number: int) -> NamedImage:
         return NamedImage(name=f"image {number}", pixels=read_image(image, f"image {number}"))
     source = fetch(str(image), FetchLimits()) if is_url(str(image)) else Path(image)
     return NamedImage(name=str(image), pixels=read_image(source, str(image)))
+
+
+def in_order(
+    inputs: Sequence[NamedImage | NamedVideo],
+    ask_images: Callable[[Sequence[NamedImage]], Iterable[T]],
+    ask_video: Callable[[NamedVideo], T],
+) -> Iterator[T]:
+    """Yield what is found in images and videos in the order of the inputs; neighbouring images are asked together."""
+    images: list[NamedImage] = []
+    for each in inputs:
+        if isinstance(each, NamedImage):
+            images.append(each)
+            continue
+        yield from ask_images(images)
+        images = []
+        yield ask_video(each)
+    yield from ask_images(images)

@@ -26,6 +26,18 @@ log = logging.getLogger(__name__)
 
 FRAMES, VIDEOS = "frames", "videos"
 BESIDE = {FRAMES, VIDEOS, "landmarks", "masks"}  # sub-folders that are no folders of frames
+ORIGINAL = "original"
+Kind = Literal["original", "Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures", "FaceShifter"]
+KINDS: tuple[str, ...] = get_args(Kind)
+Pair = tuple[str, str]
+REAL_CLASS = LABEL_NAMES[REAL]
+CELEB_FOLDERS = {"Celeb-real": REAL, "YouTube-real": REAL, "Celeb-synthesis": FAKE}
+CELEB_TESTS = "List_of_testing_videos.txt"
+_CELEB_IDS = {
+    "Celeb-real": re.compile(r"(id\d+)_\d+"),
+    "YouTube-real": re.compile(r"(\d+)"),
+    "Celeb-synthesis": re.compile(r"(id\d+)_(id\d+)_\d+"),
+}
 
 
 class VideoTree:
@@ -84,12 +96,6 @@ class VideoTree:
         return self._folders[folder]
 
 
-ORIGINAL = "original"
-Kind = Literal["original", "Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures", "FaceShifter"]
-KINDS: tuple[str, ...] = get_args(Kind)
-Pair = tuple[str, str]
-
-
 def file_name(kind: str, compression: str, is_test_only: bool = False) -> str:
     """Give the name of the HDF5 file that holds one kind of video."""
     return f"FF++_{kind}_{compression}{'_test_only' if is_test_only else ''}.h5"
@@ -135,18 +141,10 @@ def group_names(splits: Mapping[str, Sequence[Pair]]) -> dict[str, str]:
     return {name: group for pair, group in zip(pairs, groups, strict=True) for name in pair}
 
 
-REAL_CLASS = LABEL_NAMES[REAL]
 TRAIN, VAL, TEST = "train", "val", "test"
 # A set without a validation split lends this part of its training videos, by groups, the same ones every time. Groups
 # that hold more than the second part stay in training.
 VAL_PART, LARGEST_VAL_GROUP, VAL_SEED = 0.1, 0.25, 0
-CELEB_FOLDERS = {"Celeb-real": REAL, "YouTube-real": REAL, "Celeb-synthesis": FAKE}
-CELEB_TESTS = "List_of_testing_videos.txt"
-_CELEB_IDS = {
-    "Celeb-real": re.compile(r"(id\d+)_\d+"),
-    "YouTube-real": re.compile(r"(\d+)"),
-    "Celeb-synthesis": re.compile(r"(id\d+)_(id\d+)_\d+"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

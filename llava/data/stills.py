@@ -27,6 +27,8 @@ from llava.data.sources import DataConfig, label_of_class, parse_label
 from llava.data.splits import connected_groups, require_both_classes
 
 log = logging.getLogger(__name__)
+FIELDS = ("file", "label", "split", "video", "group", "class_name")
+Row = Mapping[str, str]
 
 
 class ImageSource:
@@ -156,10 +158,6 @@ def _records(root: Path, folder: Path, split: str, config: DataConfig) -> Iterat
             where=str(path),
             split=split,
         )
-
-
-FIELDS = ("file", "label", "split", "video", "group", "class_name")
-Row = Mapping[str, str]
 
 
 class CsvSource(ImageSource):

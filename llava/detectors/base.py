@@ -17,7 +17,7 @@ from llava.core.config import build, to_dict
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.types import Decision, InputSpec, VerdictLabel
-from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors
+from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors, without_random_weights
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
 VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
@@ -116,7 +116,7 @@ class Detector(nn.Module):
             return self.calibration.labels(p_fake, prior)
         return [VerdictLabel.FAKE if p >= self.decision.threshold else VerdictLabel.REAL for p in p_fake]
 
-    def told_evidence(self, output: DetectorOutput, prior: float | None = None) -> Tensor:
+    def evidence_for_words(self, output: DetectorOutput, prior: float | None = None) -> Tensor:
         """Give the evidence (B, E) that words rest on: p_real and p_fake as the verdict takes them.
 
         Calibrated, they are the posterior at `prior` (None = the calibration's own). Otherwise their log odds are
@@ -128,11 +128,11 @@ class Detector(nn.Module):
             return output.evidence
         p_fake = self.p_fake(output.logits).double()
         if self.calibration is not None:
-            told = torch.from_numpy(self.calibration.posterior(p_fake.cpu().numpy(), prior))
+            p_words = torch.from_numpy(self.calibration.posterior(p_fake.cpu().numpy(), prior))
         else:
             threshold = torch.full_like(p_fake, self.decision.threshold)
-            told = (torch.logit(p_fake, LEAST_ODDS) - torch.logit(threshold, LEAST_ODDS)).sigmoid()
-        return self.with_p_fake(output.evidence, told)
+            p_words = (torch.logit(p_fake, LEAST_ODDS) - torch.logit(threshold, LEAST_ODDS)).sigmoid()
+        return self.with_p_fake(output.evidence, p_words)
 
     def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
         """Put other values (B,) in [0, 1] at p_fake, and what is left of 1 at p_real, of the evidence (B, E).
@@ -142,9 +142,9 @@ class Detector(nn.Module):
         if "p_fake" not in self.evidence_names:
             raise ValueError(f"The evidence of {self.name!r} is {self.evidence_names}; there is no p_fake to put in.")
         p_fake = p_fake.to(evidence)
-        told = {"p_real": 1 - p_fake, "p_fake": p_fake}
+        values = {"p_real": 1 - p_fake, "p_fake": p_fake}
         columns = zip(self.evidence_names, evidence.unbind(dim=1), strict=True)
-        return torch.stack([told.get(name, column) for name, column in columns], dim=1)
+        return torch.stack([values.get(name, column) for name, column in columns], dim=1)
 
     def soften(self, evidence: Tensor, exponent: Tensor) -> Tensor:
         """Make the evidence (B, E) beside p_real and p_fake less sure, the more so the smaller the exponents (B,).
@@ -241,6 +241,7 @@ def load_uncalibrated(
         found = f"detector {kind!r}" if kind else f"model type {description.get('model_type')!r}"
         wanted = "a detector" if expected is None else f"detector {expected!r}"
         raise ValueError(f"{str(folder)!r} holds {found}, not {wanted}; give another folder.")
-    detector = from_description(description)
+    with without_random_weights():
+        detector = from_description(description)
     load_module(folder, detector)
     return detector.eval()

@@ -19,16 +19,20 @@ from llava.core.types import REGIONS, InputSpec
 from llava.core.weights import load_strictly
 from llava.detectors.backbones import let_see_residual, make_backbone, stage_channels
 from llava.detectors.base import Detector, DetectorOutput
-from llava.detectors.clip_prompt import (
+from llava.detectors.m2f2det_parts import (
     CLIP_MEAN,
     CLIP_STD,
+    Bridge,
+    BridgeConfig,
     ClipTextSizes,
     ClipVisionSizes,
+    Projection,
     PromptEncoder,
+    RegionPool,
     VisionEncoder,
     load_clip,
+    map_loss,
 )
-from llava.detectors.m2f2det_parts import Bridge, BridgeConfig, Projection, RegionPool, map_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ from transformers import CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
 from llava.core.runtime import atomic_path, write_json
 from llava.core.tensor_files import PICKLED, REPORT_NAME, Plan, Rules, TensorFiles, plan, write_shards
-from llava.core.weights import CONFIG_NAME, checkpoints_dir, read_config, resolve
+from llava.core.weights import CONFIG_NAME, checkpoints_dir, read_config, resolve, shapes_only
 from llava.detectors.backbones import BACKBONES, DENSENETS, EFFICIENTNETS, make_backbone
-from llava.detectors.clip_prompt import ClipTextSizes, ClipVisionSizes
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
+from llava.detectors.m2f2det_parts import ClipTextSizes, ClipVisionSizes
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _backbone(shapes: Shapes) -> str:
     found = {(name.removeprefix(prefix), shape) for name, shape in shapes.items() if name.startswith(prefix)}
     shared: dict[str, int] = {}
     for name in DENSENETS if any(key == "conv0.weight" for key, _ in found) else EFFICIENTNETS:
-        with torch.device("meta"):
+        with shapes_only():
             own = make_backbone(name)[0].state_dict().items()
         shared[name] = len(found & {(key, tuple(tensor.shape)) for key, tensor in own})
     best = max(shared, key=lambda name: shared[name])
@@ -199,7 +199,7 @@ def rules_of(shapes: Shapes) -> Rules:
 
 def detector_plan(shapes: Shapes, config: M2F2DetConfig) -> Plan:
     """Plan how published tensors become those of our detector with these settings."""
-    with torch.device("meta"):
+    with shapes_only():
         detector = M2F2Det(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
     computed = ("classifier.weight", "classifier.bias") if has_constant_bridge(shapes) else ()
@@ -253,7 +253,7 @@ class PublishedDetector:
         """Write config.json, model.safetensors and conversion.json. Raises ValueError when tensors do not fit."""
         self.plan.check(str(self.file))
         folded = folded_classifier(self.tensors) if has_constant_bridge(self.tensors.shapes) else {}
-        with torch.device("meta"):
+        with shapes_only():
             described = M2F2Det(self.config).describe()
         with atomic_path(folder) as staged:
             write_shards(staged, self.plan.moves, self.tensors, folded, shard_bytes=float("inf"))
@@ -270,7 +270,7 @@ class PublishedTower:
         self.tensors = TensorFiles([file])
         sizes = asdict(vision_sizes(self.tensors.shapes, TOWER_PREFIX, clip))
         self.config = CLIPVisionConfig(**{name: value for name, value in sizes.items() if name != "select_layer"})
-        with torch.device("meta"):
+        with shapes_only():
             state = CLIPVisionModel(self.config).state_dict()
         rules = Rules(prefixes={TOWER_PREFIX: ""}, dropped=POSITION_IDS)
         self.plan: Plan = plan(self.tensors.shapes, {name: tuple(t.shape) for name, t in state.items()}, rules)

@@ -22,6 +22,8 @@ from llava.evaluation.text import parse_verdict, strip_tags
 T = TypeVar("T", bound=Hashable)
 By = Literal["question", "kind"]
 TIE_RULE = "the most frequent training answer; among equally frequent ones the first in the order of their characters"
+BLIND = {"kind": "region asked about and label stated", "question": "whole text of the question"}
+Reader = Callable[[Sequence[str]], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +98,9 @@ def leak_report(
     known = [(pair.question, FAKE - pair.label) for pair in training if pair.label is not None]  # fake sorts first
     if not known:
         raise ValueError("No training record tells its label (a field `label`, or a DD-VQA image name).")
-    told = Lookup(known)
+    known_answers = Lookup(known)
     common = Lookup([("", value) for _, value in known]).most_frequent("", "question")
-    by_question = np.array([FAKE - told.most_frequent(item.question, "question") for item in items])
+    by_question = np.array([FAKE - known_answers.most_frequent(item.question, "question") for item in items])
     right = np.stack([by_question == labels, np.full(len(items), FAKE - common) == labels]).astype(float)
 
     def statistics(weights: np.ndarray) -> np.ndarray:
@@ -113,7 +115,7 @@ def leak_report(
             name: interval.to_dict() for name, interval in zip(("question", "prior", "gain"), intervals, strict=True)
         },
         "distinct_questions": len({item.question for item in items}),
-        "unseen_questions": sum(not told.has(item.question, "question") for item in items),
+        "unseen_questions": sum(not known_answers.has(item.question, "question") for item in items),
     }
 
 
@@ -141,9 +143,6 @@ def count_stated(questions: Sequence[str], labels: Sequence[int | None]) -> dict
 
 def _kind(question: str) -> tuple[str, int | None]:
     return question_type(question), stated_label(question)
-
-
-BLIND = {"kind": "region asked about and label stated", "question": "whole text of the question"}
 
 
 def template_answers(items: Sequence[CaptionItem], training: Sequence[TrainingPair], by: By) -> list[str]:
@@ -187,8 +186,8 @@ def template_report(
     systems["kind"] = template_answers(items, training, "kind")
     if (exact := template_answers(items, training, "question")) != systems["kind"]:
         systems["question"] = exact
-    if (told := own_verdict_answers(items, training)) not in (None, systems["kind"]):
-        systems["own_verdict"] = told
+    if (known_answers := own_verdict_answers(items, training)) not in (None, systems["kind"]):
+        systems["own_verdict"] = known_answers
     groups = np.array([item.group for item in items])
     return {
         "rule": TIE_RULE,
@@ -239,9 +238,6 @@ def _meteor_intervals(
     if n_groups < 2:
         return [Interval(float(value), math.nan, math.nan, n_groups) for value in values[:, 0]]
     return percentile_intervals(values[:, 0], values[:, 1:].T, n_groups)
-
-
-Reader = Callable[[Sequence[str]], list[int]]
 
 
 def read_flipped(path: str | Path, items: Sequence[CaptionItem]) -> dict[str, str]:

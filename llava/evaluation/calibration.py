@@ -30,9 +30,6 @@ from typing import Literal, get_args
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import betabinom
-from sklearn.isotonic import IsotonicRegression
-from sklearn.model_selection import StratifiedGroupKFold
 
 from llava.core.config import setting
 from llava.core.score_map import Calibration, Method, ScoreMap, log_odds, require_share
@@ -42,6 +39,7 @@ from llava.evaluation.predictions import Predictions
 log = logging.getLogger(__name__)
 
 ROUNDING = 1e-9  # 0.9 * (9 + 1) must count as 9
+METHODS: tuple[Method, ...] = get_args(Method)  # the simplest first
 
 
 def conformal_bound(scores: np.ndarray, groups: np.ndarray, coverage: float) -> float:
@@ -91,12 +89,11 @@ def coverage_range(validation: int, test: int, coverage: float, level: float = 0
     For continuous scores, one image per group and class: beta-binomial, from the chance of both draws (Angelopoulos
     and Bates 2023).
     """
+    from scipy.stats import betabinom  # here, because it loads for half a second
+
     misses = math.floor((1 - coverage) * (validation + 1) + ROUNDING)
     law = betabinom(test, validation + 1 - misses, misses)
     return float(law.ppf((1 - level) / 2) / test), float(law.ppf((1 + level) / 2) / test)
-
-
-METHODS: tuple[Method, ...] = get_args(Method)  # the simplest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +169,8 @@ def cross_validated_losses(method: Method, predictions: Predictions, config: Cal
     Weighted so that their mean weighs both classes alike, at equal shares: with one image per class and no knowledge it
     is log 2. Raises ValueError with fewer groups than folds.
     """
+    from sklearn.model_selection import StratifiedGroupKFold  # here, because it loads for half a second
+
     labels, p_fake, groups = predictions.labels, predictions.p_fake, predictions.groups
     if len(set(groups)) < config.folds:
         raise ValueError(f"folds: {config.folds} parts of {len(set(groups))} groups: impossible; give fewer folds.")
@@ -214,6 +213,8 @@ def _isotonic_knots(labels: np.ndarray, p_fake: np.ndarray) -> tuple[tuple[float
     One fake with score 0 and one real with score 1 are added (Laplace's rule of succession, as in the BOSARIS toolkit
     of Bruemmer and de Villiers 2013): the ends then say no more than the number of images supports.
     """
+    from sklearn.isotonic import IsotonicRegression  # here, because it loads for half a second
+
     with_ends = np.concatenate([[FAKE], labels, [REAL]])
     scores = np.concatenate([[0.0], p_fake, [1.0]])
     regression = IsotonicRegression().fit(scores, with_ends, sample_weight=balanced_weights(with_ends))

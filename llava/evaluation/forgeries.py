@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from llava.core.terminal import progress, titled_table
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Record
 from llava.data.sources import EVERY_SPLIT, DataConfig, split_of
 from llava.data.splits import check_leaks
 from llava.data.stills import CsvSource
 from llava.evaluation.metrics import auc_interval
-from llava.evaluation.tables import interval_text, titled_table
+from llava.evaluation.tables import interval_text
 
 TRAIN = "train"
 TAGS = ("region", "artefact", "mask", "untouched")
@@ -194,8 +193,7 @@ def _strength_row(strengths: Sequence[Strength]) -> Mapping[str, float | int | N
 
 def _shown(records: Sequence[Record], title: str) -> Iterable[Record]:
     """Go through records, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    return track(records, title, console=console, transient=True, disable=not console.is_terminal)
+    return progress(records, title)
 
 
 def strength_tables(report: Mapping[str, Any]) -> list[Table]:

@@ -33,6 +33,9 @@ _WORDS = re.compile(r"\b(?:(eye)s?|(?:eye)?(brow)s?|(nose)|(mouth)|(skin))\b", r
 _REGION_OF = {"eye": "eyes", "brow": "eyebrows", "nose": "nose", "mouth": "mouth", "skin": "skin"}
 _UNTOUCHED = re.compile(r"[^.,;]*\bno signs?\b[^.,;]*", re.I)
 _SIGNS = {name: re.compile(rf"\b{re.escape(sign.removeprefix('a '))}\b", re.I) for name, sign in SIGNS.items()}
+RIVALS = ("chance", "centre", "other")
+EDITS = {"blur": "blurred", "restore": "restored"}
+_FIELDS = ("p_fake", "p_fake_named", "p_fake_random")
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,8 @@ def _elsewhere(naming: Naming, asked: Sequence[CaptionItem]) -> dict[str, dict[s
     return {name: said for name, said in counts.items() if said}
 
 
-RIVALS = ("chance", "centre", "other")
-
-
 @dataclass(frozen=True)
-class Pointed:
+class Pointing:
     """One edited image: its group, the region, where its map points (h * w,), sum 1, and what the mask covers there.
 
     covered: (h * w,) in [0, 1], the part of each cell that the mask covers.
@@ -179,7 +179,7 @@ class Pointed:
 class PointingCase:
     """The edited images, where the mean of all maps points (h * w,), and how many images were left out and why."""
 
-    images: tuple[Pointed, ...]
+    images: tuple[Pointing, ...]
     centre: np.ndarray
     left_out: Mapping[str, int]
 
@@ -207,7 +207,7 @@ def read_pointing(maps_path: str | Path, manifest_path: str | Path) -> PointingC
             left_out["without mask"] += 1
             continue
         covered = cell_coverage(_read_mask(Path(manifest_path).parent / tags["mask"]), evidence.shape, seen)
-        images.append(Pointed(records[name].group, tags["region"], highest(evidence), covered.ravel()))
+        images.append(Pointing(records[name].group, tags["region"], highest(evidence), covered.ravel()))
     if not images:
         raise ValueError(f"No image of {str(maps_path)!r} has a mask in {str(manifest_path)!r}; give forged images.")
     return PointingCase(tuple(images), highest(maps.mean(axis=0)), dict(left_out))
@@ -255,7 +255,7 @@ def pointing_report(case: PointingCase, n_boot: int = 2000, seed: int = 0) -> di
     }
 
 
-def _scores(images: Sequence[Pointed], case: PointingCase, n_boot: int, seed: int) -> dict[str, Any]:
+def _scores(images: Sequence[Pointing], case: PointingCase, n_boot: int, seed: int) -> dict[str, Any]:
     covered = np.stack([image.covered for image in images])  # (n, cells)
     hits = (np.stack([image.points for image in images]) * covered).sum(axis=1)
     groups = np.array([image.group for image in images])
@@ -290,12 +290,8 @@ def _read_mask(path: Path) -> np.ndarray:
         return np.asarray(image.convert("L"))
 
 
-EDITS = {"blur": "blurred", "restore": "restored"}
-_FIELDS = ("p_fake", "p_fake_named", "p_fake_random")
-
-
 @dataclass(frozen=True)
-class Edited:
+class EditEffect:
     """One answer: p_fake of the image as it is, with the named region edited, and with each random region edited."""
 
     item: CaptionItem
@@ -310,7 +306,7 @@ class CounterfactualCase:
     """How regions were edited, the answers that name one, and how many answers were left out by reason."""
 
     edit: str
-    answers: tuple[Edited, ...]
+    answers: tuple[EditEffect, ...]
     left_out: Mapping[str, int]
 
 
@@ -321,7 +317,7 @@ def read_counterfactual(path: str | Path, items: Sequence[CaptionItem]) -> Count
     outside [0, 1], and when the rows differ in their edit or in how many random regions they have.
     """
     known = {item.key: item for item in items}
-    answers: dict[str, Edited | None] = {}
+    answers: dict[str, EditEffect | None] = {}
     left_out: Counter[str] = Counter()
     edits: set[str] = set()
     for where, row in read_jsonl(path):
@@ -362,7 +358,7 @@ def counterfactual_report(case: CounterfactualCase, n_boot: int = 2000, seed: in
     }
 
 
-def _drops(answers: Sequence[Edited], n_boot: int, seed: int) -> dict[str, Any]:
+def _drops(answers: Sequence[EditEffect], n_boot: int, seed: int) -> dict[str, Any]:
     p_fake, named = (np.array([getattr(a, field) for a in answers]) for field in _FIELDS[:2])
     random = np.array([a.p_fake_random for a in answers])  # (n, random regions)
     rank = ((random > named[:, None]) + 0.5 * (random == named[:, None])).mean(axis=1)
@@ -373,7 +369,7 @@ def _drops(answers: Sequence[Edited], n_boot: int, seed: int) -> dict[str, Any]:
     return {"drop": {n: d.to_dict() for n, d in zip(names, drops, strict=True)}, "rank": ranked.to_dict()}
 
 
-def _edited(row: Mapping[str, Any], item: CaptionItem, where: str) -> Edited:
+def _edited(row: Mapping[str, Any], item: CaptionItem, where: str) -> EditEffect:
     is_known = row.get("edit") in EDITS and row.get("named") in REGIONS
     if not is_known or not all(name in row for name in _FIELDS) or not row["p_fake_random"]:
         raise ValueError(
@@ -383,4 +379,4 @@ def _edited(row: Mapping[str, Any], item: CaptionItem, where: str) -> Edited:
     scores = [row["p_fake"], row["p_fake_named"], *row["p_fake_random"]]
     if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
         raise ValueError(f"{where}: scores must lie in [0, 1], got {scores}.")
-    return Edited(item, row["named"], scores[0], scores[1], tuple(scores[2:]))
+    return EditEffect(item, row["named"], scores[0], scores[1], tuple(scores[2:]))

@@ -22,6 +22,7 @@ from llava.evaluation.text import parse_verdict, parse_verdict_published
 PUBLISHED_REAL_PREFIX = "./utils/DDVQA_images/c40/test/5"
 _LABELS = {"0": REAL, "1": FAKE} | {name: label for label, name in enumerate(LABEL_NAMES)}
 _COLUMNS = {"image": ("image", "file"), "label": ("label",), "class_name": ("class_name", "manipulation")}
+_LABELS_OF = {"REAL": REAL, "FAKE": FAKE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +229,6 @@ def _class_row(name: str, items: Sequence[Judgement]) -> dict[str, Any]:
     return {"said": said, "accuracy": wilson(sum(j.verdict == j.label for j in own), len(own)).to_dict()}
 
 
-_LABELS_OF = {"REAL": REAL, "FAKE": FAKE}
-
-
 def agreement(
     text_verdicts: Sequence[int | None],
     found: Sequence[int | None],
@@ -267,12 +265,12 @@ def read_agreement(predict_path: str | Path, n_boot: int = 2000, seed: int = 0) 
     notes = [row.get("metadata") or {} for row in rows]
     if not any("label" in note for note in notes):
         return None
-    told = {note.get("evidence_p_fake") for note in notes}
-    if len(told) > 1:
-        raise ValueError(f"{str(predict_path)!r} mixes answers to different evidence: {sorted(map(str, told))}.")
+    choices = {note.get("evidence_p_fake") for note in notes}
+    if len(choices) > 1:
+        raise ValueError(f"{str(predict_path)!r} mixes answers to different evidence: {sorted(map(str, choices))}.")
     texts = [parse_verdict(row["text"]) for row in rows]
     groups = image_groups([Path(row["image"]).stem for row in rows])
-    p_fake = told.pop()
+    p_fake = choices.pop()
     if p_fake is not None:
         return {"told": p_fake, **agreement(texts, [int(p_fake >= 0.5)] * len(rows), groups, n_boot, seed)}
     labels = [_LABELS_OF.get(note.get("label", "")) for note in notes]

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import trim_mean
 
 from llava.core.runtime import atomic_path
 from llava.core.types import Record
@@ -119,6 +118,8 @@ def by_video(predictions: Predictions, trim: float = 0.0) -> Predictions:
 
 
 def _video_score(video: str, frames: list[Prediction], trim: float) -> Prediction:
+    from scipy.stats import trim_mean  # here, because it loads for half a second
+
     mean = float(trim_mean([p.p_fake for p in frames], trim))
     values = asdict(frames[0]) | {"id": video, "p_fake": min(1.0, max(0.0, mean))}
     return Prediction(**values)

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from scipy.special import logit
-from sklearn.isotonic import isotonic_regression
 
 from llava.core.score_map import SMALLEST, Calibration, log_odds
 from llava.core.types import FAKE, REAL
@@ -77,6 +76,8 @@ def min_cllr(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> flo
 
     NaN with one class. What a detector loses by ranking; the rest of its Cllr is lost by calibration.
     """
+    from sklearn.isotonic import isotonic_regression  # here, because it loads for half a second
+
     levels, codes = np.unique(scores, return_inverse=True)
     sums = [np.bincount(codes, weights=weights * (labels == label), minlength=len(levels)) for label in (REAL, FAKE)]
     real, fake = sums[REAL].sum(), sums[FAKE].sum()

@@ -19,11 +19,6 @@ Judge: TypeAlias = Callable[[np.ndarray], list[VerdictLabel]]
 CLEAR = (VerdictLabel.REAL, VerdictLabel.FAKE)
 
 
-def flips(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Say where verdicts turn from REAL to FAKE or from FAKE to REAL; UNCERTAIN is neither. (N,) labels each."""
-    return np.isin(before, CLEAR) & np.isin(after, CLEAR) & (before != after)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
     """Verdicts on the images of a split, undegraded and by change; `clear` and `stable` (N,) are what the rule keeps.
@@ -47,7 +42,7 @@ class Verdicts:
 
     def flip(self, changes: list[Change]) -> np.ndarray:
         """Say which verdicts at least one of the changes turns round, (N,)."""
-        return np.any([flips(self.labels, self.changed[change]) for change in changes], axis=0)
+        return np.any([_contradict(self.labels, self.changed[change]) for change in changes], axis=0)
 
     def share(self, chosen: np.ndarray, among: np.ndarray) -> dict[str, Any]:
         """Give the share of `chosen` among some images, with Wilson's interval whose trials are their groups.
@@ -118,3 +113,8 @@ def _rule_report(verdicts: Verdicts) -> dict[str, Any]:
         "right_before": verdicts.share(right, clear),
         "right_after": verdicts.share(right, stable),
     }
+
+
+def _contradict(before: np.ndarray, after: np.ndarray) -> list[bool]:
+    pairs = zip(before, after, strict=True)
+    return [VerdictLabel(first).contradicts(VerdictLabel(second)) for first, second in pairs]

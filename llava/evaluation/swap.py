@@ -21,6 +21,10 @@ N_BLEU = 2 * BLEU_ORDER + 2
 ROUGE_BETA = 1.2  # of pycocoevalcap
 CIDER_SIGMA = 6.0  # of pycocoevalcap
 PAIR_SCORES = ("bleu_4", "rouge_l", "cider")
+# question -> (n, n, K) sums of statistics: row = whose answer, column = whose truth
+PairTable = Callable[[Sequence[CaptionItem]], np.ndarray]
+# summed statistics (K,) and how many pairs they are of -> scores
+Score = Callable[[np.ndarray, float], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,6 @@ def _common_length(tokens: Sequence[str], masks: Mapping[str, int], total: int) 
         matches = row & masks.get(token, 0)
         row = ((row + matches) | (row - matches)) & everything
     return total - row.bit_count()
-
-
-# question -> (n, n, K) sums of statistics: row = whose answer, column = whose truth
-PairTable = Callable[[Sequence[CaptionItem]], np.ndarray]
-# summed statistics (K,) and how many pairs they are of -> scores
-Score = Callable[[np.ndarray, float], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from llava.core.registry import nearest
+from llava.core.terminal import titled_table
 from llava.evaluation.metrics import LEVELS
 from llava.evaluation.published_csv import VideoScores
 
@@ -43,22 +43,31 @@ CALIBRATION_ROWS = (
     ("cllr", "Cllr (bits)"),
     ("min_cllr", "min Cllr (bits)"),
 )
-PIPE_WIDTH = 120
-
-
-def console() -> Console:
-    """Give a console that is wide enough for every table, also when its output goes into a file."""
-    width = Console().width
-    return Console(width=max(width, PIPE_WIDTH), highlight=False, soft_wrap=False)
-
-
-def text_of(*parts: Any) -> str:
-    """Give tables and lines as they would be printed."""
-    out = console()
-    with out.capture() as captured:
-        for part in parts:
-            out.print(part)
-    return captured.get()
+# file of a run's folder -> rows (title, path inside the file)
+ROWS = {
+    "scores/report.json": (
+        ("detector AUC, test frames", ("frame", "auc")),
+        ("detector accuracy", ("frame", "accuracy")),
+    ),
+    "judgement.json": (
+        ("judgement accuracy", ("accuracy",)),
+        ("judgement precision", ("precision",)),
+        ("judgement recall", ("recall",)),
+        ("judgement F1", ("f1",)),
+        ("words agree with the detector", ("agreement", "agreement")),
+    ),
+    "explanation.json": tuple(
+        (f"explanation {title}", ("scores", "all", key))
+        for key, title in (("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider", "CIDEr"), ("meteor", "METEOR"))
+    ),
+    "integrity.json": (
+        ("explanation ROUGE-L minus the blind template's", ("template", "difference", "kind", "rouge_l")),
+        ("explanation ROUGE-L minus with images swapped", ("swap", "all", "gap", "rouge_l")),
+        ("the same within one label", ("swap", "same_label", "gap", "rouge_l")),
+        ("text names the edited region", ("regions", "accuracy")),
+        ("the same minus a blind guess", ("regions", "gain", "guess")),
+    ),
+}
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -196,49 +205,13 @@ def _narrow(interval: Mapping[str, Any]) -> str:
     return f"{value:.4f}\n{bounds}"
 
 
-def titled_table(title: str, *columns: str) -> Table:
-    """Give an empty table with a title and these columns."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-# file of a run's folder -> rows (title, path inside the file)
-ROWS = {
-    "scores/report.json": (
-        ("detector AUC, test frames", ("frame", "auc")),
-        ("detector accuracy", ("frame", "accuracy")),
-    ),
-    "judgement.json": (
-        ("judgement accuracy", ("accuracy",)),
-        ("judgement precision", ("precision",)),
-        ("judgement recall", ("recall",)),
-        ("judgement F1", ("f1",)),
-        ("words agree with the detector", ("agreement", "agreement")),
-    ),
-    "explanation.json": tuple(
-        (f"explanation {title}", ("scores", "all", key))
-        for key, title in (("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider", "CIDEr"), ("meteor", "METEOR"))
-    ),
-    "integrity.json": (
-        ("explanation ROUGE-L minus the blind template's", ("template", "difference", "kind", "rouge_l")),
-        ("explanation ROUGE-L minus with images swapped", ("swap", "all", "gap", "rouge_l")),
-        ("the same within one label", ("swap", "same_label", "gap", "rouge_l")),
-        ("text names the edited region", ("regions", "accuracy")),
-        ("the same minus a blind guess", ("regions", "gain", "guess")),
-    ),
-}
-
-
 def comparison(runs: Sequence[Path]) -> Table:
     """Give one table of runs, folders that hold the files of ROWS; a dash stands for what a run does not have.
 
     Raises FileNotFoundError when a folder holds none of them.
     """
     reports = [_read_run(run) for run in runs]
-    table = Table(title="95 % intervals by group bootstrap (proportions: Wilson)", title_justify="left")
-    table.add_column("")
+    table = titled_table("95 % intervals by group bootstrap (proportions: Wilson)", "")
     for run, report in zip(runs, reports, strict=True):
         sizes = " / ".join(
             str(report[name]["n"].get("frames") or _items(report[name]["n"])) for name in ROWS if name in report

@@ -16,16 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava.core.runtime import atomic_path, write_json
 from llava.core.tensor_files import REPORT_NAME, Plan, Rules, TensorFiles, plan, tensor_files_in, write_shards
-from llava.core.weights import CONFIG_NAME, read_config, resolve
-from llava.detectors.clip_prompt import ClipVisionSizes
+from llava.core.weights import CONFIG_NAME, read_config, resolve, shapes_only
 from llava.detectors.m2f2det import M2F2Det
+from llava.detectors.m2f2det_parts import ClipVisionSizes
 from llava.detectors.m2f2det_published import (
     POSITION_IDS,
     PUBLISHED_PREFIXES,
@@ -70,6 +69,16 @@ _LLAMA_KEYS: Final = (
     *("num_key_value_heads", "max_position_embeddings", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling"),
     *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
+WRAPPED: Final = "base_model.model."
+LORA_FILES: Final = (LORA_WEIGHTS, "adapter_model.bin")
+_LEAKED: Final = dict.fromkeys(
+    (f"{WRAPPED}model.vision_tower.", f"{WRAPPED}deepfake_encoder."),
+    "LoRA round a frozen CLIP tower, never trained: its B is zero",
+)
+_LORA_RULES: Final = Rules(
+    prefixes={f"{WRAPPED}model.layers.": f"{WRAPPED}model.language_model.layers."}, dropped=_LEAKED
+)
+_TRAINED: Final = ("deepfake_projector.", "model.multi_modal_projector.")
 
 
 def is_published(settings: Mapping[str, Any]) -> bool:
@@ -98,7 +107,7 @@ class PublishedFolder:
             self.tensors.add(_tower_files(tower), _tower_name)
         clip = clip or (named if (Path(named) / CONFIG_NAME).is_file() else None)
         self.config = self._config(None if clip is None else read_clip_config(clip))
-        with torch.device("meta"):
+        with shapes_only():
             kind = ForgeryLlava if isinstance(self.config, ForgeryLlavaConfig) else LlavaForConditionalGeneration
             wanted = {name: tuple(tensor.shape) for name, tensor in kind(self.config).state_dict().items()}
         self.plan: Plan = plan(self.tensors.shapes, wanted, RULES)
@@ -127,7 +136,7 @@ class PublishedFolder:
         own = {name.removeprefix(DETECTOR): shape for name, shape in shapes.items() if name.startswith(DETECTOR)}
         if not own:
             return base
-        with torch.device("meta"):
+        with shapes_only():
             detector = M2F2Det(detector_config(own, clip))
         ratio = "pad" if self.settings.get("image_aspect_ratio") == "pad" else "square"
         return join_config(base, detector, ratio, evidence_tokens=1, layout=LAYOUT)
@@ -200,17 +209,7 @@ def _refuse_unknown(settings: Mapping[str, Any], folder: str) -> None:
             )
 
 
-WRAPPED: Final = "base_model.model."
 ADAPTER_FILE, PROJECTOR_FILE, OTHERS_FILE = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
-LORA_FILES: Final = (LORA_WEIGHTS, "adapter_model.bin")
-_LEAKED: Final = dict.fromkeys(
-    (f"{WRAPPED}model.vision_tower.", f"{WRAPPED}deepfake_encoder."),
-    "LoRA round a frozen CLIP tower, never trained: its B is zero",
-)
-_LORA_RULES: Final = Rules(
-    prefixes={f"{WRAPPED}model.layers.": f"{WRAPPED}model.language_model.layers."}, dropped=_LEAKED
-)
-_TRAINED: Final = ("deepfake_projector.", "model.multi_modal_projector.")
 
 
 def ready_delta(name: str | Path, base: Path) -> Path:
@@ -273,7 +272,7 @@ class PublishedDelta:
         return TensorFiles(present[:1]) if present else {}
 
     def _plans(self) -> dict[str, Plan]:
-        with torch.device("meta"):
+        with shapes_only():
             own = {name: tuple(tensor.shape) for name, tensor in ForgeryLlava(self.config).named_parameters()}
         given = {name: tuple(tensor.shape) for name, tensor in self.others.items()}
         parts = _TRAINED if self.lora else _TRAINED[:1]
@@ -295,7 +294,7 @@ class PublishedDelta:
 
     def _wrapped(self) -> Any:
         """Give an empty explainer with LoRA of these sizes."""
-        with torch.device("meta"):
+        with shapes_only():
             return add_lora(
                 ForgeryLlava(self.config),
                 self.adapter["r"],

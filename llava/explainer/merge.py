@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.score_map import write_calibration
 from llava.core.types import Turn
-from llava.core.weights import read_config
+from llava.core.weights import read_config, shapes_only
 from llava.detectors.base import Detector
 from llava.detectors.base import load as load_detector
 from llava.detectors.m2f2det_published import ready_detector
@@ -65,9 +66,10 @@ def changed_tensors(before: Path, after: Path) -> tuple[int, int]:
     if old.keys() != new.keys():
         raise ValueError(f"{str(after)!r} has other tensors than its base: {sorted(old.keys() ^ new.keys())[:3]}.")
     changed = 0
-    for name, file in new.items():
-        with safe_open(old[name], "pt") as first, safe_open(file, "pt") as second:
-            changed += not torch.equal(first.get_tensor(name), second.get_tensor(name))
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in {*old.values(), *new.values()}}
+        for name, file in new.items():
+            changed += not torch.equal(opened[old[name]].get_tensor(name), opened[file].get_tensor(name))
     return changed, len(new)
 
 
@@ -252,7 +254,7 @@ def fresh_adapter(config: ForgeryLlavaConfig, seed: int) -> EvidenceAdapter:
 
 def _join(llava: LlavaForConditionalGeneration, guest: Detector, config: ForgeryLlavaConfig, seed: int) -> ForgeryLlava:
     """Put the parts together without copying a weight."""
-    with torch.device("meta"):
+    with shapes_only():
         model = ForgeryLlava(config)
     model.model, model.lm_head = llava.model, llava.lm_head
     model.detector, model.deepfake_projector = guest, fresh_adapter(config, seed).to(llava.dtype)

@@ -20,7 +20,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llava.core.types import InputSpec
 from llava.detectors.base import Detector, DetectorOutput, from_description
-from llava.detectors.clip_prompt import CLIP_MEAN, CLIP_STD
+from llava.detectors.m2f2det_parts import CLIP_MEAN, CLIP_STD
 
 
 class ForgeryLlavaConfig(LlavaConfig):
@@ -164,8 +164,8 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         detection = self.detect(features, detector_inputs)
         projector = self.model.multi_modal_projector
         projected = projector(features[:, 1:].to(projector.linear_1.weight.dtype))  # the LLM never sees CLS
-        told = self.detector.told_evidence(detection, prior)
-        return Encoded(image_features=projected, evidence=told, detection=detection)
+        for_words = self.detector.evidence_for_words(detection, prior)
+        return Encoded(image_features=projected, evidence=for_words, detection=detection)
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None, evidence: Tensor | None) -> Tensor:
         """Embed ids (B, L) and put image and evidence tokens at their placeholders, in reading order."""
@@ -203,11 +203,11 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         """Give logits (B, L, vocabulary) and, with labels, the loss averaged over the answer's tokens.
 
         Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
-        given beside pixel_values replaces the detector's own. spread (N, 2), in training: see `_told`.
+        given beside pixel_values replaces the detector's own. spread (N, 2), in training: see `_evidence_for_words`.
         """
         if pixel_values is not None and inputs_embeds is None:
             encoded = self.encode(pixel_values, detector_inputs or {})
-            image_features, evidence = encoded.image_features, self._told(encoded, evidence, spread)
+            image_features, evidence = encoded.image_features, self._evidence_for_words(encoded, evidence, spread)
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_features, evidence)  # type: ignore[arg-type]
         items = kwargs.pop("num_items_in_batch", None)
@@ -225,7 +225,7 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size, num_items_in_batch=items)
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
 
-    def _told(self, encoded: Encoded, evidence: Tensor | None, spread: Tensor | None) -> Tensor:
+    def _evidence_for_words(self, encoded: Encoded, evidence: Tensor | None, spread: Tensor | None) -> Tensor:
         """Give the evidence (N, E) for the words: the detector's, or what replaces it.
 
         spread (N, 2): the p_fake that replaces the one in it, and the exponent that makes the rest of it less sure.

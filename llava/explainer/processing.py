@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.core.types import InputSpec, Turn
 from llava.data.dataset import to_tensor, view_tensors
-from llava.detectors.clip_prompt import CLIP_MEAN
+from llava.detectors.m2f2det_parts import CLIP_MEAN
 from llava.explainer.modeling import ForgeryLlavaConfig
 from llava.explainer.prompts import EVIDENCE_TAG, IMAGE_TAG, TAGS, lay_out
 

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ A_VIDEO = "a video; one row is one image, and `m2f2 detect` judges videos."
 TEXTS = ("label", "risk_band", "reason", "detector", "calibration")
 NUMBERS = ("p_fake", "low", "high", "raw_p_fake", "threshold", "likelihood_ratio", "prior")
 BOX = ("box_x", "box_y", "box_width", "box_height")
+MARKS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
+LANDMARKS = tuple(f"{mark}_{axis}" for mark in MARKS for axis in "xy")
+COMPRESSION = "zstd"
 
 
 def schema_of(detector: Detector) -> pa.Schema:
@@ -43,6 +47,7 @@ def schema_of(detector: Detector) -> pa.Schema:
             *((name, pa.string()) for name in TEXTS),
             *((name, pa.float64()) for name in (*NUMBERS, *named)),
             *((name, pa.int32()) for name in BOX),
+            *((name, pa.float64()) for name in (*LANDMARKS, "face_roll")),
         ]
     )
 
@@ -84,12 +89,15 @@ def _storable(name: str) -> str:
 def _columns(verdict: Verdict) -> dict[str, Any]:
     low, high = verdict.p_fake_range or (None, None)
     box = verdict.face_box or (None,) * len(BOX)
+    points = chain.from_iterable(verdict.face_landmarks or ((None, None),) * len(MARKS))
     return {
         **{name: getattr(verdict, name) for name in NUMBERS if name not in ("low", "high")},
         **{name: getattr(verdict, name) for name in TEXTS},
         **{f"probability_{name}": value for name, value in verdict.probabilities.items()},
         **{f"evidence_{name}": value for name, value in verdict.evidence.items()},
         **dict(zip(BOX, box, strict=True)),
+        **dict(zip(LANDMARKS, points, strict=True)),
+        "face_roll": verdict.face_roll,
         "reason": verdict.reason or None,
         "low": low,
         "high": high,
@@ -98,7 +106,6 @@ def _columns(verdict: Verdict) -> dict[str, Any]:
 
 
 RUN_NAME, ROWS_NAME, BAD_NAME = "run.json", "rows", "bad_files.csv"
-COMPRESSION = "zstd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +179,12 @@ def begin(parts: Parts, config: Mapping[str, Any], identity: Mapping[str, Any]) 
     now = json.loads(json.dumps(identity))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
-        told = "; ".join(f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}" for name in changed)
+        differences = "; ".join(
+            f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}" for name in changed
+        )
         raise ValueError(
-            f"out: {str(parts.folder)!r} was begun with other settings, and its rows would not fit together ({told}). "
+            f"out: {str(parts.folder)!r} was begun with other settings, and its rows would not fit together "
+            f"({differences}). "
             "Give a new folder, or the settings in its run.json."
         )
 

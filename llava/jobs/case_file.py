@@ -41,6 +41,7 @@ SHOWN_SIDE = 512  # px; a case file holds three pictures per face and is to stay
 COLOURS = "cividis"  # dark blue to light yellow: rises in lightness, so it also reads in grey and to the colour-blind
 OPACITY = 0.45
 FRAME_COLOUR = (255, 221, 0)
+Facts: TypeAlias = dict[str, Any]
 
 
 def overlay(pixels: np.ndarray, evidence_map: np.ndarray, seen: float = 1.0) -> np.ndarray:
@@ -150,9 +151,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-Facts: TypeAlias = dict[str, Any]
 
 
 def entry_of(finding: Finding, source: NamedInput, said: Sequence[Explanation] | None = None) -> Facts:

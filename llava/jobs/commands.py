@@ -10,30 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from llava.core.config import setting, to_dict
-from llava.core.logs import Incomplete
-from llava.core.runtime import atomic_path, batched, write_json
+from llava.core.runtime import Incomplete, atomic_path, batched, write_json
+from llava.core.terminal import progress, text_of, window
 from llava.core.types import LABEL_NAMES, Explanation, Verdict, VerdictLabel, VideoVerdict
-from llava.data.inputs import FetchLimits, NamedImage, NamedInput, NamedVideo, expand, open_input
-from llava.pipeline import load
-from llava.pipeline.settings import PipelineSettings, VideoSettings, WordSettings
+from llava.data.inputs import FetchLimits, NamedImage, NamedInput, NamedVideo, expand, in_order, open_input
+from llava.pipeline.settings import PipelineSettings, VideoSettings, WordSettings, load
 from llava.pipeline.verdict import Finding
 
 if TYPE_CHECKING:
     from llava.pipeline.pipeline import Pipeline
 
-PIPE_WIDTH = 200
 COLOURS = {VerdictLabel.REAL: "green", VerdictLabel.FAKE: "red"}
 AGREEMENT = {True: "agrees", False: "DISAGREES", None: "-"}
 VERDICT_FIELDS = ("image", "face", "face_count", "label", "p_fake", "threshold", "calibration", "detector")
-MORE_FIELDS = ("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "p_fake_range", "face_box", "reason")
+MORE_FIELDS = (
+    *("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "p_fake_range"),
+    *("face_box", "face_landmarks", "face_roll", "reason"),
+)
 TEXT_FIELDS = ("question", "about", "text", "text_verdict", "agrees")
 VIDEO_FIELDS = ("frames", "frames_with_face", "damaged", "trim", "spread", "telling_seconds")
+QUIT = "/quit"
+FILES = ("csv", "html", "json_file")
+Ask = Callable[[Sequence[NamedImage]], Iterable[Finding]]
+AskVideo = Callable[[NamedVideo], Finding]
 
 
 def table_text(answers: Sequence[Verdict | Explanation]) -> str:
@@ -48,10 +51,7 @@ def table_text(answers: Sequence[Verdict | Explanation]) -> str:
         table.columns[3].header = "text and\nverdict"
     for answer in answers:
         table.add_row(*_cells(answer))
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+    return text_of(table, on=window())
 
 
 def write_csv(path: str | Path, answers: Sequence[Verdict | Explanation]) -> None:
@@ -75,7 +75,7 @@ def _cells(answer: Verdict | Explanation) -> list[str]:
     colour = COLOURS.get(verdict.label, "yellow")
     which = f" (face {verdict.face} of {verdict.face_count})" if verdict.face_count > 1 else ""
     p_fake = verdict.score_text if verdict.is_calibrated else "-" if verdict.p_fake is None else f"{verdict.p_fake:.3f}"
-    text = [AGREEMENT[answer.agrees], escape(answer.told)] if isinstance(answer, Explanation) else []
+    text = [AGREEMENT[answer.agrees], escape(answer.placed_text)] if isinstance(answer, Explanation) else []
     remark = " ".join([verdict.remark, answer.remark if isinstance(answer, Explanation) else ""]).strip()
     return [f"[{colour}]{verdict.label}[/]", p_fake, escape(verdict.image + which), *text, escape(remark)]
 
@@ -98,16 +98,13 @@ def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
     if isinstance(verdict, VideoVerdict):
         row |= {name: getattr(verdict, name) for name in ("frames_with_face", "telling_seconds")}
         row["frames"] = len(verdict.frames)
-    for name in ("face_box", "band", "p_fake_range"):
+    row["face_landmarks"] = [value for point in row["face_landmarks"] or () for value in point]
+    for name in ("face_box", "face_landmarks", "band", "p_fake_range"):
         row[name] = " ".join(map(str, row[name] or ()))
     if isinstance(answer, Explanation):
         said = "" if answer.text_verdict is None else LABEL_NAMES[answer.text_verdict]
         row |= {name: getattr(answer, name) for name in TEXT_FIELDS} | {"text_verdict": said}
     return row
-
-
-QUIT = "/quit"
-FILES = ("csv", "html", "json_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +140,6 @@ class ChatSettings(AskSettings, WordSettings):
     """What is talked about."""
 
     image: str = setting(help="image file or http(s) address", positional=True)
-
-
-Ask = Callable[[Sequence[NamedImage]], Iterable[Finding]]
-AskVideo = Callable[[NamedVideo], Finding]
 
 
 def detect(settings: DetectSettings) -> Iterator[str]:
@@ -213,8 +206,6 @@ def _checked_inputs(settings: DetectSettings) -> list[str]:
 def _answers(
     names: Sequence[str], settings: DetectSettings, pipeline: Pipeline, ask: Ask, ask_video: AskVideo
 ) -> Iterator[str]:
-    from llava.pipeline.video import in_order, write_timelines
-
     is_case = bool(settings.html or settings.json_file)
     answers, entries = [], []
     unread = 0
@@ -234,6 +225,8 @@ def _answers(
     if settings.csv:
         write_csv(settings.csv, answers)
     if settings.timeline:
+        from llava.pipeline.video import write_timelines  # here, because it brings what reads videos
+
         write_timelines(settings.timeline, answers)
     if is_case:
         _write_case(pipeline, entries, settings)
@@ -263,10 +256,8 @@ def _write_case(pipeline: Pipeline, entries: Sequence[dict[str, Any]], settings:
 
 def _with_progress(names: Sequence[str], size: int) -> Iterable[list[str]]:
     """Cut the names into batches, with a bar on standard error when there are many and somebody is watching."""
-    console = Console(stderr=True)
     batches = list(batched(names, size))
-    is_quiet = len(batches) < 2 or not console.is_terminal
-    return track(batches, "looking", console=console, transient=True, disable=is_quiet)
+    return batches if len(batches) < 2 else progress(batches, "looking")
 
 
 def _questions() -> Iterator[str]:

@@ -15,13 +15,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import track
-
 from llava.core.config import parse, setting, to_dict
-from llava.core.logs import setup_logging
 from llava.core.registry import nearest
-from llava.core.runtime import ResumableJsonl, batched, write_run
+from llava.core.runtime import ResumableJsonl, batched, setup_logging, write_run
+from llava.core.terminal import progress
 from llava.core.types import Turn
 from llava.data.answer_texts import flipped_question, stated_label
 from llava.data.conversations import PROMPT_HEAD, read_conversations
@@ -195,8 +192,7 @@ def answer_all(settings: Settings) -> Path:
     pipeline = _load(settings)
     file = ResumableJsonl(output, _identity(settings, items))
     done = file.resume([sum(map(len, batch)) for batch in batches])
-    console = Console(stderr=True)
-    for batch in track(batches[done:], "answering", console=console, disable=not console.is_terminal):
+    for batch in progress(batches[done:], "answering", is_kept=True):
         file.append(_rows(pipeline, batch, settings))
     return file.finish()
 
@@ -211,15 +207,15 @@ def _load(settings: Settings) -> Pipeline:
     disable_progress_bar()
     if settings.layout is not None:
         layout_named(settings.layout)
-    told = settings.evidence_p_fake
-    if told is not None and not 0.0 <= told <= 1.0:
-        raise ValueError(f"--evidence_p_fake: {told} is not usable; allowed: 0 to 1.")
+    p_fake = settings.evidence_p_fake
+    if p_fake is not None and not 0.0 <= p_fake <= 1.0:
+        raise ValueError(f"--evidence_p_fake: {p_fake} is not usable; allowed: 0 to 1.")
     pipeline = Pipeline.from_pretrained(
         settings.model_path, settings.device, settings.precision, settings.quantization, batch_size=settings.batch_size
     )
     pipeline.needed_explainer()
     names = pipeline.detector.evidence_names
-    if told is not None and names != ("p_real", "p_fake"):
+    if p_fake is not None and names != ("p_real", "p_fake"):
         raise ValueError(f"--evidence_p_fake needs the evidence (p_real, p_fake); {settings.model_path!r} has {names}.")
     return pipeline
 
@@ -241,10 +237,10 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
     found, encoded = pipeline.look(faces)
     assert encoded is not None
     asked = [(number, item) for number, items in enumerate(batch) for item in items]
-    told = settings.evidence_p_fake
+    p_fake = settings.evidence_p_fake
     for part in batched(asked, settings.batch_size):
         conversations = [[Turn(role="human", text=item.question)] for _, item in part]
-        evidence = None if told is None else torch.tensor([[1 - told, told]] * len(part))
+        evidence = None if p_fake is None else torch.tensor([[1 - p_fake, p_fake]] * len(part))
         texts = explainer.answer(encoded.take([number for number, _ in part]), conversations, words, evidence)
         for (number, item), turns, text in zip(part, conversations, texts, strict=True):
             verdict = found[number].verdict
@@ -254,7 +250,7 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
                 "label": str(verdict.label),
                 "detector": pipeline.detector.name,
                 "model": settings.model_path,
-                **({} if told is None else {"evidence_p_fake": told}),
+                **({} if p_fake is None else {"evidence_p_fake": p_fake}),
             }
             prompt = lay_out(turns, layout)[0].text
             yield row_of(item, prompt, text, metadata, settings.images, isinstance(settings, ReasonSettings))

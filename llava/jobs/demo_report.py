@@ -1,16 +1,23 @@
-"""The demonstration as a page: what was learned from, how, how good it is, and two pictures not seen before."""
+"""The demonstration as a page: what was learned from, how, how good it is, and two pictures not seen before.
+
+`python -m llava.jobs.demo_report`, started by `scripts/demo.sh`.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
 
+from llava.core.config import parse, setting
+from llava.core.runtime import setup_logging
 from llava.core.types import REGIONS
 from llava.data.answer_texts import label_free_question
 from llava.data.images import read_image
@@ -30,12 +37,14 @@ from llava.jobs.case_file import (
     shrink,
     write_page,
 )
-from llava.jobs.forged_files import TABLE
+from llava.jobs.forged_files import LEAVES, TABLE
 from llava.pipeline.pipeline import Pipeline
-from llava.pipeline.settings import FaceSettings
+from llava.pipeline.settings import DEMO_MODEL, FaceSettings
+
+log = logging.getLogger(__name__)
 
 LEAD = (
-    "This page was made by “m2f2 demo”: a detector and a small language model were trained in a few minutes, from "
+    "This page was made by “make demo”: a detector and a small language model were trained in a few minutes, from "
     "nothing, on forged versions of {photos} photographs and of random pictures without any face. It is a "
     "demonstration that the whole path works. The model knows the few artefacts it was shown and the few people it "
     "was shown them on: its verdicts mean nothing for any other picture."
@@ -61,20 +70,42 @@ STAGES = {
 }
 
 
-def write_report(out: Path, explainer: Path, seconds: Mapping[str, float]) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Which demonstration is shown."""
+
+    folder: str = setting("outputs/demo", "folder of the demonstration; it gets report.html")
+    model: str = setting(DEMO_MODEL, "its finished explainer: folder, or name in checkpoints/")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page; gives the exit code."""
+    setup_logging()
+    settings = parse(ReportSettings, argv, "Show a demonstration as a page.", prog="demo_report")
+    try:
+        path = write_report(Path(settings.folder), settings.model)
+    except (ValueError, FileNotFoundError) as error:
+        log.error("%s", error)
+        return 2
+    log.info("wrote %s", path)
+    return 0
+
+
+def write_report(out: Path, model: str) -> Path:
     """Write report.html into the demonstration's folder from what its steps left there; gives its path.
 
-    explainer: folder of the finished model.
+    Raises FileNotFoundError where a step left nothing.
     """
-    rows = _table(out / "data" / "manifest.csv")
+    table = _table(out / "data" / TABLE)
+    rows = [row for row in table if not row["group"].startswith(f"{LEAVES}/")]
     photos = len({row["original"] for row in rows})
     sections = [
-        _data(rows, _table(out / TABLE)[len(rows) :]),
+        _data(rows, table[len(rows) :]),
         _learning(out),
         _scores(out),
         _integrity(out),
-        *_cases(out, explainer, rows),
-        _time(seconds),
+        *_cases(out, model, rows),
+        _time(json.loads((out / "seconds.json").read_text(encoding="utf-8"))),
     ]
     path = out / "report.html"
     write_page(path, render_page("A demonstration", sections, LEAD.format(photos=photos), LIMITS))
@@ -161,12 +192,12 @@ def _integrity(out: Path) -> Section:
     return Section(title="Do the words depend on the picture?", body=body, anchor="integrity")
 
 
-def _cases(out: Path, explainer: Path, rows: list[dict[str, str]]) -> Iterator[Section]:
+def _cases(out: Path, model: str, rows: list[dict[str, str]]) -> Iterator[Section]:
     """Show the held-out photograph, and the first of its forgeries in which one region was edited."""
     tested = [row for row in rows if row["split"] == "test"]
     untouched = next(row for row in tested if row["label"] == "real")
     forged = next(row for row in tested if row["region"] in REGIONS)
-    pipeline = Pipeline.from_pretrained(explainer, faces=FaceSettings(face="off"))
+    pipeline = Pipeline.from_pretrained(model, faces=FaceSettings(face="off"))
     truth = (
         f"The truth: this is the portrait with the {forged['region']} edited ({forged['artefact'].replace('_', ' ')})."
     )
@@ -197,3 +228,7 @@ def _time(seconds: Mapping[str, float]) -> Section:
         body=fill("table.html", head=("step", "seconds"), rows=[*rows, total], note=""),
         anchor="time",
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -6,27 +6,36 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal, Protocol
 
 import cv2
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from llava.core.config import setting, to_dict
 from llava.core.registry import nearest
 from llava.core.runtime import item_rng, write_run
+from llava.core.terminal import progress
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Record
 from llava.data.answer_texts import Truth
-from llava.data.faces import FaceBox, face_square, find_eyes
+from llava.data.faces import FaceBox, face_square, find_faces, is_sure
 from llava.data.images import IMAGE_SUFFIXES, UnreadableImage, list_images, read_image
 from llava.data.inputs import NamedImage
 from llava.data.splits import choose_groups
-from llava.jobs.forged_files import IMAGES, MASKS, SUFFIXES, Item, claim_folder, write_image, write_lists, write_mask
-from llava.ops.augment import AugmentConfig, augment
+from llava.jobs.forged_files import (
+    IMAGES,
+    LEAVES,
+    MASKS,
+    SUFFIXES,
+    Item,
+    claim_folder,
+    write_image,
+    write_lists,
+    write_mask,
+)
+from llava.ops.augment import AugmentConfig, augment, dead_leaves
 from llava.ops.face_regions import disjoint, eyes_in_box, face_regions, usual_box
 from llava.ops.forge import ForgeConfig, Forgery, draw_kind, forge
 from llava.pipeline.crops import faces_of
@@ -35,6 +44,7 @@ from llava.pipeline.settings import FaceSettings
 log = logging.getLogger(__name__)
 
 UNREADABLE, NO_FACE, DOUBTFUL = "left_out_unreadable", "left_out_without_face", "left_out_doubtful_face"
+ATTEMPTS = 20  # draws for one forgery until one is strong enough to be seen
 
 
 class RegionFinder(Protocol):
@@ -60,8 +70,8 @@ def read_face(
 ) -> FaceCrop | str:
     """Read a photo and give its largest face, shrunk to `longest_side` pixels, or why it is left out.
 
-    A face that had to be cut out must show its two eyes: the Haar cascade also fires on walls and chins. An image that
-    is a face crop already is taken whole.
+    A face that had to be cut out must be one beyond doubt (`is_sure`); one that cannot be judged counts as doubtful. An
+    image that is a face crop already is taken whole.
     """
     try:
         pixels = read_image(path)
@@ -72,25 +82,31 @@ def read_face(
         settings = FaceSettings(face="largest")
         found = faces_of(NamedImage(name=path.name, pixels=pixels), settings)[0]
         if found.pixels is None or found.box is None:
-            return NO_FACE
+            return NO_FACE if found.box is None else DOUBTFUL
         box = found.box
         if found.pixels is not pixels:
-            if find_eyes(pixels, box) is None:
+            if not is_sure(box):
                 return DOUBTFUL
             left, top, _ = face_square(box, pixels.shape[0], pixels.shape[1], settings.margin)
-            box = FaceBox(x=box.x - left, y=box.y - top, width=box.width, height=box.height, score=box.score)
+            box = box.moved(-left, -top)
         pixels = found.pixels
     image, box = _shrunk(pixels, box, longest_side)
+    return _crop(image, box, find_regions) or NO_FACE
+
+
+def _crop(image: np.ndarray, box: FaceBox | None, find_regions: RegionFinder) -> FaceCrop | None:
     regions = find_regions(image, box)
-    return NO_FACE if regions is None else FaceCrop(image=image, regions=disjoint(regions, *image.shape[:2]))
+    return None if regions is None else FaceCrop(image=image, regions=disjoint(regions, *image.shape[:2]))
 
 
 def regions_by_eyes(image: np.ndarray, box: FaceBox | None) -> dict[str, np.ndarray]:
-    """Place the regions by the two eyes, by the box where they are not seen, by the usual crop without a box."""
+    """Place the regions by the landmarks' eyes, by the box without landmarks, by the usual crop without a face."""
     height, width = image.shape[:2]
-    x, y, w, h = usual_box(height, width) if box is None else (box.x, box.y, box.width, box.height)
-    eyes = find_eyes(image, FaceBox(x=round(x), y=round(y), width=round(w), height=round(h), score=0.0))
-    return face_regions(height, width, eyes or eyes_in_box(x, y, w, h))
+    box = box or next(iter(find_faces(image)), None)
+    if box is not None and box.eyes is not None:
+        return face_regions(height, width, box.eyes)
+    place = usual_box(height, width) if box is None else (box.x, box.y, box.width, box.height)
+    return face_regions(height, width, eyes_in_box(*place))
 
 
 def _shrunk(image: np.ndarray, box: FaceBox | None, longest_side: int) -> tuple[np.ndarray, FaceBox | None]:
@@ -100,12 +116,8 @@ def _shrunk(image: np.ndarray, box: FaceBox | None, longest_side: int) -> tuple[
     height, width = (max(1, round(size * scale)) for size in image.shape[:2])
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     if box is not None:
-        x, y, w, h = (round(value * scale) for value in (box.x, box.y, box.width, box.height))
-        box = FaceBox(x=x, y=y, width=min(w, width - x), height=min(h, height - y), score=box.score)
+        box = box.moved(0, 0, scale).clipped(height, width)
     return image, box
-
-
-ATTEMPTS = 20  # draws for one forgery until one is strong enough to be seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +130,7 @@ class ForgeDataConfig:
     per_image: int = setting(1, "forgeries of each version; the untouched face stands beside them once")
     seed: int = setting(0, "seed of what is forged, of the splits and of the questions' order in dialogues")
     face: Literal["auto", "off"] = setting("auto", "auto = crop to the largest face, off = the image is a face crop")
+    leaves: int = setting(0, "random pictures without a face to learn traces from; no conversation is about them")
     longest_side: int = setting(512, "larger faces are shrunk to this side, in pixels, before they are forged")
     format: Literal["png", "jpeg"] = setting("png", "of real and fake images alike; only png keeps the masks exact")
     jpeg_quality: int = setting(95, "of real and fake images alike, for format jpeg")
@@ -132,6 +145,7 @@ class ForgeDataConfig:
         limits = {
             "versions": (1, 10_000),
             "per_image": (1, 10_000),
+            "leaves": (0, 100_000),
             "longest_side": (64, 4096),
             "jpeg_quality": (1, 100),
         }
@@ -142,12 +156,13 @@ class ForgeDataConfig:
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo of the folder: its number in the sorted list, name, person and split."""
+    """One photo of the folder: its number in the sorted list, name, person, split, and the folder of its versions."""
 
     number: int
     name: str
     group: str
     split: str
+    folder: str
 
 
 def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = regions_by_eyes) -> dict[str, int]:
@@ -166,14 +181,14 @@ def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = region
     write_run(output, settings, config.seed)
     counts: Counter[str] = Counter(photos=len(photos))
     items: list[Item] = []
-    console = Console(stderr=True)
-    for number, path in enumerate(track(photos, "forging", console=console, disable=not console.is_terminal)):
+    for number, path in enumerate(progress(photos, "forging", is_kept=True)):
         crop = read_face(path, config.face, config.longest_side, find_regions)
         if isinstance(crop, str):
             counts[crop] += 1
             log.info("%s: %s", path, crop.replace("_", " "))
             continue
-        photo = Photo(number, path.relative_to(root).as_posix(), groups[number], splits[groups[number]])
+        split = splits[groups[number]]
+        photo = Photo(number, path.relative_to(root).as_posix(), groups[number], split, split)
         written = _write_photo(output, photo, crop, config)
         counts["forgeries_too_faint"] += config.versions * (1 + config.per_image) - len(written)
         items += written
@@ -182,7 +197,19 @@ def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = region
             f"{config.folder!r}: no photo has a usable face ({dict(counts)}); --face off takes them whole."
         )
     counts.update(f"{item.record.split}/{LABEL_NAMES[item.record.label or REAL]}" for item in items)
-    return {**counts, **write_lists(output, items, config.seed)}
+    leaves = _write_leaves(output, config, find_regions)
+    return {**counts, **({LEAVES: len(leaves)} if leaves else {}), **write_lists(output, items, leaves, config.seed)}
+
+
+def _write_leaves(output: Path, config: ForgeDataConfig, find_regions: RegionFinder) -> list[Item]:
+    """Draw pictures of dead leaves, all for training, and forge each as if it were a face in the middle of a crop."""
+    items: list[Item] = []
+    for number in range(config.leaves):
+        crop = _crop(dead_leaves(config.longest_side, item_rng(config.seed, 0, number)), None, find_regions)
+        if crop is not None:
+            name = f"{LEAVES}/{number:05d}"
+            items += _write_photo(output, Photo(number, name, name, "train", LEAVES), crop, replace(config, versions=1))
+    return items
 
 
 def divide(groups: Sequence[str], config: ForgeDataConfig) -> dict[str, str]:
@@ -267,7 +294,7 @@ def visible_forgery(crop: FaceCrop, config: ForgeConfig, rng: np.random.Generato
 
 def _item(photo: Photo, number: int, first: int, forgery: Forgery | None, crop: FaceCrop, suffix: str) -> Item:
     """Describe one image; first: number of the untouched version that it was made from."""
-    stem, untouched = (f"{photo.split}/{photo.number:05d}_{n}" for n in (number, first))
+    stem, untouched = (f"{photo.folder}/{photo.number:05d}_{n}" for n in (number, first))
     file, tags = f"{IMAGES}/{stem}{suffix}", {"region": "", "artefact": "", "mask": "", "original": photo.name}
     tags["untouched"] = f"{IMAGES}/{untouched}{suffix}"
     truth = None

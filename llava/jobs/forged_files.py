@@ -26,9 +26,8 @@ from llava.data.conversations import (
 from llava.data.splits import check_leaks
 
 SPLITS = ("train", "val", "test")
-IMAGES, MASKS, TABLE = "images", "masks", "manifest.csv"
+IMAGES, MASKS, LEAVES, TABLE = "images", "masks", "leaves", "manifest.csv"
 TAGS = ("region", "artefact", "mask", "original", "untouched")
-PATHS = ("file", "mask", "untouched")  # columns of the table that name files beside it
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 
 
@@ -70,10 +69,11 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
         Image.fromarray(np.ceil(mask * 255).astype(np.uint8)).save(staged)
 
 
-def write_lists(output: Path, items: Sequence[Item], seed: int) -> dict[str, int]:
+def write_lists(output: Path, items: Sequence[Item], leaves: Sequence[Item], seed: int) -> dict[str, int]:
     """Write conversations of every split that has images, then manifest.csv; gives the number of rows of each file.
 
-    Raises LeakError when two splits share a group.
+    leaves: pictures that only the table names, because there is nothing to say about them. Raises LeakError when two
+    splits share a group.
     """
     by_split = {split: [item for item in items if item.record.split == split] for split in SPLITS}
     check_leaks({split: [item.record for item in part] for split, part in by_split.items()})
@@ -81,24 +81,9 @@ def write_lists(output: Path, items: Sequence[Item], seed: int) -> dict[str, int
     for split, part in by_split.items():
         if part:
             counts |= {f"{split}/{name}": rows for name, rows in _write_split(output / split, part, seed).items()}
-    _write_table(output / TABLE, [item.record for item in items])
-    return {**counts, TABLE: len(items)}
-
-
-def join_tables(folders: Sequence[Path], table: Path) -> None:
-    """Write the manifests of forged data sets as one table above their folders, whose file names lead there."""
-    rows: list[dict[str, str]] = []
-    for folder in folders:
-        with (folder / TABLE).open(newline="", encoding="utf-8") as file:
-            rows += [_moved(row, folder.relative_to(table.parent)) for row in csv.DictReader(file)]
-    with atomic_path(table) as staged, staged.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _moved(row: dict[str, str], folder: Path) -> dict[str, str]:
-    return row | {name: (folder / row[name]).as_posix() for name in PATHS if row[name]}
+    listed = [*items, *leaves]
+    _write_table(output / TABLE, [item.record for item in listed])
+    return {**counts, TABLE: len(listed)}
 
 
 def _write_split(folder: Path, items: Sequence[Item], seed: int) -> dict[str, int]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from llava.core.config import setting, to_dict
 from llava.core.runtime import atomic_path, batched, item_rng, write_run
+from llava.core.terminal import progress
 from llava.core.types import REGIONS, Record
 from llava.data.sources import DataConfig, split_of
 from llava.data.stills import CsvSource
@@ -181,5 +180,4 @@ def _look(pipeline: Pipeline, images: Sequence[np.ndarray]) -> list[Finding]:
 
 
 def _with_progress(work: Sequence[Any]) -> Iterable[Any]:
-    console = Console(stderr=True)
-    return track(work, "looking", console=console, transient=True, disable=not console.is_terminal)
+    return progress(work, "looking")

@@ -15,6 +15,9 @@ import numpy as np
 from llava.core.config import setting
 from llava.ops.degrade import require_within
 
+SMALLEST_RADIUS = 3.0  # pixels
+COLOUR_SPREAD = 25.0  # standard deviation of a channel around the leaf's grey level, in levels of 255
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
@@ -72,10 +75,6 @@ def _photographed(image: np.ndarray, config: AugmentConfig, rng: np.random.Gener
     if config.grain:
         image = image + rng.normal(0, rng.uniform(0, config.grain) / 255, image.shape)
     return np.clip(image, 0, 1)
-
-
-SMALLEST_RADIUS = 3.0  # pixels
-COLOUR_SPREAD = 25.0  # standard deviation of a channel around the leaf's grey level, in levels of 255
 
 
 def dead_leaves(side: int, rng: np.random.Generator) -> np.ndarray:

@@ -22,6 +22,19 @@ from llava.ops.degrade import require_within
 from llava.ops.face_regions import FACE
 
 Edit = tuple[np.ndarray, np.ndarray]
+SELF_BLENDED = "self_blended"
+_LOCAL = ("blending_boundary", "colour_mismatch", "blur", "resampling", "warp")
+# Blur, coarse resampling and a warp hardly show where there is no detail, so the skin gets over-smoothing instead; and
+# over-smoothing is a loss of skin texture: on eyes, eyebrows and mouth it could not be told from blur.
+PAIRS: dict[str, tuple[str, ...]] = {
+    "skin": ("blending_boundary", "colour_mismatch", "over_smooth"),
+    "eyebrows": _LOCAL,
+    "eyes": _LOCAL,
+    "nose": _LOCAL,
+    "mouth": _LOCAL,
+    FACE: (SELF_BLENDED,),
+}
+SMALLEST_REGION = 64  # pixels; below this nobody sees what happened to it
 
 
 def lay_over(image: np.ndarray, edit: Edit) -> np.ndarray:
@@ -194,21 +207,6 @@ def _deform(mask: np.ndarray, amount: float, sigma: float, rng: np.random.Genera
 
 def _signed(limits: tuple[float, float], rng: np.random.Generator) -> float:
     return float(rng.uniform(*limits) * rng.choice((-1.0, 1.0)))
-
-
-SELF_BLENDED = "self_blended"
-_LOCAL = ("blending_boundary", "colour_mismatch", "blur", "resampling", "warp")
-# Blur, coarse resampling and a warp hardly show where there is no detail, so the skin gets over-smoothing instead; and
-# over-smoothing is a loss of skin texture: on eyes, eyebrows and mouth it could not be told from blur.
-PAIRS: dict[str, tuple[str, ...]] = {
-    "skin": ("blending_boundary", "colour_mismatch", "over_smooth"),
-    "eyebrows": _LOCAL,
-    "eyes": _LOCAL,
-    "nose": _LOCAL,
-    "mouth": _LOCAL,
-    FACE: (SELF_BLENDED,),
-}
-SMALLEST_REGION = 64  # pixels; below this nobody sees what happened to it
 
 
 @dataclass(frozen=True, kw_only=True)

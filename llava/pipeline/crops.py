@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from llava.data.faces import FaceBox, crop_face, find_faces
+from llava.data.faces import SECOND_LOOK, FaceBox, crop_face, find_faces, lie_of_face, lying_faces, shrunk
 from llava.data.inputs import NamedImage
 from llava.ops.degrade import delivered
 from llava.pipeline.settings import FaceSettings
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from llava.explainer.processing import Pixels
 
 NO_FACE = "no face found"
+TOO_SMALL = "the face is too small: {} x {} pixels, its width must be {} or more (--least-face)"
+CUT_OFF = "the face is cut off by the image's border"
+TURNS = {  # quarter turns to the left that set the face upright
+    1: "the face lies sideways; turn the image by 90 degrees to the left",
+    3: "the face lies sideways; turn the image by 90 degrees to the right",
+    2: "the face is upside down; turn the image by 180 degrees",
+}
+LEAST_INSIDE = 0.75  # share of a face's box that must lie in the image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,14 @@ class Face:
     prepared: tuple[Pixels, ...] = ()
 
     @property
+    def place(self) -> dict[str, Any]:
+        """Give where it is, as the fields of a verdict."""
+        if self.box is None:
+            return {"face_box": None, "face_landmarks": None, "face_roll": None}
+        box = (self.box.x, self.box.y, self.box.width, self.box.height)
+        return {"face_box": box, "face_landmarks": self.box.landmarks or None, "face_roll": self.box.roll}
+
+    @property
     def shown(self) -> np.ndarray | Pixels:
         """Give what a model looks at. A face without pixels has nothing."""
         assert self.pixels is not None
@@ -53,29 +69,29 @@ class Face:
 def faces_of(image: NamedImage, settings: FaceSettings) -> list[Face]:
     """Give the faces of an image, largest first; exactly one entry, without pixels, when there is nothing to judge.
 
-    An image that is a face crop already (the largest box covers `whole_from` of it) is one face, taken whole.
+    An image that is a face crop already (a square on the largest face covers `whole_from` of it, both eyes, nose and
+    mouth are on it) is one face, taken whole. A face that is there but unusable has no pixels and a reason: too small,
+    cut off, or lying sideways.
     """
     if image.pixels is None:
         return [Face(image=image.name, pixels=None, reason=image.problem)]
     if settings.face == "off":
         return [Face(image=image.name, pixels=image.pixels)]
     boxes = _distinct(_find(image.pixels))
-    if not boxes:
+    faces = [_face(image.name, image.pixels, box, settings) for box in boxes] or _lying(image.name, image.pixels)
+    if not faces:
         return [Face(image=image.name, pixels=None, reason=NO_FACE, count=0)]
     height, width = image.pixels.shape[:2]
-    if boxes[0].width * boxes[0].height >= settings.whole_from * height * width:
-        return [Face(image=image.name, pixels=image.pixels, box=boxes[0])]
-    chosen = boxes[:1] if settings.face == "largest" else boxes
-    return [
-        Face(
-            image=image.name,
-            pixels=crop_face(image.pixels, box, settings.margin),
-            box=box,
-            number=number,
-            count=len(boxes),
-        )
-        for number, box in enumerate(chosen, 1)
-    ]
+    first = faces[0].box
+    assert first is not None
+    is_crop = max(first.width, first.height) ** 2 >= settings.whole_from * height * width
+    is_whole = not faces[0].reason or (faces[0].reason == CUT_OFF and _shows_landmarks(first, height, width))
+    if is_crop and is_whole:
+        return [Face(image=image.name, pixels=image.pixels, box=first)]
+    faces = [replace(face, number=number, count=len(faces)) for number, face in enumerate(faces, 1)]
+    if settings.face == "largest":
+        return [next((face for face in faces if face.pixels is not None), faces[0])]
+    return faces
 
 
 def prepared(face: Face, explainer: Explainer, stability: bool) -> Face:
@@ -86,28 +102,45 @@ def prepared(face: Face, explainer: Explainer, stability: bool) -> Face:
     return replace(face, prepared=tuple(map(explainer.processor.pixels, images)))
 
 
+def _face(name: str, pixels: np.ndarray, box: FaceBox, settings: FaceSettings) -> Face:
+    """Cut a face out, or say why it cannot be judged."""
+    turns, box = lie_of_face(pixels, box)
+    reason = TURNS[turns] if turns else _limit(box, pixels.shape[0], pixels.shape[1], settings.least_face)
+    return Face(image=name, pixels=None if reason else crop_face(pixels, box, settings.margin), box=box, reason=reason)
+
+
+def _limit(box: FaceBox, height: int, width: int, least_face: int) -> str:
+    """Say what makes an upright face unfit; empty when it can be judged."""
+    if box.width < least_face:
+        return TOO_SMALL.format(box.width, box.height, least_face)
+    return "" if box.inside >= LEAST_INSIDE and _shows_landmarks(box, height, width) else CUT_OFF
+
+
+def _shows_landmarks(box: FaceBox, height: int, width: int) -> bool:
+    return all(0 <= x <= width and 0 <= y <= height for x, y in box.landmarks)
+
+
+def _lying(name: str, pixels: np.ndarray) -> list[Face]:
+    """Give the faces that show when the image is turned, none of them to be judged."""
+    turns, boxes = lying_faces(pixels)
+    return [Face(image=name, pixels=None, box=box, reason=TURNS[turns]) for box in boxes]
+
+
 def _find(pixels: np.ndarray) -> list[FaceBox]:
     """Look for faces; where there is none, look again with a border, because a tight crop cuts a face's outline."""
     found = find_faces(pixels)
     if found:
         return found
-    height, width = pixels.shape[:2]
-    border = max(height, width) // 4
-    framed = cv2.copyMakeBorder(pixels, border, border, border, border, cv2.BORDER_REPLICATE)
-    return [clipped for box in find_faces(framed) if (clipped := _clipped(box, border, width, height))]
-
-
-def _clipped(box: FaceBox, border: int, width: int, height: int) -> FaceBox | None:
-    """Move a box from the framed image back and cut off what lies in the border; None when nothing is left."""
-    left, top = max(box.x - border, 0), max(box.y - border, 0)
-    right, bottom = min(box.x - border + box.width, width), min(box.y - border + box.height, height)
-    if right <= left or bottom <= top:
-        return None
-    return FaceBox(x=left, y=top, width=right - left, height=bottom - top, score=box.score)
+    small, scale = shrunk(pixels, SECOND_LOOK.longest_side * 2 // 3)  # with the border on both sides half as much again
+    border = max(small.shape[:2]) // 4
+    framed = cv2.copyMakeBorder(small, border, border, border, border, cv2.BORDER_REPLICATE)
+    moved = [box.moved(-border, -border).moved(0, 0, 1 / scale) for box in find_faces(framed, SECOND_LOOK)]
+    clipped = [box.clipped(pixels.shape[0], pixels.shape[1]) for box in moved]
+    return [box for box in clipped if box is not None]
 
 
 def _distinct(boxes: list[FaceBox]) -> list[FaceBox]:
-    """Drop boxes whose centre lies within a larger one: the cascade also fires on parts of a face."""
+    """Drop boxes whose centre lies within a larger one: the nets also see a face within a face."""
     kept: list[FaceBox] = []
     for box in sorted(boxes, key=lambda b: (-b.width * b.height, b.x, b.y)):
         x, y = box.x + box.width / 2, box.y + box.height / 2

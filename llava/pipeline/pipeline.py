@@ -24,7 +24,7 @@ from llava.ops.degrade import VERSIONS
 from llava.pipeline.crops import Face, faces_of
 from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
 from llava.pipeline.verdict import Finding, VideoFinding, explanation, judge
-from llava.pipeline.video import Look, Video, watch
+from llava.pipeline.video import FaceJudge, Video, watch
 
 if TYPE_CHECKING:
     from llava.explainer.generation import Explainer
@@ -157,10 +157,10 @@ class Pipeline:
 
     def findings(self, images: Sequence[Image]) -> Iterator[Finding]:
         """Yield the verdicts as `detect` gives them, each beside the crop and the map that it rests on."""
-        for found, _ in self.looks(images):
+        for found, _ in self.observations(images):
             yield from found
 
-    def looks(self, images: Sequence[Image]) -> Iterator[tuple[list[Finding], Encoded | None]]:
+    def observations(self, images: Sequence[Image]) -> Iterator[tuple[list[Finding], Encoded | None]]:
         """Yield what `look` gives for the faces of images, batch by batch."""
         for batch in batched(self.faces_in(images), self.batch_size):
             yield self.look(batch, self.stability)
@@ -170,7 +170,7 @@ class Pipeline:
     ) -> Iterator[Finding]:
         """Yield the explanations as `explain_all` gives them, each beside the crop and the map."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
-        for found, encoded in self.looks(images):
+        for found, encoded in self.observations(images):
             conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
             texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
             for finding in found:
@@ -194,7 +194,7 @@ class Pipeline:
         return finding.explanation
 
     def video_finding(
-        self, video: Video, settings: VideoSettings | None = None, look: Look | None = None
+        self, video: Video, settings: VideoSettings | None = None, look: FaceJudge | None = None
     ) -> VideoFinding:
         """Give the verdict as `detect_video` does, beside the crop and the map of the most telling frame.
 
@@ -212,12 +212,8 @@ class Pipeline:
         """Give the explanation as `explain_video` does, beside the crop and the map that it is about."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
         finding, encoded = self._watch(video, settings)
-        verdict = finding.verdict
-        if encoded is None:
-            return replace(finding, explanation=explanation(verdict, asked, ""))
-        (text,) = explainer.answer(encoded, [[Turn(role="human", text=asked)]], words)
-        about = f"the frame at {verdict.telling_seconds:.1f} s"
-        return replace(finding, explanation=replace(explanation(verdict, asked, text), about=about))
+        (text,) = explainer.answer(encoded, [[Turn(role="human", text=asked)]], words) if encoded else ("",)
+        return replace(finding, explanation=explanation(finding.verdict, asked, text))
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
@@ -267,7 +263,7 @@ class Pipeline:
             yield from faces_of(named(image, number), self.faces)
 
     def _watch(
-        self, video: Video, settings: VideoSettings | None, look: Look | None = None
+        self, video: Video, settings: VideoSettings | None, look: FaceJudge | None = None
     ) -> tuple[VideoFinding, Encoded | None]:
         return watch(
             video,

@@ -11,12 +11,38 @@ import numpy as np
 
 from llava.core.score_map import Calibration
 from llava.core.types import FAKE, REAL, REGIONS, Explanation, Verdict, VerdictLabel, VideoVerdict
-from llava.evaluation.robustness import flips
 from llava.evaluation.text import parse_verdict
 from llava.pipeline.crops import Face
 
 if TYPE_CHECKING:
     from llava.detectors.base import Detector
+
+IN_THE_BAND = "real and forged faces both get such scores"
+CONTRADICTED = "the score alone would decide, but not with the share of forgeries expected"
+LABELS = {REAL: VerdictLabel.REAL, FAKE: VerdictLabel.FAKE}
+# Verbal scale of the ENFSI guideline for evaluative reporting in forensic science (2015).
+SUPPORT_FROM = (2, 10, 100, 1_000, 10_000, 1_000_000)
+SUPPORT = ("weak", "moderate", "moderately strong", "strong", "very strong", "extremely strong")
+# The mean of many frames spreads less than the scores of single pictures, which a calibration is fitted on.
+ON_PICTURES = (
+    "The calibration was fitted on single pictures. The score of a video is a mean over frames, so the percentage does "
+    "not say how many of 100 such videos are forged."
+)
+ONE_HALF = (
+    "One half is no border here: the threshold was chosen where the detector tells its validation faces apart best."
+)
+LIMITS = (
+    "This is no evidence by itself. It says what one program found in one picture; a person who knows the field has to "
+    "look at the picture, where it came from, and what else is known.",
+    "REAL means that the detector found none of the traces of forgery that it knows. Forgeries of another kind, strong "
+    "compression, screenshots and filters can escape it.",
+    "FAKE does not say who changed the picture, why, or with what; ordinary retouching can leave the same traces.",
+    "Only faces that were found are judged, and nothing else in the picture.",
+    "A percentage holds for pictures like those the detector was calibrated on. A score without calibration is no "
+    "percentage at all.",
+    "The map shows where the detector's features respond. The reasons are written by a language model. Neither proves "
+    "that a place was changed; look there with your own eyes.",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,11 +85,10 @@ def outlasting(
     raw = np.array(list(versions.values()))
     p_fake = raw if detector.calibration is None else detector.calibration.posterior(raw, prior)
     found: dict[str, Any] = {"stability": dict(zip(versions, p_fake.tolist(), strict=True))}
-    labels = np.array(detector.labels(raw, prior))
-    turning = flips(np.array(label), labels)
-    if turning.any():
-        names = [name for name, turns in zip(versions, turning, strict=True) if turns]
-        reason = f"the verdict turns to {labels[turning][0]} after {_listed(names)}"
+    labels = zip(versions, detector.labels(raw, prior), strict=True)
+    turned = {name: other for name, other in labels if label.contradicts(other)}
+    if turned:
+        reason = f"the verdict turns to {next(iter(turned.values()))} after {_listed(list(turned))}"
         found |= {"label": VerdictLabel.UNCERTAIN, "reason": reason}
     return found
 
@@ -73,10 +98,6 @@ def _listed(names: list[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
-IN_THE_BAND = "real and forged faces both get such scores"
-CONTRADICTED = "the score alone would decide, but not with the share of forgeries expected"
-
-
 def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prior: float | None = None) -> Verdict:
     """Give the verdict on a face from its p_fake, probabilities and evidence; without, INCONCLUSIVE.
 
@@ -84,7 +105,6 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
 
     prior: share of fakes expected, for a calibrated detector; None = the calibration's own.
     """
-    box = face.box
     found = _found(detector, scores["p_fake"], prior) if scores else _nothing(face.reason)
     if scores and scores.get("versions"):
         found |= outlasting(detector, found["label"], scores["versions"], prior)
@@ -93,7 +113,7 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
         probabilities=scores["probabilities"] if scores else {},
         evidence=scores["evidence"] if scores else {},
         detector=detector.name,
-        face_box=None if box is None else (box.x, box.y, box.width, box.height),
+        **face.place,
         image=face.image,
         face=face.number,
         face_count=face.count,
@@ -130,42 +150,17 @@ def _calibrated(calibration: Calibration, label: VerdictLabel, raw: float, prior
     }
 
 
-LABELS = {REAL: VerdictLabel.REAL, FAKE: VerdictLabel.FAKE}
-
-
 def explanation(verdict: Verdict, question: str, text: str) -> Explanation:
-    """Put words beside a verdict and note whether they say the same; undecided ones neither agree nor disagree."""
+    """Put words beside a verdict and note whether they say the same; undecided ones neither agree nor disagree.
+
+    Of a video, words are about its most telling frame.
+    """
     said = parse_verdict(text) if text else None
     agrees = None if said is None or verdict.label not in LABELS.values() else LABELS[said] == verdict.label
-    return Explanation(verdict=verdict, question=question, text=text, text_verdict=said, agrees=agrees)
-
-
-# Verbal scale of the ENFSI guideline for evaluative reporting in forensic science (2015).
-SUPPORT_FROM = (2, 10, 100, 1_000, 10_000, 1_000_000)
-SUPPORT = ("weak", "moderate", "moderately strong", "strong", "very strong", "extremely strong")
-
-# The mean of many frames spreads less than the scores of single pictures, which a calibration is fitted on.
-ON_PICTURES = (
-    "The calibration was fitted on single pictures. The score of a video is a mean over frames, so the percentage does "
-    "not say how many of 100 such videos are forged."
-)
-
-ONE_HALF = (
-    "One half is no border here: the threshold was chosen where the detector tells its validation faces apart best."
-)
-
-LIMITS = (
-    "This is no evidence by itself. It says what one program found in one picture; a person who knows the field has to "
-    "look at the picture, where it came from, and what else is known.",
-    "REAL means that the detector found none of the traces of forgery that it knows. Forgeries of another kind, strong "
-    "compression, screenshots and filters can escape it.",
-    "FAKE does not say who changed the picture, why, or with what; ordinary retouching can leave the same traces.",
-    "Only faces that were found are judged, and nothing else in the picture.",
-    "A percentage holds for pictures like those the detector was calibrated on. A score without calibration is no "
-    "percentage at all.",
-    "The map shows where the detector's features respond. The reasons are written by a language model. Neither proves "
-    "that a place was changed; look there with your own eyes.",
-)
+    about = ""
+    if isinstance(verdict, VideoVerdict) and verdict.telling_seconds is not None:
+        about = f"the frame at {verdict.telling_seconds:.1f} s"
+    return Explanation(verdict=verdict, question=question, text=text, text_verdict=said, agrees=agrees, about=about)
 
 
 def meaning(verdict: Verdict) -> str:

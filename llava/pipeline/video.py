@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-
-from scipy.stats import trim_mean
 
 from llava.core.runtime import atomic_path, batched
 from llava.core.types import Explanation, FrameScore, Verdict, VerdictLabel, VideoVerdict
@@ -26,16 +25,17 @@ if TYPE_CHECKING:
 
 Answer: TypeAlias = Verdict | Explanation
 Video: TypeAlias = str | Path | NamedVideo
-Look: TypeAlias = Callable[[Sequence[Face]], "tuple[list[Finding], Encoded | None]"]
+FaceJudge: TypeAlias = Callable[[Sequence[Face]], "tuple[list[Finding], Encoded | None]"]
 Judge: TypeAlias = Callable[[Face, dict[str, Any] | None], Verdict]
 NO_FRAME = "none of its frames can be decoded"
 NO_FACE = "no face found in any frame"
+UNFIT = "no face that can be judged in any frame; in {} of {} frames {}"
 TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (--video.least_frames)"
 DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 
 
 def watch(
-    video: Video, settings: VideoSettings, cut: FaceSettings, look: Look, judge: Judge, batch_size: int
+    video: Video, settings: VideoSettings, cut: FaceSettings, look: FaceJudge, judge: Judge, batch_size: int
 ) -> tuple[VideoFinding, Encoded | None]:
     """Give the verdict on the face that a video shows longest, and what the explainer made of its most telling frame.
 
@@ -51,7 +51,8 @@ def watch(
     needed = min(settings.least_frames, total)
     count = sum(len(track) >= needed for track in tracks)
     followed = tracks[0] if tracks else {}
-    reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else NO_FACE
+    none = _unfit(seen.unfit, total) if seen.unfit else NO_FACE
+    reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else none
     found, encoded = _looked_at(look, batch_size, followed if count else {})
     alone = {number: finding.verdict for number, finding in found.items()}
     clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
@@ -61,7 +62,7 @@ def watch(
     scores = [_raw(verdict) for verdict in alone.values()]
     known = vars(judged) | {
         "reason": "; ".join(part for part in (judged.reason, seen.limit) if part),
-        "face_box": None if telling is None else frames[telling].face_box,
+        **({} if telling is None else followed[telling].place),
         "spread": stdev(scores) if len(scores) > 1 else None,
     }
     verdict = VideoVerdict(**known, frames=frames, damaged=seen.damaged, trim=settings.trim, telling=telling)
@@ -70,23 +71,6 @@ def watch(
     shown = found[telling]
     finding = VideoFinding(verdict=verdict, pixels=shown.pixels, evidence_map=shown.evidence_map, seen=shown.seen)
     return finding, encoded.get(telling)
-
-
-def in_order(
-    inputs: Sequence[NamedImage | NamedVideo],
-    ask_images: Callable[[Sequence[NamedImage]], Iterable[Finding]],
-    ask_video: Callable[[NamedVideo], Finding],
-) -> Iterator[Finding]:
-    """Yield the findings on images and videos in the order of the inputs; neighbouring images are asked together."""
-    images: list[NamedImage] = []
-    for each in inputs:
-        if isinstance(each, NamedImage):
-            images.append(each)
-            continue
-        yield from ask_images(images)
-        images = []
-        yield ask_video(each)
-    yield from ask_images(images)
 
 
 def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]:
@@ -106,37 +90,50 @@ def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]
     return drawn
 
 
-class _Seen(NamedTuple):
-    """Times and faces of the frames, how many that were wanted are damaged, and what limits them, in words."""
+class _Sightings(NamedTuple):
+    """Times and faces of the frames, how many that were wanted are damaged, and what limits them, in words.
+
+    unfit: of each frame that shows only faces that cannot be judged, why the largest cannot.
+    """
 
     seconds: list[float]
     faces: list[list[Face]]
     damaged: int
     limit: str
+    unfit: Sequence[str] = ()
 
 
-def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int) -> _Seen:
+def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int) -> _Sightings:
     """Look for faces in the frames; the reason alone when there is no frame.
 
     Of each frame only the faces are kept. A face is always cut out, however large it is (`whole_from` is for single
     images), so that all frames of a clip are cut alike.
     """
     if video.source is None:
-        return _Seen([], [], 0, video.problem)
-    seconds, faces = [], []
+        return _Sightings([], [], 0, video.problem)
+    seconds, faces, unfit = [], [], []
     cut_out = replace(settings, whole_from=inf)
     try:
         clip = open_clip(video.source, video.name)
         for frame in read_frames(clip, count):
             image = NamedImage(name=video.name, pixels=frame.pixels)
             seconds.append(frame.seconds)
-            faces.append([face for face in faces_of(image, cut_out) if face.pixels is not None])
+            found = faces_of(image, cut_out)
+            faces.append([face for face in found if face.pixels is not None])
+            unfit += [found[0].reason] if not faces[-1] and found[0].box is not None else []
     except UnreadableImage as error:
-        return _Seen([], [], 0, str(error).removeprefix(f"{video.name}: "))
+        return _Sightings([], [], 0, str(error).removeprefix(f"{video.name}: "))
     wanted = {clip.seconds(number) for number in clip.chosen(count)}
     missing = len(wanted.difference(seconds))
     damage = "" if not missing else DAMAGED.format(missing, len(wanted)) if faces else NO_FRAME
-    return _Seen(seconds, faces, missing, "; ".join(part for part in (damage, clip.note) if part))
+    return _Sightings(seconds, faces, missing, "; ".join(part for part in (damage, clip.note) if part), unfit)
+
+
+def _unfit(reasons: Sequence[str], total: int) -> str:
+    """Say what is wrong with most of a clip's unfit faces, told by the words before the first face's pixels."""
+    kinds = [reason.partition(":")[0] for reason in reasons]
+    (kind, count), *_ = Counter(kinds).most_common()
+    return UNFIT.format(count, total, reasons[kinds.index(kind)])
 
 
 def _tracks(frames: Sequence[Sequence[Face]], settings: VideoSettings) -> list[dict[int, Face]]:
@@ -148,7 +145,9 @@ def _tracks(frames: Sequence[Sequence[Face]], settings: VideoSettings) -> list[d
     return [{n: frames[n][i] for n, i in sorted(track.items())} for track in links]
 
 
-def _looked_at(look: Look, batch_size: int, faces: Mapping[int, Face]) -> tuple[dict[int, Finding], dict[int, Encoded]]:
+def _looked_at(
+    look: FaceJudge, batch_size: int, faces: Mapping[int, Face]
+) -> tuple[dict[int, Finding], dict[int, Encoded]]:
     """Give the finding on each frame alone, and what the explainer made of it, so that words need no second look."""
     found: dict[int, Finding] = {}
     encoded: dict[int, Encoded] = {}
@@ -162,6 +161,8 @@ def _looked_at(look: Look, batch_size: int, faces: Mapping[int, Face]) -> tuple[
 
 def _trimmed(verdicts: Sequence[Verdict], trim: float) -> dict[str, Any] | None:
     """Give the trimmed mean of every number of the frames, in the form that `judge` takes; None without frames."""
+    from scipy.stats import trim_mean  # here, because it loads for half a second, and a picture needs none
+
     if not verdicts:
         return None
 
@@ -184,10 +185,9 @@ def _most_telling(clip: Verdict, frames: Mapping[int, Verdict]) -> int | None:
 
 def _frame(seconds: float, face: Face | None, alone: Verdict | None) -> FrameScore:
     """Give the row of one frame, with the followed face and the verdict on it alone, where there is one."""
-    box = None if face is None else face.box
     return FrameScore(
         seconds=seconds,
-        face_box=None if box is None else (box.x, box.y, box.width, box.height),
+        **({} if face is None else face.place),
         raw_p_fake=None if alone is None else alone.raw_p_fake,
         p_fake=None if alone is None else alone.p_fake,
     )

@@ -5,64 +5,173 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import uuid4
 
 from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
-from starlette.staticfiles import StaticFiles
 
 from llava import __version__
 from llava.core.types import GenerationSettings, Turn, Verdict
-from llava.data.inputs import NamedImage
+from llava.data.inputs import NamedImage, in_order
 from llava.explainer.prompts import VERDICT_QUESTION
-from llava.pipeline.verdict import explanation
-from llava.pipeline.video import in_order
-from llava.serve.engine import Engine, Piece, Question, joined
+from llava.serve.engine import Answer, Engine, Piece, Question, Refusal, from_thread, joined
 from llava.serve.fetch import Fetcher
 from llava.serve.guard import Guard, RequestLimits, refusal_response
 from llava.serve.keys import KeyRing
 from llava.serve.measures import MeasuredEngine, Measures
-from llava.serve.openai_chat import MAX_TOKENS, ChatReply, ChatRequest, from_thread
 from llava.serve.options import ServeSettings
-from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_files, read_still, read_upload
+from llava.serve.web import OPEN_PATHS, add_documentation
 
 if TYPE_CHECKING:
     from llava.serve.page.door import PageDoor
 
 log = logging.getLogger(__name__)
 
-FILES = "/swagger"
-OPEN_PATHS = ("/docs", "/openapi.json", *(f"{FILES}/swagger-ui{end}" for end in ("-bundle.js", ".css")))
-
-
-def add_documentation(app: FastAPI) -> None:
-    """Add /docs to an application made with `docs_url=None`; FastAPI's own loads its script from another site."""
-    app.mount(FILES, StaticFiles(packages=[("fastapi_swagger", "resources")]))
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return get_swagger_ui_html(
-            openapi_url="openapi.json",
-            title=f"{app.title}: the API",
-            swagger_js_url=OPEN_PATHS[2].lstrip("/"),
-            swagger_css_url=OPEN_PATHS[3].lstrip("/"),
-            swagger_favicon_url="data:,",
-        )
-
-
+MAX_TEXT = 8_000  # characters of one message
+MAX_CONVERSATION = 64_000  # characters of all messages, as for a worker; they are read in the engine's one thread
+MAX_TOKENS = 1_024
+SYSTEM_NOTE = "The system message was not used: the model has one of its own."
 MAX_FILES = 16
+
+
+class ImageUrl(BaseModel):
+    """Where a picture is: a data URI or a public https address."""
+
+    url: str = Field(max_length=40_000_000)
+
+
+class Part(BaseModel):
+    """A piece of a message."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = Field(None, max_length=MAX_TEXT)
+    image_url: ImageUrl | None = None
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part] = Field(max_length=MAX_TEXT)
+
+
+class ChatRequest(BaseModel):
+    """A request to /v1/chat/completions; settings that would change the answer and are not known are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(max_length=200)
+    messages: list[Message] = Field(min_length=1, max_length=64)
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    temperature: float = Field(0.0, ge=0, le=2, description="0, the default here, writes the same answer every time")
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    n: Literal[1] = 1
+    user: str | None = Field(None, max_length=200)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, sent: Any) -> Any:
+        """Take `null` as a setting that was not sent, as OpenAI does."""
+        return {name: value for name, value in sent.items() if value is not None} if isinstance(sent, dict) else sent
+
+    def generation(self, limit: int = 256) -> GenerationSettings:
+        """Give the settings of the answer; `limit` tokens where the request says none."""
+        tokens = self.max_completion_tokens or self.max_tokens or limit
+        return GenerationSettings(max_new_tokens=tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+    def conversation(self) -> tuple[str, list[Turn], list[str]]:
+        """Give the address of the one image, the turns without it, and notes on what was not used.
+
+        Raises Refusal (400) unless user and assistant alternate, a user asks last, there is exactly one image, and text
+        has its limits.
+        """
+        notes = [SYSTEM_NOTE] if any(message.role == "system" for message in self.messages) else []
+        said = [message for message in self.messages if message.role != "system"]
+        images = [part.image_url.url for message in said for part in _parts(message) if part.image_url is not None]
+        if len(images) != 1:
+            raise Refusal(400, f"The conversation holds {len(images)} images; send exactly one, as an image_url.")
+        expected = ["user", "assistant"] * len(said)
+        if [message.role for message in said] != expected[: len(said)] or said[-1].role != "user":
+            raise Refusal(400, "The messages must alternate, user first, and end with a question of the user.")
+        _require_short(said)
+        turns = []
+        for message in said:
+            text = " ".join(part.text.strip() for part in _parts(message) if part.text).strip()
+            if not text:
+                raise Refusal(400, "A message has no text; ask something, such as: Is this image real or fake?")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise Refusal(400, "A message holds half a character (a lone surrogate); send whole ones.")
+            turns.append(Turn(role="human" if message.role == "user" else "assistant", text=text))
+        return images[0], turns, notes
+
+
+class ChatReply:
+    """The pieces of one reply in the form of OpenAI's API, with the verdict as an extra key."""
+
+    def __init__(self, model: str, notes: list[str]) -> None:
+        self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
+        self._notes = notes
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """Give the reply to a request without streaming."""
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish}
+        return self._with_verdict("chat.completion", choice, answer.verdict) | {"usage": answer.usage}
+
+    def first(self, verdict: Verdict) -> dict[str, Any]:
+        """Give the first chunk of a stream: the verdict, before any word."""
+        return self._with_verdict("chat.completion.chunk", _delta({"role": "assistant", "content": ""}), verdict)
+
+    def later(self, text: str) -> dict[str, Any]:
+        """Give a chunk with more words."""
+        return self._head | {"object": "chat.completion.chunk", "choices": [_delta({"content": text})]}
+
+    def last(self, answer: Answer, wants_usage: bool) -> Iterator[dict[str, Any]]:
+        """Yield the chunk that says how the answer ended, and one with the usage if it was asked for."""
+        yield self._head | {"object": "chat.completion.chunk", "choices": [_delta({}, answer.finish)]}
+        if wants_usage:
+            yield self._head | {"object": "chat.completion.chunk", "choices": [], "usage": answer.usage}
+
+    def _with_verdict(self, kind: str, choice: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+        notes = {"notes": self._notes} if self._notes else {}
+        return self._head | {"object": kind, "choices": [choice], "verdict": verdict.to_dict(), **notes}
+
+
+def _require_short(messages: Sequence[Message]) -> None:
+    """Raise Refusal (400) for a message or a conversation with more text than is read, however many parts it has."""
+    lengths = [sum(len(part.text or "") for part in _parts(message)) for message in messages]
+    for what, count, most in (
+        ("A message", max(lengths), MAX_TEXT),
+        ("The conversation", sum(lengths), MAX_CONVERSATION),
+    ):
+        if count > most:
+            raise Refusal(400, f"{what} has {count:,} characters; at most {most:,} are read.")
+
+
+def _parts(message: Message) -> list[Part]:
+    return [Part(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+
+
+def _delta(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "finish_reason": finish}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +213,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, **settings)
     app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=service.is_guarded)
     app.add_middleware(service.measures.middleware)
-    app.add_exception_handler(Refused, refusal_response)
+    app.add_exception_handler(Refusal, refusal_response)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     add_documentation(app)
@@ -153,8 +262,7 @@ def _add_faces(app: FastAPI, service: Service) -> None:
         images = await read_files(files, read_still, service.uploads)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
-        said = [explanation(one.verdict, question, one.text) for one in answers]
-        return {"model": service.model, "explanations": [one.to_dict() for one in said]}
+        return {"model": service.model, "explanations": [answer.explanation.to_dict() for answer in answers]}
 
 
 def _known_fields(*names: str) -> Any:
@@ -163,26 +271,25 @@ def _known_fields(*names: str) -> Any:
     async def check(request: Request) -> None:
         unknown = sorted(set(await request.form()).difference(names))
         if unknown:
-            raise Refused(400, f"{unknown[0][:80]}: there is no such field here; allowed: {', '.join(names)}.")
+            raise Refusal(400, f"{unknown[0][:80]}: there is no such field here; allowed: {', '.join(names)}.")
 
     return Depends(check)
 
 
 def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher) -> None:
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(asked: ChatRequest) -> dict[str, Any] | StreamingResponse:
+    async def chat(chat_request: ChatRequest) -> dict[str, Any] | StreamingResponse:
         """Answer a conversation about one image, as OpenAI's clients ask it; `verdict` is an extra key."""
-        if asked.model != service.model:
-            raise Refused(400, f"There is no model {asked.model[:80]!r} here; ask {service.model!r}.")
-        address, turns, notes = asked.conversation()
+        if chat_request.model != service.model:
+            raise Refusal(400, f"There is no model {chat_request.model[:80]!r} here; ask {service.model!r}.")
+        address, turns, notes = chat_request.conversation()
         image = await _fetched(address, service, fetcher)
-        settings, reply = asked.generation(), ChatReply(service.model, notes)
-        if asked.stream:
-            wants_usage = bool((asked.stream_options or {}).get("include_usage"))
+        settings, reply = chat_request.generation(), ChatReply(service.model, notes)
+        if chat_request.stream:
+            wants_usage = bool((chat_request.stream_options or {}).get("include_usage"))
             lines = _lines(service, image, turns, settings, reply, wants_usage)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        said = await _answer(service, image, turns, settings)
-        return reply.whole(said.verdict, said.text, said.usage, said.finish)
+        return reply.whole(await _answer(service, image, turns, settings))
 
 
 async def _lines(
@@ -194,94 +301,51 @@ async def _lines(
     wants_usage: bool,
 ) -> AsyncIterator[str]:
     """Yield the events of a stream; a failure after the first one is the last event, in a sentence."""
-    said = _Said()
+    answer = Answer(turns[-1].text, name=image.name)
     try:
         async for piece in _pieces(service, image, turns, settings):
-            said.add(piece)
+            answer.add(piece)
             if piece.verdict is not None:
-                yield _event(reply.first(piece.verdict))
+                yield _event(reply.first(answer.verdict))
             if piece.text:
                 yield _event(reply.later(piece.text))
     except ValueError as error:
         yield _event(_refusal(error).content)
     else:
-        for event in reply.last(said.finish, said.usage if wants_usage else None):
+        for event in reply.last(answer, wants_usage):
             yield _event(event)
     yield "data: [DONE]\n\n"
 
 
-class _Said:
-    """What an answer has come to."""
-
-    def __init__(self) -> None:
-        self._verdict: Verdict | None = None
-        self._texts: list[str] = []
-        self._tokens = self._prompt_tokens = 0
-        self._is_cut = False
-
-    def add(self, piece: Piece) -> None:
-        """Take the next piece."""
-        self._verdict = piece.verdict or self._verdict
-        self._texts.append(piece.text)
-        self._tokens = max(self._tokens, piece.tokens)
-        self._prompt_tokens = max(self._prompt_tokens, piece.prompt_tokens)
-        self._is_cut = self._is_cut or piece.is_cut
-
-    @property
-    def verdict(self) -> Verdict:
-        """Give the verdict, which every answer begins with."""
-        assert self._verdict is not None
-        return self._verdict
-
-    @property
-    def text(self) -> str:
-        """Give the words."""
-        return "".join(self._texts).strip()
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Count tokens as OpenAI's clients expect it."""
-        read, written = self._prompt_tokens, self._tokens
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-    @property
-    def finish(self) -> str:
-        """Say why the answer ended."""
-        return "length" if self._is_cut else "stop"
-
-
-async def _answer(service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings) -> _Said:
-    """Give the whole answer. Raises Refused for what can not be answered."""
-    said = _Said()
+async def _answer(service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings) -> Answer:
+    """Give the whole answer. Raises Refusal for what can not be answered."""
+    answer = Answer(turns[-1].text, name=image.name)
     try:
         async for piece in _pieces(service, image, turns, settings):
-            said.add(piece)
+            answer.add(piece)
     except ValueError as error:
         raise _refusal(error) from None
-    return said
+    return answer
 
 
-def _refusal(error: ValueError) -> Refused:
+def _refusal(error: ValueError) -> Refusal:
     """Give what an engine raised as a refusal; it may be one."""
-    return error if isinstance(error, Refused) else Refused(400, str(error))
+    return error if isinstance(error, Refusal) else Refusal(400, str(error))
 
 
 async def _pieces(
     service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
 ) -> AsyncIterator[Piece]:
-    """Ask the engine from this event loop, and name what it judged; a client that leaves stops the answer."""
+    """Ask the engine from this event loop; a client that leaves stops the answer."""
     stop = Event()
     question = Question(image=image.pixels, turns=turns, settings=settings)
-    said = from_thread(lambda: service.engine.ask(question, stop), service.threads, stop)
-    async with aclosing(said) as came:
-        async for pieces in came:
-            piece = joined(pieces)
-            named = piece.verdict and replace(piece.verdict, image=image.name)
-            yield replace(piece, verdict=named)
+    async with aclosing(from_thread(lambda: service.engine.ask(question, stop), service.threads, stop)) as arrivals:
+        async for pieces in arrivals:
+            yield joined(pieces)
 
 
 async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedImage:
-    """Read the image of a data URI or a public https address. Raises Refused."""
+    """Read the image of a data URI or a public https address. Raises Refusal."""
     if is_data_uri(address):
         content = decode_data_uri(address, "image", service.uploads)
     else:
@@ -298,11 +362,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
-        return refusal_response(request, Refused(400, "The body is no JSON by its header; send application/json."))
+        return refusal_response(request, Refusal(400, "The body is no JSON by its header; send application/json."))
     where = ".".join(str(part) for part in first["loc"][1:]) or "body"
     if first["type"] == "extra_forbidden":
-        return refusal_response(request, Refused(400, f"{where}: no setting that is known here; leave it out."))
-    return refusal_response(request, Refused(400, f"{where}: {first['msg']}."))
+        return refusal_response(request, Refusal(400, f"{where}: no setting that is known here; leave it out."))
+    return refusal_response(request, Refusal(400, f"{where}: {first['msg']}."))
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -24,13 +24,12 @@ import numpy as np
 from llava.core.config import setting
 from llava.core.types import GenerationSettings, Turn
 from llava.data.inputs import Image, NamedVideo
-from llava.explainer.decoding import Decoder, Prefix, Row
+from llava.explainer.generation import Decoder, Prefix, Row
 from llava.explainer.modeling import Encoded
 from llava.pipeline.crops import Face, prepared
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.verdict import Finding, VideoFinding
-from llava.serve.engine import Piece, Question
-from llava.serve.refusals import Refused
+from llava.serve.engine import Piece, Question, Refusal
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,7 +40,7 @@ PREPARED_TOGETHER = 2  # images; the delivered versions of a large one take hund
 
 
 @dataclass(eq=False)
-class Seen:
+class Observation:
     """An image that was looked at: the finding, what the words need, and the prefixes that were run for it."""
 
     finding: Finding
@@ -50,7 +49,7 @@ class Seen:
 
 
 @dataclass(eq=False)
-class Asked:
+class Inquiry:
     """An image that is asked about.
 
     is_crop: it is judged whole. face: found and made ready in the thread that asks; None = it was seen before.
@@ -62,25 +61,25 @@ class Asked:
     face: Future[Face] | None
 
 
-class Looks:
+class Observations:
     """Looks at images with a pipeline and keeps the newest `most` of them, and as many faces, in memory.
 
-    `asked` and `ready` may be called from any thread, `at` and `judged` from the one that owns the model.
+    `inquiry` and `ready` may be called from any thread, `at` and `judged` from the one that owns the model.
     """
 
     def __init__(self, pipeline: Pipeline, most: int) -> None:
         self._pipeline, self._most = pipeline, most
-        self.images: OrderedDict[str, Seen] = OrderedDict()
-        self._faces: OrderedDict[str, Seen] = OrderedDict()
+        self.images: OrderedDict[str, Observation] = OrderedDict()
+        self._faces: OrderedDict[str, Observation] = OrderedDict()
         self._coming: WeakValueDictionary[str, Future[Face]] = WeakValueDictionary()
         self._entry, self._few = Lock(), Semaphore(PREPARED_TOGETHER)
 
-    def asked(self, image: np.ndarray, is_crop: bool = False) -> Asked:
+    def inquiry(self, image: np.ndarray, is_crop: bool = False) -> Inquiry:
         """Find the face and make it ready, once for all who ask about the same new image."""
         name = f"{_digest(image)} {is_crop}"
         with self._entry:
             if name in self.images:
-                return Asked(image, is_crop, name, None)
+                return Inquiry(image, is_crop, name, None)
             face = self._coming.get(name)
             is_first = face is None
             if face is None:
@@ -92,21 +91,21 @@ class Looks:
             except Exception as error:
                 face.set_exception(error)
         face.result()
-        return Asked(image, is_crop, name, face)
+        return Inquiry(image, is_crop, name, face)
 
-    def at(self, asked: Sequence[Asked]) -> list[Seen]:
+    def at(self, inquiries: Sequence[Inquiry]) -> list[Observation]:
         """Give what was seen of the largest face of each image; new ones are looked at as one batch."""
-        new = {each.name: each for each in asked if each.name not in self.images}
+        new = {each.name: each for each in inquiries if each.name not in self.images}
         faces = {
             name: each.face.result() if each.face else self._ready(each.image, each.is_crop)
             for name, each in new.items()
         }
-        self.images |= zip(faces, self._seen(list(faces.values())), strict=True)
-        seen = [self.images[each.name] for each in asked]
-        for each in asked:
+        self.images |= zip(faces, self._observed(list(faces.values())), strict=True)
+        known = [self.images[each.name] for each in inquiries]
+        for each in inquiries:
             each.face = None  # what was made ready takes memory
-        _keep_newest(self.images, [each.name for each in asked], self._most)
-        return seen
+        _keep_newest(self.images, [each.name for each in inquiries], self._most)
+        return known
 
     def ready(self, images: Sequence[Image]) -> Iterator[list[Face]]:
         """Yield the faces of images, found and made ready, batch by batch; few callers hold one at a time."""
@@ -120,7 +119,7 @@ class Looks:
 
     def judged(self, faces: Sequence[Face]) -> list[Finding]:
         """Give the findings of faces, and keep what was seen for questions about them."""
-        return [seen.finding for seen in self._seen(faces)]
+        return [sight.finding for sight in self._observed(faces)]
 
     def _ready(self, image: np.ndarray, is_crop: bool) -> Face:
         return self._prepared(Face(image="image 0", pixels=image) if is_crop else self._pipeline.face_of(image))
@@ -131,29 +130,28 @@ class Looks:
             return face
         return prepared(face, self._pipeline.needed_explainer(), self._pipeline.stability)
 
-    def _seen(self, faces: Sequence[Face]) -> list[Seen]:
+    def _observed(self, faces: Sequence[Face]) -> list[Observation]:
         """Give what was seen of faces, and keep it; those that are new are looked at as one batch."""
         known = [self._known(face) for face in faces]
         new = [face for face, before in zip(faces, known, strict=True) if before is None]
         looked = _pairs(*self._pipeline.look(new, self._pipeline.stability)) if new else iter(())
-        seen = [before or Seen(*next(looked)) for before in known]
-        for each in seen:
+        observations = [before or Observation(*next(looked)) for before in known]
+        for each in observations:
             if each.finding.pixels is not None:
                 name = _digest(each.finding.pixels)
                 self._faces[name] = each
                 _keep_newest(self._faces, [name], self._most)
-        return seen
+        return observations
 
-    def _known(self, face: Face) -> Seen | None:
+    def _known(self, face: Face) -> Observation | None:
         """Give what was seen when the same pixels were judged before, under the name and place of this face."""
         before = None if face.pixels is None else self._faces.get(_digest(face.pixels))
         if before is None:
             return None
-        box = None if face.box is None else (face.box.x, face.box.y, face.box.width, face.box.height)
         verdict = replace(
-            before.finding.verdict, image=face.image, face=face.number, face_count=face.count, face_box=box
+            before.finding.verdict, image=face.image, face=face.number, face_count=face.count, **face.place
         )
-        return Seen(replace(before.finding, verdict=verdict), before.encoded, before.prefixes)
+        return Observation(replace(before.finding, verdict=verdict), before.encoded, before.prefixes)
 
 
 def _pairs(found: Sequence[Finding], encoded: Encoded | None) -> Iterator[tuple[Finding, Encoded | None]]:
@@ -163,7 +161,7 @@ def _pairs(found: Sequence[Finding], encoded: Encoded | None) -> Iterator[tuple[
         yield finding, None if encoded is None or finding.pixels is None else encoded.take([next(rows)])
 
 
-def _keep_newest(kept: OrderedDict[str, Seen], used: Sequence[str], most: int) -> None:
+def _keep_newest(kept: OrderedDict[str, Observation], used: Sequence[str], most: int) -> None:
     """Count what was used as newest, and let go of the oldest beyond `most`."""
     for name in used:
         kept.move_to_end(name)
@@ -189,7 +187,7 @@ class BatchConfig:
 class _Job:
     """A question on its way, and where its pieces go; `None` ends them, an exception is raised at the reader's."""
 
-    about: Asked
+    about: Inquiry
     turns: Sequence[Turn]
     settings: GenerationSettings
     stop: Event
@@ -223,14 +221,14 @@ class BatchingEngine:
         self._waiting: SimpleQueue[_Job | _Call | None] = SimpleQueue()
         self._active: list[_Job] = []
         self._entry, self._is_closing = Lock(), False
-        self.looks = Looks(pipeline, self.config.images)
+        self.observations = Observations(pipeline, self.config.images)
         self._videos = Semaphore(VIDEOS_TOGETHER)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says; a reader that goes away ends it, too."""
-        about = self.looks.asked(question.pixels(), question.is_crop)
+        about = self.observations.inquiry(question.pixels(), question.is_crop)
         job = _Job(about, question.turns, question.settings, stop)
         self._wait(job)
         try:
@@ -244,8 +242,8 @@ class BatchingEngine:
     def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face of images, without words, as `Engine.findings` says."""
         found: list[Finding] = []
-        for faces in self.looks.ready(images):
-            found += self._call(partial(self.looks.judged, faces))
+        for faces in self.observations.ready(images):
+            found += self._call(partial(self.observations.judged, faces))
         return found
 
     def video_finding(self, video: NamedVideo) -> VideoFinding:
@@ -271,10 +269,10 @@ class BatchingEngine:
         self._thread.join()
 
     def _wait(self, work: _Job | _Call) -> None:
-        """Put something to do behind all else. Raises Refused (503) when the engine ends."""
+        """Put something to do behind all else. Raises Refusal (503) when the engine ends."""
         with self._entry:
             if self._is_closing:
-                raise Refused(503, ENDING, 10.0)
+                raise Refusal(503, ENDING, 10.0)
             self._waiting.put(work)
 
     def _call(self, work: Callable[[], T]) -> T:
@@ -299,7 +297,7 @@ class BatchingEngine:
 
     def _turn_away(self) -> None:
         """Tell everyone who is answered or waits that the engine ends."""
-        error = Refused(503, ENDING, 10.0)
+        error = Refusal(503, ENDING, 10.0)
         self._fail(self._active, error)
         while True:
             try:
@@ -327,8 +325,8 @@ class BatchingEngine:
 
     def _begin(self, jobs: Sequence[_Job]) -> None:
         """Look at the images of new questions, tell their verdicts, and let them into the batch."""
-        asked = []
-        for job, seen in zip(jobs, self.looks.at([job.about for job in jobs]), strict=True):
+        begun = []
+        for job, sight in zip(jobs, self.observations.at([job.about for job in jobs]), strict=True):
             try:
                 ids, suffix = self.decoder.split(job.turns, job.settings)
                 row = Row(
@@ -337,20 +335,20 @@ class BatchingEngine:
             except (ValueError, TypeError) as error:  # a tokeniser raises TypeError for what is no text
                 job.pieces.put(error)
                 continue
-            found = seen.finding
-            if seen.encoded is None:
+            found = sight.finding
+            if sight.encoded is None:
                 job.pieces.put(Piece(verdict=found.verdict))
                 job.pieces.put(None)
                 continue
             read = len(ids) + len(suffix)
-            told = Piece(verdict=found.verdict, evidence_map=found.evidence_map, seen=found.seen, prompt_tokens=read)
-            job.pieces.put(told)
-            asked.append((job, seen, ids, row))
-        self._run_prefixes([(seen, ids) for _, seen, ids, _ in asked])
-        for job, seen, ids, row in asked:
-            row.prefix, job.row = seen.prefixes[ids], row
-        self.decoder.join([job.row for job, *_ in asked if job.row is not None])
-        self._active += [job for job, *_ in asked]
+            first = Piece(verdict=found.verdict, evidence_map=found.evidence_map, seen=found.seen, prompt_tokens=read)
+            job.pieces.put(first)
+            begun.append((job, sight, ids, row))
+        self._run_prefixes([(sight, ids) for _, sight, ids, _ in begun])
+        for job, sight, ids, row in begun:
+            row.prefix, job.row = sight.prefixes[ids], row
+        self.decoder.join([job.row for job, *_ in begun if job.row is not None])
+        self._active += [job for job, *_ in begun]
 
     def _within_context(self, settings: GenerationSettings, length: int) -> GenerationSettings:
         """Shorten an answer to what the model has room for. Raises ValueError when the conversation fills it."""
@@ -359,12 +357,12 @@ class BatchingEngine:
             raise ValueError(f"The conversation has {length} tokens, more than the model reads; begin a new one.")
         return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
-    def _run_prefixes(self, wanted: Sequence[tuple[Seen, tuple[int, ...]]]) -> None:
+    def _run_prefixes(self, wanted: Sequence[tuple[Observation, tuple[int, ...]]]) -> None:
         """Run the prefixes that no earlier question needed."""
-        new = list(dict.fromkeys((seen, ids) for seen, ids in wanted if ids not in seen.prefixes))
-        images = [seen.encoded for seen, _ in new if seen.encoded is not None]
-        for (seen, ids), prefix in zip(new, self.decoder.prefixes_of([ids for _, ids in new], images), strict=True):
-            seen.prefixes[ids] = prefix
+        new = list(dict.fromkeys((sight, ids) for sight, ids in wanted if ids not in sight.prefixes))
+        images = [sight.encoded for sight, _ in new if sight.encoded is not None]
+        for (sight, ids), prefix in zip(new, self.decoder.prefixes_of([ids for _, ids in new], images), strict=True):
+            sight.prefixes[ids] = prefix
 
     def _tell(self) -> None:
         """Hand out what was written, and let go of answers that are done or that nobody waits for."""

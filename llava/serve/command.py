@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +15,13 @@ from threading import Event
 from typing import Any
 
 from llava.core.cluster import connected
-from llava.pipeline import load
-from llava.pipeline.settings import DEMO_MODEL
+from llava.pipeline.settings import DEMO_MODEL, load
 from llava.serve.keys import read_keys
 from llava.serve.options import ServeSettings
 from llava.serve.web import require_free, server_of
 
 NAME = "m2f2"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.sh"
 
 
 def serve_with_ray(settings: ServeSettings) -> Iterator[str]:
@@ -93,7 +96,7 @@ def _with_ray(settings: ServeSettings) -> Iterator[str]:
 
 def _here(settings: ServeSettings) -> Iterator[str]:
     """Serve from this process."""
-    from llava.core.logs import log_json
+    from llava.core.runtime import log_json
     from llava.serve.api import build
     from llava.serve.batching import BatchConfig, BatchingEngine
 
@@ -112,12 +115,30 @@ def _here(settings: ServeSettings) -> Iterator[str]:
 
 
 def _trained_demo() -> Iterator[str]:
-    """Train the demonstration's model unless it is there; yields what that says."""
+    """Train the demonstration's model unless it is there; its script says how far it is.
+
+    Raises FileNotFoundError where the script is not beside the package, and ValueError where it fails.
+    """
     from llava.core.weights import checkpoints_dir
 
     folder = checkpoints_dir() / DEMO_MODEL
-    if not folder.is_dir():
-        from llava.jobs.demo import DemoConfig, run_demo
-
-        yield f"No model was named, and {str(folder)!r} is not there yet: training it, which takes 5 to 10 minutes.\n"
-        yield from run_demo(DemoConfig())
+    if folder.is_dir():
+        return
+    if not SCRIPT.is_file():
+        raise FileNotFoundError(
+            f"No model was named, {str(folder)!r} is not there, and {SCRIPT.name}, the script that trains it, comes "
+            "with the source tree alone; give --model_path FOLDER, or run `make demo` in a clone."
+        )
+    yield f"No model was named, and {str(folder)!r} is not there yet: training it, which takes 5 to 10 minutes.\n"
+    places = {"PYTHON": sys.executable, "M2F2_CHECKPOINTS": str(checkpoints_dir().resolve())}
+    with (
+        _interruptible(),
+        subprocess.Popen(["bash", str(SCRIPT)], env=os.environ | places, start_new_session=True) as script,
+    ):
+        try:
+            code = script.wait()
+        except KeyboardInterrupt:
+            os.killpg(script.pid, signal.SIGTERM)  # its steps, too
+            raise
+    if code:
+        raise ValueError(f"{SCRIPT.name} ended with {code}; its message stands above.")

@@ -17,7 +17,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from llava.core.config import parse, setting
-from llava.core.logs import setup_logging
+from llava.core.runtime import setup_logging
+from llava.serve.engine import Refusal
 from llava.serve.protocol import (
     END,
     MAX_IMAGE_BYTES,
@@ -27,7 +28,6 @@ from llava.serve.protocol import (
     Registration,
     error_chunk,
 )
-from llava.serve.refusals import Refused
 from llava.serve.registration import SecretSettings, checked_address, is_admitted, read_secret, require_secret
 from llava.serve.web import make_app, parse_body, read_body, read_json, serve
 from llava.serve.workers import Dispatch, Pool, WorkerClient
@@ -66,28 +66,28 @@ class Controller:
         self._refreshing = asyncio.Lock()
 
     def admit(self, request: Request) -> None:
-        """Raise Refused unless the request may speak for a worker."""
+        """Raise Refusal unless the request may speak for a worker."""
         server, peer = _ends(request)
         free = self.settings.allow_unauthenticated
         if not is_admitted(self.secret, request.headers, server[0], peer, free):
             log.warning("refused path=%s peer=%s reason=secret", request.url.path, peer)
-            raise Refused(403, "Only workers that show the shared secret may do this.")
+            raise Refusal(403, "Only workers that show the shared secret may do this.")
 
-    async def register(self, request: Request, asked: Registration) -> None:
-        """Take a worker in. Raises Refused for an address where no worker may be, or one that does not answer."""
+    async def register(self, request: Request, query: Registration) -> None:
+        """Take a worker in. Raises Refusal for an address where no worker may be, or one that does not answer."""
         server, peer = _ends(request)
         try:
             address = await asyncio.to_thread(
-                checked_address, asked.worker_name, peer, server, self.settings.worker_networks
+                checked_address, query.worker_name, peer, server, self.settings.worker_networks
             )
-            status = asked.worker_status or await self.client.status(address)
+            status = query.worker_status or await self.client.status(address)
             if status is None:
-                raise ValueError(f"worker address {asked.worker_name!r}: /worker_get_status gives no status there.")
-            self.pool.add(address, status, asked.check_heart_beat, asked.multimodal)
+                raise ValueError(f"worker address {query.worker_name!r}: /worker_get_status gives no status there.")
+            self.pool.add(address, status, query.check_heart_beat, query.multimodal)
         except ValueError as error:
             log.warning("refused path=%s peer=%s reason=%s", request.url.path, peer, error)
-            raise Refused(400, str(error)) from None
-        log.info("registered worker=%s models=%s", asked.worker_name, ",".join(status.model_names))
+            raise Refusal(400, str(error)) from None
+        log.info("registered worker=%s models=%s", query.worker_name, ",".join(status.model_names))
 
     async def refresh(self) -> None:
         """Ask every worker for its status; those that give none are forgotten."""
@@ -217,8 +217,8 @@ def _add_client_side(app: FastAPI, controller: Controller) -> None:
     @app.post("/worker_generate_stream")
     async def worker_generate_stream(request: Request) -> StreamingResponse:
         body = await read_body(request, MAX_REQUEST_BYTES)
-        asked = parse_body(ModelQuestion, body)
-        return StreamingResponse(controller.relay(asked.model, body))
+        query = parse_body(ModelQuestion, body)
+        return StreamingResponse(controller.relay(query.model, body))
 
 
 def _no_worker(model: str, tried: Sequence[str]) -> str:
@@ -231,7 +231,7 @@ def _ends(request: Request) -> tuple[tuple[str, int], str]:
     """Give the connection's own end (address, port) and the peer's address."""
     server, client = request.scope.get("server"), request.client
     if not server or server[1] is None or client is None:
-        raise Refused(400, "Only connections over TCP are served.")
+        raise Refusal(400, "Only connections over TCP are served.")
     return (server[0], server[1]), client.host
 
 

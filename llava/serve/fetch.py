@@ -7,21 +7,55 @@ checked, so that a second answer of the name server changes nothing. Each redire
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import TypeAlias
 
 import httpx
 
 from llava.core.config import setting
 from llava.data.inputs import FetchLimits
-from llava.serve.addresses import check_url, is_public, not_public, shown
-from llava.serve.refusals import Refused
+from llava.serve.engine import Refusal
 from llava.serve.uploads import SNIFF_BYTES, media_type, unknown_format
 
+Address: TypeAlias = IPv4Address | IPv6Address
+MAX_URL = 2048
+# IANA special-purpose registries (RFC 6890 and updates); Python's own `is_global` depends on its patch release.
+NOT_PUBLIC_V4 = tuple(
+    map(
+        ip_network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+            *("192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24"),
+            *("192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+            "168.63.129.16/32",  # Azure's own services inside a virtual machine: public by number only
+            "224.0.0.0/3",  # multicast, reserved, broadcast
+        ),
+    )
+)
+# All that is not 2000::/3 is refused, and with it ::1, fe80::/10, fc00::/7, ff00::/8, IPv4-mapped, NAT64.
+PUBLIC_V6 = ip_network("2000::/3")
+NOT_PUBLIC_V6 = tuple(
+    map(
+        ip_network,
+        (
+            "2001::/23",  # IETF protocols; Teredo among them, which carries IPv4 addresses
+            "2001:db8::/32",
+            "2002::/16",  # 6to4, which carries IPv4 addresses
+            "2620:4f:8000::/48",
+            "3fff::/20",
+        ),
+    )
+)
+# The last label begins with a letter, as all top-level names do: 2130706433, 0x7f.1 and 0177.0.0.1 are no names.
+DNS_NAME = re.compile(
+    r"(?=.{1,253}\Z)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])\Z", re.ASCII
+)
 Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 HEADERS = {"User-Agent": "m2f2-det", "Accept": "image/*, video/*", "Accept-Encoding": "identity"}
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -30,6 +64,75 @@ NO_REUSE = httpx.Limits(max_keepalive_connections=0)
 MAX_ADDRESSES = 3
 # Threads of its own: a name server that keeps silent would take those in which images are decoded, one for each name.
 LOOKUPS = ThreadPoolExecutor(8, thread_name_prefix="lookup")
+
+
+def is_public(address: str) -> bool:
+    """Say whether an IPv4 or IPv6 address belongs to the public internet; what is no address does not."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(found, IPv4Address):
+        return not any(found in network for network in NOT_PUBLIC_V4)
+    assert isinstance(found, IPv6Address)
+    return found.scope_id is None and found in PUBLIC_V6 and not any(found in network for network in NOT_PUBLIC_V6)
+
+
+def check_url(url: str, ports: Collection[int] = (443,)) -> httpx.URL:
+    """Give the parsed URL if the server may open it: https, a plain host, an allowed port. Raises Refusal (400).
+
+    A host in numbers has to be public; what a name resolves to is for the caller to check.
+    """
+    name = shown(url)
+    if len(url) > MAX_URL or not url.isprintable() or "\\" in url or " " in url:
+        raise Refusal(400, f"{name}: not an address; give https://host/path, {MAX_URL} characters at most.")
+    try:
+        parsed = httpx.URL(url)
+        host = parsed.raw_host.decode("ascii")
+    except (httpx.InvalidURL, ValueError):
+        raise Refusal(400, f"{name}: not an address; give https://host/path.") from None
+    if parsed.scheme != "https":
+        raise Refusal(400, f"{name}: only https:// addresses and data: URIs are opened; or upload the file.")
+    if parsed.userinfo:
+        raise Refusal(400, f"{name}: an address with a user name or password is not opened; leave them out.")
+    if (443 if parsed.port is None else parsed.port) not in ports:
+        allowed = ", ".join(map(str, sorted(ports)))
+        raise Refusal(400, f"{name}: port {parsed.port} is not opened; allowed: {allowed}.")
+    if not DNS_NAME.match(host) and not is_public(host):
+        raise not_public(url)
+    return parsed
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host name or address is this machine's own, without looking it up."""
+    address = address_in(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def address_in(text: str) -> Address | None:
+    """Read an address as `plain_address` does; None where there is none."""
+    try:
+        return plain_address(text)
+    except ValueError:
+        return None
+
+
+def plain_address(text: str) -> Address:
+    """Read an address; an IPv4 address inside an IPv6 one counts as itself, a zone is left out. Raises ValueError."""
+    address = ip_address(text.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def not_public(url: str) -> Refusal:
+    """Give the refusal for a host that is unknown or not public: one sentence, so that it maps no network."""
+    return Refusal(400, f"{shown(url)}: does not lead to a host on the public internet.")
+
+
+def shown(url: str, length: int = 100) -> str:
+    """Give the beginning of an address without its query, for a message."""
+    text = "".join(c if c.isprintable() else "?" for c in re.split("[?#]", url[: MAX_URL + 1])[0])
+    text = re.sub(r"//[^/@]*@", "//", text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +169,14 @@ class Fetcher:
         self._ports = ports
 
     async def fetch(self, url: str) -> bytes:
-        """Download what begins like an image or video. Raises Refused: 400 (address), 413 (size), 415 (content)."""
+        """Download what begins like an image or video. Raises Refusal: 400 (address), 413 (size), 415 (content)."""
         try:
             async with asyncio.timeout(self._limits.seconds):
                 return await self._follow(url)
         except TimeoutError:
-            raise Refused(400, f"{shown(url)}: took longer than {self._limits.seconds:g} s.") from None
+            raise Refusal(400, f"{shown(url)}: took longer than {self._limits.seconds:g} s.") from None
         except httpx.HTTPError:
-            raise Refused(400, f"{shown(url)}: cannot be downloaded over https.") from None
+            raise Refusal(400, f"{shown(url)}: cannot be downloaded over https.") from None
 
     async def aclose(self) -> None:
         """Close what is open."""
@@ -89,7 +192,7 @@ class Fetcher:
                 url = _target(parsed, response)
             finally:
                 await response.aclose()
-        raise Refused(400, f"{shown(url)}: redirected more than {self._limits.max_redirects} times.")
+        raise Refusal(400, f"{shown(url)}: redirected more than {self._limits.max_redirects} times.")
 
     async def _send(self, url: httpx.URL) -> httpx.Response:
         """Ask a host at one of its addresses, all of which have to be public."""
@@ -122,8 +225,8 @@ class Fetcher:
 
     async def _content(self, response: httpx.Response, url: str) -> bytes:
         if response.status_code != 200:
-            raise Refused(400, f"{shown(url)}: the host answers with status {response.status_code}.")
-        too_large = Refused(413, f"{shown(url)}: larger than {self._limits.max_bytes:,} bytes, the limit.")
+            raise Refusal(400, f"{shown(url)}: the host answers with status {response.status_code}.")
+        too_large = Refusal(413, f"{shown(url)}: larger than {self._limits.max_bytes:,} bytes, the limit.")
         announced = response.headers.get("Content-Length", "")
         if announced.isdecimal() and int(announced[:20]) > self._limits.max_bytes:
             raise too_large
@@ -149,4 +252,4 @@ def _target(url: httpx.URL, response: httpx.Response) -> str:
     try:
         return str(url.join(response.headers.get("Location", "")))
     except (httpx.InvalidURL, ValueError):
-        raise Refused(400, f"{shown(str(url))}: redirects to what is not an address.") from None
+        raise Refusal(400, f"{shown(str(url))}: redirects to what is not an address.") from None

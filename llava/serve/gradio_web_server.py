@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter, ValidationError
 
 from llava.core.config import parse, setting
-from llava.core.logs import setup_logging
+from llava.core.runtime import setup_logging
 from llava.core.types import GenerationSettings, Turn, Verdict, VerdictLabel
 from llava.data.inputs import Image, NamedImage, NamedVideo
 from llava.explainer.prompts import IMAGE_TAG, VERDICT_QUESTION, strip_tags
@@ -44,6 +44,11 @@ TOO_MUCH = {
     "images": "The picture is too large for a worker; send a smaller one.",
 }
 VERDICTS = TypeAdapter(Verdict)
+ALIASES = {"--controller": "--controller-url", "--concurrency-count": "--at-once"}
+REFUSED = {
+    "--share": "it would lead people's pictures through somebody else's server; put a proxy of yours in front",
+    "--moderate": "it would send what people write to somebody else's server",
+}
 
 
 @dataclass(frozen=True)
@@ -169,17 +174,9 @@ def _first_piece(chunk: Chunk | None, face: Face) -> Piece:
         verdict = VERDICTS.validate_python(chunk.verdict)
     except ValidationError as error:
         raise ValueError(f"The worker's verdict can not be read: {error.errors()[0]['msg']}.") from None
-    box = None if face.box is None else (face.box.x, face.box.y, face.box.width, face.box.height)
-    verdict = replace(verdict, image=face.image, face=face.number, face_count=face.count, face_box=box)
+    verdict = replace(verdict, image=face.image, face=face.number, face_count=face.count, **face.place)
     found = None if chunk.evidence_map is None else np.asarray(chunk.evidence_map, np.float32)
     return Piece(verdict=verdict, evidence_map=found, seen=chunk.seen)
-
-
-ALIASES = {"--controller": "--controller-url", "--concurrency-count": "--at-once"}
-REFUSED = {
-    "--share": "it would lead people's pictures through somebody else's server; put a proxy of yours in front",
-    "--moderate": "it would send what people write to somebody else's server",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.core.config import setting
+from llava.serve.engine import Refusal
 from llava.serve.keys import KeyRing
-from llava.serve.refusals import Refused
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class RateLimiter:
         self._windows = MovingWindowRateLimiter(self._storage)
 
     def hit(self, identity: str, per_minute: int) -> None:
-        """Count one request. Raises Refused (429) with the seconds to wait when there were too many."""
+        """Count one request. Raises Refusal (429) with the seconds to wait when there were too many."""
         self._forget_idle()
         item = RateLimitItemPerMinute(per_minute)
         if not self._windows.hit(item, identity):
             wait = self._windows.get_window_stats(item, identity).reset_time - time.time()
-            raise Refused(429, f"More than {per_minute} requests in a minute; wait and ask again.", max(wait, 1.0))
+            raise Refusal(429, f"More than {per_minute} requests in a minute; wait and ask again.", max(wait, 1.0))
 
     def _forget_idle(self) -> None:
         """Drop who has not asked for a minute: the library empties their lists, but keeps their names."""
@@ -82,18 +82,18 @@ def address_identity(host: str) -> str:
 
 
 def check_head(headers: Iterable[tuple[bytes, bytes]], target: bytes, limits: RequestLimits) -> None:
-    """Raise Refused where the address line is too long (414), or the headers are too many or too long (431)."""
+    """Raise Refusal where the address line is too long (414), or the headers are too many or too long (431)."""
     sizes = [len(name) + len(value) for name, value in headers]
     if len(target) > limits.max_header_bytes:
-        raise Refused(414, f"The address of the request is longer than {limits.max_header_bytes:,} bytes.")
+        raise Refusal(414, f"The address of the request is longer than {limits.max_header_bytes:,} bytes.")
     if len(sizes) > limits.max_headers or sum(sizes) + len(target) > limits.max_header_bytes:
         allowed = f"{limits.max_headers} headers and {limits.max_header_bytes:,} bytes"
-        raise Refused(431, f"The headers are more than is taken: {allowed} at most.")
+        raise Refusal(431, f"The headers are more than is taken: {allowed} at most.")
 
 
-def too_long(limits: RequestLimits) -> Refused:
+def too_long(limits: RequestLimits) -> Refusal:
     """Give the refusal for a body that is too long."""
-    return Refused(413, f"The request is larger than {limits.max_body_bytes:,} bytes, the limit.")
+    return Refusal(413, f"The request is larger than {limits.max_body_bytes:,} bytes, the limit.")
 
 
 class Gate:
@@ -106,7 +106,7 @@ class Gate:
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
-        """Hold a place, active or waiting. Raises Refused (503) when all are taken."""
+        """Hold a place, active or waiting. Raises Refusal (503) when all are taken."""
         if self._inside >= self._limits.max_active + self._limits.max_waiting:
             raise self._busy()
         self._inside += 1
@@ -117,7 +117,7 @@ class Gate:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Wait for a turn and hold it. Raises Refused (503) when it does not come in time."""
+        """Wait for a turn and hold it. Raises Refusal (503) when it does not come in time."""
         try:
             async with asyncio.timeout(self._limits.wait_seconds):
                 await self._turns.acquire()
@@ -128,13 +128,13 @@ class Gate:
         finally:
             self._turns.release()
 
-    def _busy(self) -> Refused:
-        return Refused(503, "The server is busy; ask again in a moment.", min(self._limits.wait_seconds, 10.0))
+    def _busy(self) -> Refusal:
+        return Refusal(503, "The server is busy; ask again in a moment.", min(self._limits.wait_seconds, 10.0))
 
 
 def refusal_response(request: Request | None, error: Exception) -> JSONResponse:
     """Give the JSON reply of a refusal; fits `app.add_exception_handler(Refused, refusal_response)`."""
-    assert isinstance(error, Refused)
+    assert isinstance(error, Refusal)
     return JSONResponse(error.content, error.status, headers=error.headers)
 
 
@@ -175,14 +175,14 @@ class Guard:
                 await self._app(scope, self._counted(scope, receive), reply)
         except _HungUp:
             return
-        except Refused as error:
+        except Refusal as error:
             await reply.instead(scope, receive, error)
         except Exception:
             log.exception("A request to %s failed", scope["path"])
-            await reply.instead(scope, receive, Refused(500, "Something went wrong here; the server's log says what."))
+            await reply.instead(scope, receive, Refusal(500, "Something went wrong here; the server's log says what."))
 
     def _let_in(self, scope: Scope) -> None:
-        """Count the request for its key, or for its address when it has no valid one. Raises Refused (401, 429)."""
+        """Count the request for its key, or for its address when it has no valid one. Raises Refusal (401, 429)."""
         key = self._keys.find(_presented(scope)) if self._keys else None
         if key is not None:
             self._rates.hit(f"key {key.sha256}", key.requests_per_minute or self._limits.requests_per_minute)
@@ -190,7 +190,7 @@ class Guard:
         host = (scope.get("client") or ("unknown",))[0]
         self._rates.hit(address_identity(host), self._limits.requests_per_minute)
         if self._keys is not None:
-            raise Refused(401, "A valid API key is needed: send the header Authorization: Bearer <key>.")
+            raise Refusal(401, "A valid API key is needed: send the header Authorization: Bearer <key>.")
 
     async def _in_turn(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         """Read the body, wait for a turn and answer; stop when the client hangs up."""
@@ -216,10 +216,10 @@ class Guard:
             except TimeoutError:
                 if not clock.expired():
                     raise
-                raise Refused(503, "The answer took too long and was broken off.", 10.0) from None
+                raise Refusal(503, "The answer took too long and was broken off.", 10.0) from None
 
     async def _body(self, receive: Receive) -> bytes:
-        """Read the whole body. Raises Refused (408) when it arrives too slowly."""
+        """Read the whole body. Raises Refusal (408) when it arrives too slowly."""
         body, is_whole = bytearray(), False
         try:
             async with asyncio.timeout(self._limits.body_seconds):
@@ -230,7 +230,7 @@ class Guard:
                     body += message.get("body", b"")
                     is_whole = not message.get("more_body", False)
         except TimeoutError:
-            raise Refused(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
+            raise Refusal(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
         return bytes(body)
 
     def _counted(self, scope: Scope, receive: Receive) -> Receive:
@@ -268,7 +268,7 @@ class _Reply:
         self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
-    async def instead(self, scope: Scope, receive: Receive, error: Refused) -> None:
+    async def instead(self, scope: Scope, receive: Receive, error: Refusal) -> None:
         """Send a refusal; once an answer has begun, only breaking off is left, which the server does on an error."""
         if self._has_begun:
             raise ConnectionAbortedError(str(error)) from None

@@ -20,6 +20,7 @@ from pathlib import Path
 from llava.core.config import build, setting, to_dict
 from llava.core.registry import nearest
 from llava.core.runtime import atomic_path
+from llava.core.terminal import aligned
 
 log = logging.getLogger(__name__)
 PREFIX = "m2f2_"
@@ -141,8 +142,7 @@ def list_keys(settings: KeyFile) -> str:
     keys = read_keys(Path(settings.file))
     rows = [("name", "ends in", "created", "expires", "per minute")]
     rows += [(k.name, k.last_four, k.created, k.expires or "never", str(k.requests_per_minute or "-")) for k in keys]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(aligned(rows))
 
 
 def revoke_key(settings: OldKey) -> str:

@@ -31,7 +31,7 @@ MARKS = {"start": 0.0, "10 %": 0.1, "50 %": 0.5, "end": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
+class TimedAnswer:
     """What became of one request. status: of the reply, 0 = none came; seconds from sending to the verdict, the end."""
 
     status: int
@@ -55,7 +55,7 @@ class Run:
 
     seconds: float = 0.0
     cpu_seconds: float | None = None
-    answers: list[Answered] = field(default_factory=list)
+    answers: list[TimedAnswer] = field(default_factory=list)
     memory_mb: dict[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ async def send(url: str, asked: Sequence[bytes], at_a_time: int, key: str = "", 
     return run
 
 
-async def _ask(client: httpx.AsyncClient, body: bytes) -> Answered:
+async def _ask(client: httpx.AsyncClient, body: bytes) -> TimedAnswer:
     """Ask once and read the stream to its end."""
     status, verdict, tokens, problem, is_done, started = 0, None, 0, "", False, time.perf_counter()
     try:
@@ -136,7 +136,7 @@ async def _ask(client: httpx.AsyncClient, body: bytes) -> Answered:
                 is_done = is_done or line == "data: [DONE]"
     except httpx.HTTPError as error:
         problem = type(error).__name__
-    return Answered(
+    return TimedAnswer(
         status=status,
         verdict_seconds=verdict,
         seconds=time.perf_counter() - started,

@@ -69,11 +69,11 @@ class Measures:
                 path = scope["path"] if scope["path"] in KNOWN else "other"
                 self._requests.labels(path, str(status)).inc()
                 self._seconds.labels(path).observe(seconds)
-                told = {"id": name, "method": scope["method"], "path": path, "status": status}
-                fields = told | {"seconds": round(seconds, 3)}
+                facts = {"id": name, "method": scope["method"], "path": path, "status": status}
+                fields = facts | {"seconds": round(seconds, 3)}
                 is_file = path == "other" and scope["method"] == "GET" and status < 400  # a page loads many
                 level = logging.DEBUG if is_file else logging.INFO
-                log.log(level, "%s %s %s %d %.3f s", *told.values(), seconds, extra={"fields": fields})
+                log.log(level, "%s %s %s %d %.3f s", *facts.values(), seconds, extra={"fields": fields})
 
         return counted
 

@@ -23,13 +23,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from llava.core.config import parse, setting
-from llava.core.logs import setup_logging
-from llava.core.types import GenerationSettings, Turn, Verdict
-from llava.pipeline import load
-from llava.pipeline.settings import PipelineSettings, Quantization
-from llava.pipeline.verdict import explanation, meaning
-from llava.serve.engine import Engine, Piece, Question, joined
-from llava.serve.openai_chat import StopAt, from_thread
+from llava.core.runtime import setup_logging
+from llava.core.types import GenerationSettings, Turn
+from llava.pipeline.settings import PipelineSettings, Quantization, load
+from llava.pipeline.verdict import meaning
+from llava.serve.engine import Answer, Engine, Piece, Question, Refusal, from_thread, joined
 from llava.serve.protocol import (
     GREEDY_UP_TO,
     MAX_IMAGE_BYTES,
@@ -42,12 +40,17 @@ from llava.serve.protocol import (
     encode_chunk,
     error_chunk,
 )
-from llava.serve.refusals import Refused
 from llava.serve.registration import SecretSettings, read_secret, require_secret, stay_registered
 from llava.serve.uploads import read_still
 from llava.serve.web import make_app, read_json, require_free, serve
 
 log = logging.getLogger(__name__)
+BUSY = "Too many requests wait here; please try again in a minute."
+MAX_REQUEST_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 500_000
+REQUEST_ID = re.compile(r"[\w-]{1,64}")
+# How the published command lines and FastChat write two flags.
+ALIASES = {"--controller": "--controller-address", "--worker": "--worker-address"}
+REFUSED = {"--model-base": "a merged explainer (the output of stage 3) is served; merge base and LoRA first"}
 
 
 def translated(argv: Sequence[str], aliases: Mapping[str, str], refused: Mapping[str, str]) -> Iterator[str]:
@@ -58,9 +61,6 @@ def translated(argv: Sequence[str], aliases: Mapping[str, str], refused: Mapping
         if dashed in refused:
             raise ValueError(f"{name} is not accepted: {refused[dashed]}.")
         yield f"{aliases.get(dashed, name)}{equals}{value}"
-
-
-BUSY = "Too many requests wait here; please try again in a minute."
 
 
 class Answers:
@@ -80,21 +80,21 @@ class Answers:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def require_room(self) -> None:
-        """Raise Refused when so many requests run and wait that there is no room for one more."""
+        """Raise Refusal when so many requests run and wait that there is no room for one more."""
         if self.queue_length >= self._most:
-            raise Refused(503, BUSY)
+            raise Refusal(503, BUSY)
 
-    async def answer(self, asked: GenerateRequest, turns: Sequence[Turn], request_id: str) -> AsyncIterator[bytes]:
+    async def answer(self, query: GenerateRequest, turns: Sequence[Turn], request_id: str) -> AsyncIterator[bytes]:
         """Yield the chunks of an answer: the verdict, then the text as it grows; an error is the last chunk."""
         if self.queue_length >= self._most:  # asked again, because others came while the body was read
             yield error_chunk(ErrorCode.FAILED, BUSY)
             return
         started = time.monotonic()
-        writer = _Writer(asked, turns[-1].text)
+        writer = _Writer(query, turns[-1].text)
         outcome = "client left"
         self.queue_length += 1
         try:
-            async with aclosing(self._chunks(asked, turns, writer, started)) as chunks:
+            async with aclosing(self._chunks(query, turns, writer, started)) as chunks:
                 async for chunk in chunks:
                     yield encode_chunk(chunk)
             outcome = "done"
@@ -112,10 +112,10 @@ class Answers:
             self.queue_length -= 1
             seconds = time.monotonic() - started
             line = "request id=%s model=%s seconds=%.2f tokens=%d outcome=%s"
-            log.info(line, request_id, self._model, seconds, writer.tokens, outcome)
+            log.info(line, request_id, self._model, seconds, writer.answer.tokens, outcome)
 
     async def _chunks(
-        self, asked: GenerateRequest, turns: Sequence[Turn], writer: _Writer, started: float
+        self, query: GenerateRequest, turns: Sequence[Turn], writer: _Writer, started: float
     ) -> AsyncGenerator[Chunk, None]:
         """Wait for a slot, then yield what the engine says. Raises TimeoutError when all of it takes too long."""
         stop = Event()
@@ -124,57 +124,47 @@ class Answers:
         try:
             left = self._seconds - (time.monotonic() - started)
             async with aclosing(
-                from_thread(lambda: self._pieces(asked, turns, stop), self._threads, stop, left)
+                from_thread(lambda: self._pieces(query, turns, stop), self._threads, stop, left)
             ) as said:
                 async for pieces in said:
                     for chunk in writer.take(joined(pieces)):
                         yield chunk
-                    if writer.is_ended:
+                    if writer.answer.is_ended:
                         break
         finally:
             self._slots.release()
         for chunk in writer.finish():
             yield chunk
 
-    def _pieces(self, asked: GenerateRequest, turns: Sequence[Turn], stop: Event) -> Iterator[Piece]:
+    def _pieces(self, query: GenerateRequest, turns: Sequence[Turn], stop: Event) -> Iterator[Piece]:
         """Read the image, then ask the engine; runs in a thread."""
-        content = asked.image()
+        content = query.image()
         image = None if content is None else read_still(content, "the image").pixels
         settings = GenerationSettings(
-            max_new_tokens=min(asked.max_new_tokens, MAX_NEW_TOKENS),
-            temperature=asked.temperature if asked.temperature > GREEDY_UP_TO else 0.0,
-            top_p=asked.top_p,
-            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
+            max_new_tokens=min(query.max_new_tokens, MAX_NEW_TOKENS),
+            temperature=query.temperature if query.temperature > GREEDY_UP_TO else 0.0,
+            top_p=query.top_p,
+            seed=secrets.randbits(63) if query.seed is None else query.seed,
         )
-        question = Question(image=image, turns=turns, settings=settings, is_crop=asked.is_crop)
+        question = Question(image=image, turns=turns, settings=settings, is_crop=query.is_crop)
         return self._engine.ask(question, stop)
 
 
 class _Writer:
-    """Turns the pieces of an answer into chunks, each with the whole text so far after `prefix`."""
+    """Writes an answer as chunks, each with the whole text so far after `prefix`."""
 
-    def __init__(self, asked: GenerateRequest, question: str) -> None:
-        self.tokens = 0
-        self._prefix = asked.prompt if asked.echo else ""
-        self._has_map = asked.evidence_map
-        self._question = question
-        self._text = StopAt(asked.stops)
+    def __init__(self, query: GenerateRequest, question: str) -> None:
+        self.answer = Answer(question, stops=query.stops)
+        self._prefix = query.prompt if query.echo else ""
+        self._has_map = query.evidence_map
         self._sent = ""
-        self._verdict: Verdict | None = None
-
-    @property
-    def is_ended(self) -> bool:
-        """Whether a text was written that ends the answer."""
-        return self._text.is_reached
 
     def take(self, piece: Piece) -> Iterator[Chunk]:
         """Yield the chunk of one piece, if it has anything new to show."""
-        self.tokens = max(self.tokens, piece.tokens)
+        self.answer.add(piece)
         if piece.verdict is not None:
-            self._verdict = piece.verdict
             yield Chunk(text=self._prefix, error_code=ErrorCode.OK, verdict=piece.verdict.to_dict(), **self._map(piece))
-        self._text.feed(piece.text)
-        shown = self._text.shown()
+        shown = self.answer.shown
         if shown != self._sent:
             self._sent = shown
             yield Chunk(text=self._prefix + shown, error_code=ErrorCode.OK)
@@ -187,22 +177,14 @@ class _Writer:
 
     def finish(self) -> Iterator[Chunk]:
         """Yield the last chunk, if there is more to say: held back text, or what there is to know beside it."""
-        text, remark = self._text.shown(is_last=True), ""
-        if self._verdict is not None and self._verdict.p_fake is None:
-            text = meaning(self._verdict)
-        elif self._verdict is not None:
-            remark = explanation(self._verdict, self._question, text).remark
+        verdict = self.answer.verdict
+        text, remark = self.answer.text, self.answer.explanation.remark
+        if verdict.p_fake is None:
+            text, remark = meaning(verdict), ""
         if remark:
             yield Chunk(text=self._prefix + text, error_code=ErrorCode.OK, remark=remark)
         elif text != self._sent:
             yield Chunk(text=self._prefix + text, error_code=ErrorCode.OK)
-
-
-MAX_REQUEST_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 500_000
-REQUEST_ID = re.compile(r"[\w-]{1,64}")
-# How the published command lines and FastChat write two flags.
-ALIASES = {"--controller": "--controller-address", "--worker": "--worker-address"}
-REFUSED = {"--model-base": "a merged explainer (the output of stage 3) is served; merge base and LoRA first"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,14 +286,14 @@ def _add_routes(app: FastAPI, answers: Answers, status: Callable[[], WorkerStatu
     @app.post("/worker_generate_stream")
     async def worker_generate_stream(request: Request) -> StreamingResponse:
         answers.require_room()
-        asked = await read_json(request, GenerateRequest, MAX_REQUEST_BYTES)
+        query = await read_json(request, GenerateRequest, MAX_REQUEST_BYTES)
         try:
-            turns = asked.turns()
+            turns = query.turns()
         except ValueError as error:
-            raise Refused(400, str(error)) from None
+            raise Refusal(400, str(error)) from None
         given = request.headers.get(REQUEST_HEADER, "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex[:12]
-        return StreamingResponse(answers.answer(asked, turns, request_id))
+        return StreamingResponse(answers.answer(query, turns, request_id))
 
 
 def load_engine(settings: WorkerSettings) -> Engine:

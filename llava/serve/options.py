@@ -10,7 +10,7 @@ from pathlib import Path
 from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
 from llava.pipeline.settings import DEMO_MODEL, PipelineSettings
-from llava.serve.addresses import is_loopback
+from llava.serve.fetch import is_loopback
 
 PROXIES = "addresses or networks of proxies in front; who asks is then who their X-Forwarded-For names"
 
@@ -20,7 +20,7 @@ class ServeSettings(PipelineSettings):
     """What is served, where, and to whom."""
 
     model_path: str | None = setting(
-        None, "merged explainer: folder, name in checkpoints/, or hub id; none = that of m2f2 demo, trained if missing"
+        None, "merged explainer: folder, name in checkpoints/, or hub id; none = that of make demo, trained if missing"
     )
     model_name: str | None = setting(None, "name that clients ask for; none = the name of the folder")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 = every one")

@@ -25,17 +25,13 @@ from ray.serve.handle import DeploymentHandle
 
 from llava.core.cluster import keep_replicas_private
 from llava.core.config import build as build_settings
-from llava.core.logs import log_json, setup_logging
+from llava.core.runtime import log_json, setup_logging
 from llava.data.inputs import Image, NamedVideo
-from llava.explainer.convert import ready
-from llava.pipeline import load
+from llava.pipeline.settings import load
 from llava.pipeline.verdict import Finding, VideoFinding
 from llava.serve.api import build as build_api
-from llava.serve.batching import BatchConfig, BatchingEngine
-from llava.serve.engine import Piece, Question, joined
-from llava.serve.openai_chat import from_thread
+from llava.serve.engine import Piece, Question, Refusal, from_thread, joined
 from llava.serve.options import ServeSettings
-from llava.serve.refusals import Refused
 from llava.serve.web import SHUTDOWN_SECONDS
 
 log = logging.getLogger(__name__)
@@ -44,6 +40,7 @@ LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError, Back
 ATTEMPTS = 2
 WAIT_SECONDS = 0.1
 T = TypeVar("T")
+ANYWHERE = "0.0.0.0"  # `serve run` does not tell where Ray listens
 
 
 class RayEngine:
@@ -58,19 +55,19 @@ class RayEngine:
         Thread(target=self._loop.run_forever, name="ray-engine", daemon=True).start()
 
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
-        """Yield the verdict, then the text, as `Engine.ask` says. Raises Refused (503) when replicas die over it."""
+        """Yield the verdict, then the text, as `Engine.ask` says. Raises Refusal (503) when replicas die over it."""
         yield from _again(lambda: self._pieces(question, stop), stop)
 
     def findings(self, images: Sequence[Image]) -> list[Finding]:
-        """Give a finding for each face, as `Engine.findings` says. Raises Refused (503) when replicas die over it."""
+        """Give a finding for each face, as `Engine.findings` says. Raises Refusal (503) when replicas die over it."""
         return _once(lambda: self._handle.findings.remote(images).result())
 
     def video_finding(self, video: NamedVideo) -> VideoFinding:
-        """Give the finding on a video, as `Engine.video_finding` says. Raises Refused (503) as `findings` does."""
+        """Give the finding on a video, as `Engine.video_finding` says. Raises Refusal (503) as `findings` does."""
         return _once(lambda: self._handle.video_finding.remote(video).result())
 
     def model_facts(self) -> dict[str, Any]:
-        """Give what a case file says of the model. Raises Refused (503) as `findings` does."""
+        """Give what a case file says of the model. Raises Refusal (503) as `findings` does."""
         return _once(lambda: self._handle.model_facts.remote().result())
 
     def _pieces(self, question: Question, stop: Event) -> Iterator[Piece]:
@@ -124,7 +121,7 @@ def _again(attempt: Callable[[], Iterator[T]], stop: Event) -> Iterator[T]:
             except LOST as error:
                 log.warning("a replica was lost: %s", type(error).__name__)
                 if has_begun or not left:
-                    raise Refused(503, "What wrote this answer has failed; ask again in a moment.", 5.0) from None
+                    raise Refusal(503, "What wrote this answer has failed; ask again in a moment.", 5.0) from None
             except RayTaskError as error:
                 if isinstance(error.cause, ValueError):
                     raise ValueError(str(error.cause)) from None
@@ -134,13 +131,14 @@ def _again(attempt: Callable[[], Iterator[T]], stop: Event) -> Iterator[T]:
 
 
 ENGINE, INGRESS = "engine", "ingress"
-ANYWHERE = "0.0.0.0"  # `serve run` does not tell where Ray listens
 
 
 class EngineReplica:
     """Holds the model in a process of its own. Questions that arrive together are answered together by its engine."""
 
     def __init__(self, settings: ServeSettings) -> None:
+        from llava.serve.batching import BatchConfig, BatchingEngine  # here, because only a replica needs PyTorch
+
         _set_up(settings)
         self._engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
         self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
@@ -187,6 +185,8 @@ def app(args: dict[str, Any]) -> Application:
 
 def application(settings: ServeSettings) -> Application:
     """Give the application; the model's folder and the file of keys have to be there on every machine."""
+    from llava.explainer.convert import ready  # here, because it imports PyTorch, which the ingress does not need
+
     keys = str(Path(settings.keys).resolve()) if settings.keys else None
     settings = replace(
         settings,

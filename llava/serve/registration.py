@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from llava.core.config import setting
-from llava.serve.addresses import Address, address_in, is_loopback, plain_address
+from llava.serve.fetch import Address, address_in, is_loopback, plain_address
 from llava.serve.protocol import HeartBeat, Registration, WorkerStatus
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")))
 
 Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
+RETRY_SECONDS = 2.0
+CALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +166,6 @@ def _require_allowed(address: Address, asking: Address | None, allowed: Sequence
             f"worker address {name!r} leads to {address}, and the request comes from {asking}; a worker registers "
             "itself, or its network is named in --worker-networks of the controller."
         )
-
-
-RETRY_SECONDS = 2.0
-CALL_SECONDS = 5.0
 
 
 async def stay_registered(

@@ -18,7 +18,7 @@ from llava.core.runtime import give_memory_back
 from llava.data.frames import open_clip
 from llava.data.images import ImageTooLarge, UnreadableImage, read_image
 from llava.data.inputs import NamedImage, NamedVideo
-from llava.serve.refusals import Refused
+from llava.serve.engine import Refusal
 
 SNIFF_BYTES = 192  # a second packet of an MPEG transport stream begins at 188
 # Pillow's name for each image format; it opens many more, some through other programs (EPS), and none of those here.
@@ -51,6 +51,16 @@ BRANDS = {b"avif": "image/avif", b"avis": "image/avif"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "image/heif"
 )
 MOVIE_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+T = TypeVar("T")
+NAMELESS = "upload"
+DECODING = Semaphore(2)  # at a time in a process, because one image may take 525 MB, see UploadLimits
+LARGE = 10_000_000  # bytes of pixels; reading more than that leaves hundreds of megabytes with each thread
+MAX_NAME = 80
+# RFC 2397, with base64 required; the media type is not believed.
+DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+\"-]*)*;base64,", re.IGNORECASE | re.ASCII)
+MAX_HEAD = 200
+BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")  # of a length that 4 divides
+WHITESPACE = str.maketrans("", "", " \t\r\n")
 
 
 def media_type(content: bytes | bytearray) -> str | None:
@@ -67,21 +77,9 @@ def media_type(content: bytes | bytearray) -> str | None:
     return next((kind for beginning, kind in BEGINNINGS if start.startswith(beginning)), None)
 
 
-def unknown_format(name: str) -> Refused:
+def unknown_format(name: str) -> Refusal:
     """Give the refusal for what is neither an image nor a video."""
-    return Refused(415, f"{name}: not an image or video in a format that is known here; send JPEG, PNG, WebP or MP4.")
-
-
-T = TypeVar("T")
-NAMELESS = "upload"
-DECODING = Semaphore(2)  # at a time in a process, because one image may take 525 MB, see UploadLimits
-LARGE = 10_000_000  # bytes of pixels; reading more than that leaves hundreds of megabytes with each thread
-MAX_NAME = 80
-# RFC 2397, with base64 required; the media type is not believed.
-DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+\"-]*)*;base64,", re.IGNORECASE | re.ASCII)
-MAX_HEAD = 200
-BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")  # of a length that 4 divides
-WHITESPACE = str.maketrans("", "", " \t\r\n")
+    return Refusal(415, f"{name}: not an image or video in a format that is known here; send JPEG, PNG, WebP or MP4.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +97,13 @@ class UploadLimits:
 def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = None) -> NamedImage | NamedVideo:
     """Read an image, or check a video, that its bytes show it to be.
 
-    Raises Refused with a sentence for people: 400 damaged or too small, 413 too large, 415 no known format. Decodes,
+    Raises Refusal with a sentence for people: 400 damaged or too small, 413 too large, 415 no known format. Decodes,
     so a server calls it in a thread.
     """
     limits, name = limits or UploadLimits(), display_name(name)
     _check_length(len(content), name, limits)
     if not content:
-        raise Refused(400, f"{name}: empty; nothing was sent.")
+        raise Refusal(400, f"{name}: empty; nothing was sent.")
     kind = media_type(content)
     if kind is None:
         raise unknown_format(name)
@@ -120,16 +118,16 @@ def read_upload(content: bytes, name: str = "", limits: UploadLimits | None = No
         _check_clip(content, name, limits)
         return NamedVideo(source=content, **known)
     except ImageTooLarge as error:
-        raise Refused(413, str(error)) from None
+        raise Refusal(413, str(error)) from None
     except UnreadableImage as error:
-        raise Refused(400, str(error)) from None
+        raise Refusal(400, str(error)) from None
 
 
 def read_still(content: bytes, name: str = "", limits: UploadLimits | None = None) -> NamedImage:
-    """Read an image as `read_upload` does. Raises Refused for a video, too (415)."""
+    """Read an image as `read_upload` does. Raises Refusal for a video, too (415)."""
     found = read_upload(content, name, limits)
     if not isinstance(found, NamedImage):
-        raise Refused(415, f"{found.name}: a video, and an image is wanted here; send one of its frames.")
+        raise Refusal(415, f"{found.name}: a video, and an image is wanted here; send one of its frames.")
     return found
 
 
@@ -138,7 +136,7 @@ async def read_files(
 ) -> list[T]:
     """Read the files of a request by `read_upload` or `read_still`.
 
-    Raises Refused as they do; 413 also where the images are too much together.
+    Raises Refusal as they do; 413 also where the images are too much together.
     """
     found: list[T] = []
     left = limits.max_request_pixels
@@ -147,26 +145,26 @@ async def read_files(
         left -= one.pixels.size // 3 if isinstance(one, NamedImage) and one.pixels is not None else 0
         if left < 0:
             most = limits.max_request_pixels
-            raise Refused(413, f"The images together have more than {most:,} pixels, the limit; send fewer at a time.")
+            raise Refusal(413, f"The images together have more than {most:,} pixels, the limit; send fewer at a time.")
         found.append(one)
     return found
 
 
 def decode_base64(text: str, name: str = "", limits: UploadLimits | None = None) -> bytes:
-    """Decode base64 (RFC 4648, line breaks allowed, nothing else); the length is checked first. Raises Refused."""
+    """Decode base64 (RFC 4648, line breaks allowed, nothing else); the length is checked first. Raises Refusal."""
     limits, name = limits or UploadLimits(), display_name(name)
     text = text.translate(WHITESPACE)
     _check_length(len(text) // 4 * 3 - text[-2:].count("="), name, limits)
     if len(text) % 4 or not BASE64.fullmatch(text):
-        raise Refused(400, f"{name}: not base64; encode the file's bytes with the letters A-Z a-z 0-9 + / =.")
+        raise Refusal(400, f"{name}: not base64; encode the file's bytes with the letters A-Z a-z 0-9 + / =.")
     return base64.b64decode(text)
 
 
 def decode_data_uri(uri: str, name: str = "", limits: UploadLimits | None = None) -> bytes:
-    """Decode `data:<media type>;base64,<data>`. Raises Refused."""
+    """Decode `data:<media type>;base64,<data>`. Raises Refusal."""
     head = DATA_URI.match(uri[:MAX_HEAD])
     if head is None:
-        raise Refused(400, f"{display_name(name)}: not a data URI; give data:image/jpeg;base64,<data>.")
+        raise Refusal(400, f"{display_name(name)}: not a data URI; give data:image/jpeg;base64,<data>.")
     return decode_base64(uri[head.end() :], name, limits)
 
 
@@ -184,7 +182,7 @@ def display_name(name: str) -> str:
 
 def _check_length(byte_count: int, name: str, limits: UploadLimits) -> None:
     if byte_count > limits.max_bytes:
-        raise Refused(413, f"{name}: larger than {limits.max_bytes:,} bytes, the limit; send a smaller file.")
+        raise Refusal(413, f"{name}: larger than {limits.max_bytes:,} bytes, the limit; send a smaller file.")
 
 
 def _check_clip(content: bytes, name: str, limits: UploadLimits) -> None:
@@ -192,4 +190,4 @@ def _check_clip(content: bytes, name: str, limits: UploadLimits) -> None:
     seconds, frames = clip.seconds(len(clip.stamps) - 1), len(clip.stamps)
     if seconds > limits.max_seconds or frames > limits.max_frames:
         allowed = f"{limits.max_seconds:g} s and {limits.max_frames:,} frames"
-        raise Refused(413, f"{name}: {seconds:.0f} s with {frames:,} frames; at most {allowed} are looked at.")
+        raise Refusal(413, f"{name}: {seconds:.0f} s with {frames:,} frames; at most {allowed} are looked at.")

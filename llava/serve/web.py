@@ -13,14 +13,16 @@ from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
+from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llava.core.logs import setup_logging
+from llava.core.runtime import setup_logging
+from llava.serve.engine import Refusal
 from llava.serve.protocol import ErrorCode, error_chunk
-from llava.serve.refusals import Refused
 
 M = TypeVar("M", bound=BaseModel)
 BODY_SECONDS = 30.0
@@ -28,17 +30,19 @@ MAX_CONNECTIONS = 1000
 SHUTDOWN_SECONDS = 10
 HEAD_SECONDS = 10.0
 READING_SECONDS = 30.0
+FILES = "/swagger"
+OPEN_PATHS = ("/docs", "/openapi.json", *(f"{FILES}/swagger-ui{end}" for end in ("-bundle.js", ".css")))
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read a JSON body. Raises Refused for another kind, one that is too large, and one that comes too slowly.
+    """Read a JSON body. Raises Refusal for another kind, one that is too large, and one that comes too slowly.
 
     Another kind is refused because a browser sends JSON to a foreign site only after asking, and we never agree.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(415, "Send application/json.")
-    too_large = Refused(413, f"The body is larger than {max_bytes:,} bytes, the limit.")
+        raise Refusal(415, "Send application/json.")
+    too_large = Refusal(413, f"The body is larger than {max_bytes:,} bytes, the limit.")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise too_large
@@ -50,24 +54,24 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                 if len(body) > max_bytes:
                     raise too_large
     except TimeoutError:
-        raise Refused(408, f"The body was not there after {BODY_SECONDS:g} seconds.") from None
+        raise Refusal(408, f"The body was not there after {BODY_SECONDS:g} seconds.") from None
     except ClientDisconnect:
-        raise Refused(400, "The connection broke off within the body.") from None
+        raise Refusal(400, "The connection broke off within the body.") from None
     return bytes(body)
 
 
 def parse_body(kind: type[M], body: bytes) -> M:
-    """Read a message from JSON. Raises Refused that names the first wrong field."""
+    """Read a message from JSON. Raises Refusal that names the first wrong field."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise Refused(422, f"{where}: {first['msg']}.") from None
+        raise Refusal(422, f"{where}: {first['msg']}.") from None
 
 
 async def read_json(request: Request, kind: type[M], max_bytes: int = 100_000) -> M:
-    """Read a message from a request's body. Raises Refused."""
+    """Read a message from a request's body. Raises Refusal."""
     return parse_body(kind, await read_body(request, max_bytes))
 
 
@@ -75,8 +79,8 @@ def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
     """Give an app that answers refusals with a sentence: a chunk where clients read chunks, else JSON."""
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.exception_handler(Refused)
-    async def refuse(request: Request, error: Refused) -> Response:
+    @app.exception_handler(Refusal)
+    async def refuse(request: Request, error: Refusal) -> Response:
         if request.url.path.endswith("_stream"):
             return Response(error_chunk(ErrorCode.FAILED, str(error)), error.status)
         return JSONResponse({"detail": str(error)}, error.status)
@@ -194,3 +198,18 @@ def serve(app: FastAPI, host: str, port: int, proxies: Sequence[str] = ()) -> No
     setup_logging()
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)
     server_of(app, host, port, proxies).run()
+
+
+def add_documentation(app: FastAPI) -> None:
+    """Add /docs to an application made with `docs_url=None`; FastAPI's own loads its script from another site."""
+    app.mount(FILES, StaticFiles(packages=[("fastapi_swagger", "resources")]))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=f"{app.title}: the API",
+            swagger_js_url=OPEN_PATHS[2].lstrip("/"),
+            swagger_css_url=OPEN_PATHS[3].lstrip("/"),
+            swagger_favicon_url="data:,",
+        )

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 MAX_WORKERS = 256
 Dispatch: TypeAlias = Literal["lottery", "shortest_queue"]
+MAX_STATUS_BYTES = 100_000
+STATUS_SECONDS = 5.0
 
 
 @dataclass(kw_only=True)
@@ -33,7 +35,7 @@ class Worker:
     expires: bool
     is_multimodal: bool
     queue: int
-    seen: float
+    heard_at: float
 
 
 class Pool:
@@ -65,7 +67,7 @@ class Pool:
             expires=expires,
             is_multimodal=is_multimodal,
             queue=status.queue_length,
-            seen=self._clock(),
+            heard_at=self._clock(),
         )
 
     def beat(self, name: str, queue_length: int) -> bool:
@@ -73,7 +75,7 @@ class Pool:
         worker = self._alive().get(name)
         if worker is None:
             return False
-        worker.seen, worker.queue = self._clock(), queue_length
+        worker.heard_at, worker.queue = self._clock(), queue_length
         return True
 
     def drop(self, name: str) -> None:
@@ -108,12 +110,8 @@ class Pool:
 
     def _alive(self) -> dict[str, Worker]:
         oldest = self._clock() - self._expiry_seconds
-        self._workers = {n: w for n, w in self._workers.items() if w.seen >= oldest or not w.expires}
+        self._workers = {n: w for n, w in self._workers.items() if w.heard_at >= oldest or not w.expires}
         return self._workers
-
-
-MAX_STATUS_BYTES = 100_000
-STATUS_SECONDS = 5.0
 
 
 class WorkerClient:

@@ -36,6 +36,14 @@ from llava.train.recipe import CollapseConfig, OptimConfig, PhaseConfig, PhaseDa
 from llava.train.scoring import p_fake_of, probe_answers
 
 log = logging.getLogger(__name__)
+HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
+BEST = "best"  # sub-folder of a phase with its best detector; it exists when the phase is finished
+RESAMPLES_WHILE_TRAINING = 200
+# The best weights have the highest video AUC; this small share of the loss decides between equal ones. One pair of
+# 100 + 100 videos in another order changes the AUC by 1e-4.
+LOSS_IN_MERIT = 1e-5
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
 
 
 class CollapseError(RuntimeError):
@@ -125,16 +133,6 @@ class TensorBoard(TensorBoardCallback):
         """Open the writer; a detector's config is no Hugging Face config and is left out."""
         kwargs.pop("model", None)
         super().on_train_begin(args, state, control, **kwargs)
-
-
-HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
-BEST = "best"  # sub-folder of a phase with its best detector; it exists when the phase is finished
-RESAMPLES_WHILE_TRAINING = 200
-# The best weights have the highest video AUC; this small share of the loss decides between equal ones. One pair of
-# 100 + 100 videos in another order changes the AUC by 1e-4.
-LOSS_IN_MERIT = 1e-5
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
 
 
 class WholeBatches(EpochSampler):

@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from llava.core.config import build, setting
 from llava.core.runtime import pick_device, write_json, write_run
+from llava.core.terminal import aligned, progress
 from llava.core.types import Record
 from llava.data.sources import DataConfig, Source, open_source, split_of
 from llava.data.splits import require_both_classes
@@ -47,13 +46,11 @@ def degraded_scores(
     seed: int = 0,
 ) -> dict[Change, np.ndarray]:
     """Give the raw p_fake (N,) of the records after each change; noise is a function of (seed, index)."""
-    console = Console(stderr=True)
-    changes = track(every_change(), "degrading", console=console, transient=True, disable=not console.is_terminal)
     return {
         change: score(
             detector, source, records, device, batch_size, workers, degrade=partial(_changed, change), seed=seed
         ).p_fake
-        for change in changes
+        for change in progress(every_change(), "degrading")
     }
 
 
@@ -88,10 +85,9 @@ def rule_lines(report: dict[str, Any]) -> list[str]:
         mild, strong = numbers["points"][0]["strength"], numbers["points"][-1]["strength"]
         rates = (_share_text(numbers["any"][name]) for name in ("flips_before", "flips_after", "differs"))
         rows.append([f"{kind} {mild:g} to {strong:g} ({numbers['unit']})", *rates])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = report["rule"]
     return [
-        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
+        *aligned(rows),
         f"the rule makes UNCERTAIN {_share_text(rule['become_uncertain'])} clear verdicts; right of the clear ones: "
         f"{_share_text(rule['right_before'])} before, {_share_text(rule['right_after'])} after",
     ]

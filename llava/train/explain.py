@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from llava.core.config import parse
-from llava.core.logs import setup_logging
-from llava.core.runtime import item_rng, last_checkpoint, other_settings, write_run
+from llava.core.runtime import item_rng, last_checkpoint, other_settings, setup_logging, write_run
 from llava.core.types import FAKE, REAL, Record
 from llava.core.weights import sha256_of
 from llava.data.conversations import ConversationSource, open_conversations

@@ -18,6 +18,7 @@ from llava.evaluation.metrics import ThresholdRule
 from llava.ops.degrade import DegradeConfig
 
 log = logging.getLogger(__name__)
+OWN_FRACTION = 0.15  # of the images, for validation and for test, when the data come without splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +117,6 @@ class Recipe(PhaseConfig):
         """Refuse a recipe that does not say where its images are. Raises ValueError."""
         if any(phase.data is None for phase in self.phase_list()):
             raise ValueError("Missing setting 'data.path'; give it in the recipe or as --data.path FOLDER_OR_CSV.")
-
-
-OWN_FRACTION = 0.15  # of the images, for validation and for test, when the data come without splits
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ import torch
 from transformers import set_seed
 
 from llava.core.config import parse, to_dict
-from llava.core.logs import setup_logging
-from llava.core.runtime import other_settings, pick_device, write_json, write_run
+from llava.core.runtime import other_settings, pick_device, setup_logging, write_json, write_run
 from llava.core.types import Decision
 from llava.core.weights import CONFIG_NAME, load_strictly
 from llava.detectors.base import Detector, create, load

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llava.core.config import build, read_values
-from llava.core.logs import setup_logging
+from llava.core.runtime import setup_logging
 from llava.explainer.merge import merge_delta, merge_detector
 from llava.train.arguments import ExplainArguments, MergeConfig, translate
 

@@ -20,10 +20,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from llava.serve.engine import Engine
+from llava.serve.engine import Engine, Refusal
 from llava.serve.guard import RateLimiter, RequestLimits, address_identity
 from llava.serve.keys import KeyRing
-from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits
 
 FILES = ("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/logout", "/manifest.json")
@@ -43,6 +42,17 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+FONTS = ("system-ui", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif")
+CLOSED: dict[str, Any] = {  # what Gradio would offer beside the page
+    "footer_links": [],
+    "run_history": False,
+    "show_error": False,
+    "ssr_mode": False,
+    "mcp_server": False,
+    "pwa": False,
+    "enable_monitoring": False,
+}
+MONO = ("ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace")
 
 
 class PageDoor:
@@ -85,14 +95,14 @@ class PageDoor:
                 await self._step(scope, receive, send)
             else:
                 raise HTTPException(404, f"There is no {method} {path[:80]} here.")
-        except Refused as error:
+        except Refusal as error:
             await _refusal(error, path)(scope, receive, send)
 
     async def _step(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let something through that a person does. Raises Refused (400, 403, 408, 413, 429)."""
+        """Let something through that a person does. Raises Refusal (400, 403, 408, 413, 429)."""
         request = Request(scope, receive)
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise Refused(403, "Another site may not send anything to this page.")
+            raise Refusal(403, "Another site may not send anything to this page.")
         if scope["path"] in SMALL:
             self._count(scope, "files", FILES_PER_MINUTE)
         else:
@@ -103,13 +113,13 @@ class PageDoor:
                     receive = _again(await self._checked(request))
                 await self._app(scope, receive, _with_headers(send))
         except TimeoutError:
-            raise Refused(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
+            raise Refusal(408, f"The request took longer than {self._limits.body_seconds:g} s to arrive.") from None
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a stream through until it ends or the server does. Raises Refused (429, 503)."""
+        """Let a stream through until it ends or the server does. Raises Refusal (429, 503)."""
         self._count(scope, "files", FILES_PER_MINUTE)
         if self._streams >= MAX_STREAMS:
-            raise Refused(503, "Too many pages are open here; try again in a minute.", 60.0)
+            raise Refusal(503, "Too many pages are open here; try again in a minute.", 60.0)
         self._streams += 1
         answer = asyncio.ensure_future(self._app(scope, receive, send))
         closing = asyncio.ensure_future(self._closing.wait())
@@ -126,22 +136,22 @@ class PageDoor:
             await asyncio.gather(answer, closing, return_exceptions=True)
 
     async def _checked(self, request: Request) -> bytes:
-        """Read a step. Raises Refused where it is too long, none of the page's, or names another file (400, 413)."""
+        """Read a step. Raises Refusal where it is too long, none of the page's, or names another file (400, 413)."""
         body = bytearray()
         async for part in request.stream():
             body += part
             if len(body) > MAX_STEP_BYTES:
-                raise Refused(413, f"A question is larger than {MAX_STEP_BYTES:,} bytes, the limit.")
+                raise Refusal(413, f"A question is larger than {MAX_STEP_BYTES:,} bytes, the limit.")
         try:
             content = json.loads(body)
             is_harmless = _is_harmless(content, self._folder)
         except (ValueError, RecursionError):  # a path with a zero byte or half a character raises ValueError, too
-            raise Refused(400, "The request is no JSON that this page sends.") from None
+            raise Refusal(400, "The request is no JSON that this page sends.") from None
         if not is_harmless:
-            raise Refused(400, "The request names a file or an address that was not uploaded here.")
+            raise Refusal(400, "The request names a file or an address that was not uploaded here.")
         number = content.get("fn_index") if isinstance(content, Mapping) else None
         if number is not None and not (isinstance(number, int) and number in self._steps):
-            raise Refused(400, "The page has no such step; load it again.")
+            raise Refusal(400, "The page has no such step; load it again.")
         return bytes(body)
 
     def _count(self, scope: Scope, what: str, per_minute: int) -> None:
@@ -189,24 +199,11 @@ def _again(body: bytes) -> Receive:
     return received
 
 
-def _refusal(error: Refused, path: str) -> Response:
+def _refusal(error: Refusal, path: str) -> Response:
     """Give the reply that Gradio's page shows as a sentence."""
     if path == UPLOAD:
         return PlainTextResponse(str(error), error.status, headers=error.headers)
     return JSONResponse({"detail": str(error), **error.content}, error.status, headers=error.headers)
-
-
-FONTS = ("system-ui", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif")
-CLOSED: dict[str, Any] = {  # what Gradio would offer beside the page
-    "footer_links": [],
-    "run_history": False,
-    "show_error": False,
-    "ssr_mode": False,
-    "mcp_server": False,
-    "pwa": False,
-    "enable_monitoring": False,
-}
-MONO = ("ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace")
 
 
 def open_page(

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from llava.core.types import Explanation, GenerationSettings, Turn, VideoVerdict
+from llava.core.types import Explanation, GenerationSettings, Turn
 from llava.data.inputs import NamedImage
 from llava.explainer.prompts import VERDICT_QUESTION
 from llava.jobs.case_file import case_about, entry_of, render_case
-from llava.pipeline.verdict import Finding, explanation
-from llava.serve.engine import Engine, Question
+from llava.serve.engine import Answer, Engine, Question, Refusal
 from llava.serve.page import views
 from llava.serve.page.visits import Visit, Visits
-from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits, read_upload
 
 log = logging.getLogger(__name__)
@@ -49,7 +47,7 @@ class Screen:
     question: str | None = None
 
 
-def told(step: Callable[..., Iterator[Screen]]) -> Callable[..., Iterator[Screen]]:
+def with_notices(step: Callable[..., Iterator[Screen]]) -> Callable[..., Iterator[Screen]]:
     """Make a step end with a sentence on the page where it fails; what nobody foresaw goes to the log."""
 
     @wraps(step)
@@ -75,7 +73,7 @@ class Flow:
         self._uploads = uploads or UploadLimits()
         self._visits = visits or Visits()
 
-    @told
+    @with_notices
     def look(self, page: str, model: str | None, read: Callable[[], tuple[bytes, str]]) -> Iterator[Screen]:
         """Find the faces of a picture or video, show the verdict on the largest one, and explain it.
 
@@ -87,36 +85,37 @@ class Flow:
         self._visits.put(page, visit)
         yield from self._shown(visit)
 
-    @told
+    @with_notices
     def choose(self, page: str, number: int) -> Iterator[Screen]:
         """Talk about another face of the same picture."""
         visit = self._visit(page)
         if number not in range(len(visit.findings)):
-            raise Refused(400, f"There is no such face; choose 1 to {len(visit.findings)}.")
+            raise Refusal(400, f"There is no such face; choose 1 to {len(visit.findings)}.")
         visit.begin()
         visit.chosen = number
         yield from self._shown(visit, is_new=False)
 
-    @told
+    @with_notices
     def ask(self, page: str, question: str | None) -> Iterator[Screen]:
         """Answer one more question about the face."""
         visit, question = self._visit(page), (question or "").strip()
         if not question:
-            raise Refused(400, views.EMPTY)
+            raise Refusal(400, views.EMPTY)
         if len(question) > MAX_QUESTION:
-            raise Refused(413, f"The question has {len(question):,} characters; at most {MAX_QUESTION:,} are read.")
+            raise Refusal(413, f"The question has {len(question):,} characters; at most {MAX_QUESTION:,} are read.")
         yield from self._written(visit, question, GenerationSettings(), visit.answers)
 
-    @told
+    @with_notices
     def again(self, page: str) -> Iterator[Screen]:
         """Write the last answer again, in other words."""
         visit = self._visit(page)
         question = visit.answers[-1].question if visit.answers else VERDICT_QUESTION
         visit.rewrites += 1
         settings = GenerationSettings(temperature=OTHER_WORDS, seed=visit.rewrites)
-        yield from self._written(visit, question, settings, visit.answers[:-1])
+        # Said first, so that words which come out the same are heard, too.
+        yield from self._written(visit, question, settings, visit.answers[:-1], say=views.AGAIN)
 
-    @told
+    @with_notices
     def stop(self, page: str) -> Iterator[Screen]:
         """End the answer that is being written; what there is of it stays."""
         visit = self._visit(page)
@@ -124,7 +123,7 @@ class Flow:
         visit.stop.set()
         yield Screen(is_busy=False)
 
-    @told
+    @with_notices
     def clear(self, page: str) -> Iterator[Screen]:
         """Forget the picture and everything that was said."""
         self._visits.drop(page)
@@ -133,7 +132,7 @@ class Flow:
         yield Screen(**parts, faces=0, notice="", say="Cleared.", is_open=False, is_busy=False)
 
     def report(self, page: str, kind: str) -> dict[str, str]:
-        """Give the case file of a visit as a file to save: name, type and text. Raises Refused."""
+        """Give the case file of a visit as a file to save: name, type and text. Raises Refusal."""
         visit = self._visit(page)
         entries = [
             entry_of(finding, visit.source, visit.said.get(number, ())) for number, finding in enumerate(visit.findings)
@@ -148,18 +147,18 @@ class Flow:
     def _visit(self, page: str) -> Visit:
         visit = self._visits.get(page)
         if visit is None:
-            raise Refused(400, views.GONE)
+            raise Refusal(400, views.GONE)
         return visit
 
     def _engine(self, model: str | None) -> Engine:
-        """Give the engine of a model. Raises Refused (503) where it is not there."""
+        """Give the engine of a model. Raises Refusal (503) where it is not there."""
         try:
             return self._engines[model or ""]
         except (KeyError, ConnectionError):
-            raise Refused(503, views.NO_MODEL) from None
+            raise Refusal(503, views.NO_MODEL) from None
 
     def _seen(self, engine: Engine, content: bytes, name: str) -> Visit:
-        """Read what was sent and find its faces. Raises Refused, or ValueError where an engine takes no videos."""
+        """Read what was sent and find its faces. Raises Refusal, or ValueError where an engine takes no videos."""
         source = read_upload(content, name, self._uploads)
         if isinstance(source, NamedImage):
             return Visit(engine=engine, source=source, findings=engine.findings([source]))
@@ -188,31 +187,37 @@ class Flow:
             yield from self._written(visit, VERDICT_QUESTION, GenerationSettings(), [])
 
     def _written(
-        self, visit: Visit, question: str, settings: GenerationSettings, before: list[Explanation]
+        self,
+        visit: Visit,
+        question: str,
+        settings: GenerationSettings,
+        before: list[Explanation],
+        say: str | None = None,
     ) -> Iterator[Screen]:
         """Write an answer after those `before`, piece by piece, unless the person goes on to something else."""
-        finding, stop, text = visit.finding, visit.begin(), ""
+        finding, stop = visit.finding, visit.begin()
         if finding.pixels is None:
-            raise Refused(400, views.NO_WORDS)
+            raise Refusal(400, views.NO_WORDS)
         picture: np.ndarray | None = finding.pixels
         is_crop = True
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):
             picture, is_crop = visit.source.pixels, False  # as through the API: the largest face of the whole picture
-        asked = Question(image=picture, turns=turns(before, question), settings=settings, is_crop=is_crop)
-        yield Screen(words=_unfinished(finding, before, question, text), notice="", is_busy=True)
+        inquiry = Question(image=picture, turns=turns(before, question), settings=settings, is_crop=is_crop)
+        answer = Answer(question, finding.verdict)
+        yield Screen(words=_unfinished(before, answer), notice="", say=say, is_busy=True)
         try:
-            for piece in visit.engine.ask(asked, stop):
+            for piece in visit.engine.ask(inquiry, stop):
                 if visit.stop is not stop:
                     return
-                text += piece.text
-                yield Screen(words=_unfinished(finding, before, question, text))
+                answer.add(piece)
+                yield Screen(words=_unfinished(before, answer))
         except Exception:
             if visit.stop is stop:
                 yield Screen(words=views.words(visit.answers, views.BROKEN_OFF))
             raise
         if visit.stop is not stop:
             return
-        said = _explained(finding, question, text)
+        said = answer.explanation
         if said.text:
             visit.said[visit.chosen] = [*before, said]
         note = "" if said.text else views.STOPPED if visit.is_stopped else views.NO_MORE
@@ -226,14 +231,5 @@ def turns(before: Sequence[Explanation], question: str) -> list[Turn]:
     return [*(turn for pair in said for turn in pair), Turn(role="human", text=question)]
 
 
-def _unfinished(finding: Finding, before: Sequence[Explanation], question: str, text: str) -> Markup:
-    return views.words([*before, _explained(finding, question, text)], is_writing=True)
-
-
-def _explained(finding: Finding, question: str, text: str) -> Explanation:
-    """Put words beside the verdict, as every other door of the server does; of a video they are about one frame."""
-    said = explanation(finding.verdict, question, text.strip())
-    verdict = finding.verdict
-    if not isinstance(verdict, VideoVerdict) or verdict.telling_seconds is None:
-        return said
-    return replace(said, about=f"the frame at {verdict.telling_seconds:.1f} s")
+def _unfinished(before: Sequence[Explanation], answer: Answer) -> Markup:
+    return views.words([*before, answer.explanation], is_writing=True)

@@ -16,31 +16,13 @@ from markupsafe import Markup
 from llava.jobs.case_file import fill
 from llava.pipeline.settings import DEMO_MODEL
 from llava.pipeline.verdict import LIMITS
-from llava.serve.engine import Engine
+from llava.serve.engine import Engine, Refusal
 from llava.serve.page import views
 from llava.serve.page.flow import Flow, Screen
 from llava.serve.page.visits import Visits
-from llava.serve.refusals import Refused
 from llava.serve.uploads import UploadLimits
 
 log = logging.getLogger(__name__)
-
-
-def received(file: Mapping[str, Any] | None, folder: Path, limits: UploadLimits) -> tuple[bytes, str]:
-    """Give content and name of a file in the folder of uploads; it is gone afterwards. Raises Refused for any other."""
-    path = Path(str((file or {}).get("path", ""))).resolve()
-    if not path.is_relative_to(folder) or not path.is_file():
-        raise Refused(400, views.GONE)
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(limits.max_bytes + 1)
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # another upload of the same bytes may be there
-            path.parent.rmdir()
-    return content, str((file or {}).get("orig_name") or path.name)
-
-
 FILE_TYPES = ["image", "video", ".heic", ".heif", ".avif"]
 SAVE = """(file) => {
   const link = document.createElement("a");
@@ -49,6 +31,21 @@ SAVE = """(file) => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }"""
+
+
+def received(file: Mapping[str, Any] | None, folder: Path, limits: UploadLimits) -> tuple[bytes, str]:
+    """Give content and name of a file in the folder of uploads; it is gone afterwards. Raises Refusal for any other."""
+    path = Path(str((file or {}).get("path", ""))).resolve()
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise Refusal(400, views.GONE)
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(limits.max_bytes + 1)
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # another upload of the same bytes may be there
+            path.parent.rmdir()
+    return content, str((file or {}).get("orig_name") or path.name)
 
 
 def build_page(
@@ -232,7 +229,7 @@ def _saving(flow: Flow, kind: str, is_allowed: Callable[[str | None], bool]) -> 
             raise gr.Error(views.LOCKED)
         try:
             return flow.report(request.session_hash or "", kind)
-        except Refused as error:
+        except Refusal as error:
             raise gr.Error(str(error)) from None
 
     return save

@@ -56,8 +56,11 @@ NO_FACE = (
 )
 NO_WORDS = "There is nothing to explain without a verdict."
 BROKEN_OFF = "The answer broke off and is not kept; ask again."
+AGAIN = "Writing the answer again, in other words."
 STOPPED = "Stopped before the first word."
 NO_MORE = "No words could be written about this face alone; choose the largest one."
+SHOWN_SIDE = 960  # px
+JPEG_QUALITY = 88
 
 
 class Example(NamedTuple):
@@ -98,10 +101,6 @@ def announcement(verdict: Verdict) -> str:
 def shown_question(question: str) -> str:
     """Give a question as the page shows it; the first one is asked by the page itself."""
     return "" if question == VERDICT_QUESTION else question
-
-
-SHOWN_SIDE = 960  # px
-JPEG_QUALITY = 88
 
 
 def photo(visit: Visit) -> Markup:

@@ -9,8 +9,7 @@ import torch
 from tiny_world import draw
 
 from llava.core.types import GenerationSettings, Turn
-from llava.explainer.decoding import Decoder, Row, processors
-from llava.explainer.generation import Explainer, load_model, load_processor
+from llava.explainer.generation import Decoder, Explainer, Row, load_model, load_processor, processors
 from llava.explainer.prompts import VERDICT_QUESTION
 
 QUESTIONS = (

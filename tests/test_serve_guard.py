@@ -20,9 +20,9 @@ from fastapi.responses import StreamingResponse
 from servers import running
 from starlette.types import Receive, Scope, Send
 
+from llava.serve.engine import KINDS, Refusal
 from llava.serve.guard import Gate, Guard, RateLimiter, RequestLimits, address_identity, check_head, refusal_response
 from llava.serve.keys import KeyRing, NewKey, create_key
-from llava.serve.refusals import KINDS, Refused
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -167,7 +167,7 @@ def test_the_window_moves(monkeypatch: pytest.MonkeyPatch) -> None:
         if is_taken:
             rates.hit("a", 2)
         else:
-            with pytest.raises(Refused) as caught:
+            with pytest.raises(Refusal) as caught:
                 rates.hit("a", 2)
             oldest = 0 if at < 60 else 40
             assert caught.value.status == 429 and caught.value.retry_after == pytest.approx(oldest + 60 - at, abs=1.01)
@@ -223,7 +223,7 @@ def test_heads_have_a_size() -> None:
         ([(b"a", b"b" * 60)], b"/" * 60, 431),
         ([], b"/" * 101, 414),
     ):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(Refusal) as caught:
             check_head(headers, target, limits)
         assert caught.value.status == status
     assert ask(Guard(echo, None, limits), x="y" * 200)[0] == 431
@@ -246,7 +246,7 @@ def test_what_goes_wrong_inside_is_told_without_details(caplog: pytest.LogCaptur
     assert "secret of /srv/models" in caplog.text
 
     async def refusing(scope: Scope, receive: Receive, send: Send) -> None:
-        raise Refused(415, "face.txt: not an image.")
+        raise Refusal(415, "face.txt: not an image.")
 
     assert ask(Guard(refusing))[0] == 415
 
@@ -292,7 +292,7 @@ def test_places_and_turns_come_back_whatever_happens() -> None:
                 async with gate.admitted(), gate.turn():
                     raise error
         async with gate.admitted(), gate.turn():
-            with pytest.raises(Refused):
+            with pytest.raises(Refusal):
                 async with gate.admitted():
                     raise AssertionError("admitted one too many")
 
@@ -337,8 +337,8 @@ def test_limits_that_let_nothing_in_are_an_error(field: str) -> None:
 
 def test_every_status_has_a_kind() -> None:
     for status in KINDS:
-        assert Refused(status, "x").content["error"]["type"]
-    assert Refused(503, "x", 0.2).headers == {"Retry-After": "1"} and Refused(400, "x").headers == {}
+        assert Refusal(status, "x").content["error"]["type"]
+    assert Refusal(503, "x", 0.2).headers == {"Retry-After": "1"} and Refusal(400, "x").headers == {}
 
 
 @contextlib.contextmanager
@@ -400,7 +400,7 @@ def test_fastapi_behind_the_guard_reads_streams_and_refuses() -> None:
 
     @api.post("/refuse")
     def refuse() -> None:
-        raise Refused(415, "face.txt: not an image.")
+        raise Refusal(415, "face.txt: not an image.")
 
     @api.get("/stream")
     def stream() -> StreamingResponse:
@@ -414,7 +414,7 @@ def test_fastapi_behind_the_guard_reads_streams_and_refuses() -> None:
 
         return StreamingResponse(pieces())
 
-    api.add_exception_handler(Refused, refusal_response)
+    api.add_exception_handler(Refusal, refusal_response)
     with (
         served(Guard(api, None, RequestLimits(max_active=1, max_waiting=1))) as port,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.conversations import ConversationSource
+from llava.data.conversations import ConversationSource, VerdictConfig, build_verdicts
 from llava.data.sources import DataConfig, open_source, split_of
-from llava.data.verdicts import VerdictConfig, build_verdicts
 
 
 def test_a_class_folder_goes_round(class_folder: Path, tmp_path: Path) -> None:

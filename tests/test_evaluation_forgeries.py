@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tiny_world import draw
 
+from llava.core.terminal import text_of
 from llava.core.types import FAKE, REAL
 from llava.data.splits import LeakError
 from llava.evaluation.forgeries import (
@@ -29,7 +30,6 @@ from llava.evaluation.forgeries import (
     strength_report,
     strength_tables,
 )
-from llava.evaluation.tables import text_of
 from llava.jobs.forged_faces import ForgeDataConfig, build_forgeries
 
 pytest.importorskip("skimage")

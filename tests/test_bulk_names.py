@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava.jobs.image_names import list_names
+from llava.jobs.bulk import list_names
 
 
 @pytest.fixture

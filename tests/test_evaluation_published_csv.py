@@ -6,9 +6,9 @@ import csv
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import sklearn.metrics as sk
@@ -222,8 +222,8 @@ def test_the_script_says_why_it_does_not_score_as_published(tmp_path: Path) -> N
 
 
 def run_script(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "eval/eval_detection.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    command = ["eval/eval_detection.py", *map(str, words)]
+    return forked.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
 
 
 def test_evaluate_refuses_to_write_it_of_other_data(
