@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +124,9 @@ def test_scores_are_those_of_the_changed_images_whatever_the_batch(class_folder:
     records = split_of(source, "test")
     detector = HandMadeDetector(HandMadeConfig(measure="detail", turning_point=0.05, size=48))
     device = torch.device("cpu")
-    scores = degraded_scores(detector, source, records, device, batch_size=3)
-    again = degraded_scores(detector, source, records, device, batch_size=8)
-    other = degraded_scores(detector, source, records, device, seed=1)
+    scores = degraded_scores(partial(score, detector, source, records, device, batch_size=3))
+    again = degraded_scores(partial(score, detector, source, records, device, batch_size=8))
+    other = degraded_scores(partial(score, detector, source, records, device, seed=1))
     assert set(VERSIONS.values()) <= set(scores) == set(every_change())
     for change, p_fake in scores.items():
         np.testing.assert_allclose(p_fake, again[change], atol=1e-6)

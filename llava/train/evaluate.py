@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from llava.core.config import build, setting
 from llava.core.runtime import pick_device, write_json, write_run
 from llava.core.terminal import aligned, progress
-from llava.core.types import Record
-from llava.data.sources import DataConfig, Source, open_source, split_of
+from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector, load
 from llava.detectors.m2f2det_published import ready_detector
@@ -36,20 +34,13 @@ from llava.train.stage_1 import describe_level
 log = logging.getLogger(__name__)
 
 
-def degraded_scores(
-    detector: Detector,
-    source: Source,
-    records: Sequence[Record],
-    device: torch.device,
-    batch_size: int = 32,
-    workers: int = 0,
-    seed: int = 0,
-) -> dict[Change, np.ndarray]:
-    """Give the raw p_fake (N,) of the records after each change; noise is a function of (seed, index)."""
+def degraded_scores(score_degraded: Callable[..., Predictions]) -> dict[Change, np.ndarray]:
+    """Give the raw p_fake (N,) after each change; noise is a function of (seed, index).
+
+    score_degraded: `score` of everything but `degrade`.
+    """
     return {
-        change: score(
-            detector, source, records, device, batch_size, workers, degrade=partial(_changed, change), seed=seed
-        ).p_fake
+        change: score_degraded(degrade=partial(_changed, change)).p_fake
         for change in progress(every_change(), "degrading")
     }
 
@@ -147,8 +138,8 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     detector = load(folder)
     output = Path(config.output_dir)
     write_run(output, asdict(config), config.seed)
-    asked = (detector, source, records, pick_device(config.device), config.batch_size, config.workers)
-    predictions = score(*asked)
+    scope = (detector, source, records, pick_device(config.device), config.batch_size, config.workers)
+    predictions = score(*scope)
     report = {
         "model": config.model,
         "detector": detector.name,
@@ -164,7 +155,7 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     write_json(output / "report.json", report)
     draw_roc(output / "roc.png", predictions, config.resamples, config.seed, threshold=detector.decision.threshold)
     if config.robustness:
-        degraded = degraded_scores(*asked, config.seed)
+        degraded = degraded_scores(partial(score, *scope, seed=config.seed))
         settings = (config.resamples, config.seed)
         report["robustness"] = write_robustness(output, detector, predictions, degraded, *settings)
     return report
