@@ -32,6 +32,7 @@ from typing import IO, Any
 VARIABLE = "FORKED_FROM"  # where the source listens
 PYTHON = Path(__file__).with_name("forked_python")
 LOADED = (
+    "deepspeed.launcher.runner",
     "gradio",
     "llava.evaluation.calibration",
     "llava.evaluation.pictures",
@@ -237,6 +238,8 @@ def _become(words: list[str], cwd: str, env: dict[str, str], files: list[int], i
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if "FORKED_BY" in env:  # what a shell script's Python starts is forked, too
+        sys.executable = str(PYTHON)
     sys.path[:] = [*env.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
     _use_threads(env.get("OMP_NUM_THREADS", "1"))
     if words[0] == "-m":
@@ -278,7 +281,9 @@ def _end(program: Callable[[], None]) -> None:
 
 def _main() -> None:
     if sys.argv[1] != "--fork":  # this is the Python of a shell script
-        sys.exit(Forked(sys.argv[1:], 1, 2).wait())
+        process = Forked([word for word in sys.argv[1:] if word != "-u"], 1, 2)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        sys.exit(process.wait())
     sys.path.pop(0)  # the folder of this file, which no program has but by its own PYTHONPATH
     for name in LOADED:
         import_module(name)

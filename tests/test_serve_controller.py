@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from uuid import uuid4
 
 import httpx
@@ -31,12 +31,24 @@ def http(body: bytes, length: int | None = None, status: str = "200 OK") -> byte
     return f"HTTP/1.1 {status}\r\nContent-Length: {size}\r\n\r\n".encode() + body
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+@contextmanager
+def controller(expiry_seconds: float) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(SECRET_VARIABLE, raising=False)
-        app = build_app(ControllerSettings(host="127.0.0.1", worker_seconds=0.5, expiry_seconds=30))
+        app = build_app(ControllerSettings(host="127.0.0.1", worker_seconds=0.5, expiry_seconds=expiry_seconds))
     with running(app) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with controller(expiry_seconds=30) as url:
+        yield url
+
+
+@pytest.fixture
+def impatient() -> Iterator[str]:
+    with controller(expiry_seconds=4) as url:
         yield url
 
 
@@ -147,20 +159,20 @@ def test_a_worker_is_called_by_its_name_at_the_address_that_was_checked(address:
     assert f"host: {name.removeprefix('http://')}\r\n" in head and "x-request-id: " in head
 
 
-def test_a_silent_heart_is_forgotten_and_comes_back(address: str, peers: list[Peer]) -> None:
+def test_a_silent_heart_is_forgotten_and_comes_back(impatient: str, peers: list[Peer]) -> None:
     peers.append(Peer(http(json.dumps(STATUS).encode())))
     name = peers[0].address
 
     def beat() -> bool:
         sent = {"worker_name": name, "queue_length": 3}
-        return bool(httpx.post(f"{address}/receive_heart_beat", json=sent).json()["exist"])
+        return bool(httpx.post(f"{impatient}/receive_heart_beat", json=sent).json()["exist"])
 
     assert not beat()
-    register(address, name, "heart")
+    register(impatient, name, "heart")
     assert beat()
-    wait_for(lambda: "heart" not in httpx.post(f"{address}/list_models").json()["models"], 30)
+    wait_for(lambda: "heart" not in httpx.post(f"{impatient}/list_models").json()["models"], 60)
     assert not beat()
-    register(address, name, "heart")
+    register(impatient, name, "heart")
     assert beat()
 
 

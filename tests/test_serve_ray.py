@@ -79,7 +79,7 @@ def serving(model: Path, folder: Path, *flags: str) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    flags = ["--min_replicas", "1", "--max_replicas", "2", "--rows", "1"]
+    flags = ["--min_replicas", "1", "--max_replicas", "2", "--rows", "1", "--upscale_seconds", "2"]
     with serving(tiny_explainer, tmp_path_factory.mktemp("ray"), *flags) as started:
         yield started
 
@@ -205,6 +205,8 @@ def test_replicas_need_ray_and_make_sense() -> None:
         ServeSettings(replicas=2)
     with pytest.raises(ValueError, match="replicas: 3 to 1 is not usable"):
         ServeSettings(ray=True, min_replicas=3)
+    with pytest.raises(ValueError, match="upscale_seconds: -1"):
+        ServeSettings(ray=True, upscale_seconds=-1)
 
 
 @pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray Serve's own
@@ -213,7 +215,8 @@ def test_replicas_are_a_number_or_a_range_for_ray() -> None:
 
     assert _scale(ServeSettings(ray=True, replicas=2)) == {"num_replicas": 2}
     scaling = _scale(ServeSettings(ray=True, min_replicas=1, max_replicas=2, rows=3))["autoscaling_config"]
-    assert scaling == {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 3}
+    load = {"target_ongoing_requests": 3, "upscale_delay_s": 30}
+    assert scaling == {"min_replicas": 1, "max_replicas": 2, **load}
 
 
 @pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray Serve's own

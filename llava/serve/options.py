@@ -38,6 +38,7 @@ class ServeSettings(PipelineSettings):
     replicas: int = setting(1, "processes with the model, with --ray; or give the next two")
     min_replicas: int | None = setting(None, "fewest processes with the model when they follow the load")
     max_replicas: int | None = setting(None, "most processes with the model when they follow the load; none = replicas")
+    upscale_seconds: float = setting(30.0, "how long the load must be too high before one more process is started")
     cluster: ClusterSettings = setting(ClusterSettings())
 
     def __post_init__(self) -> None:
@@ -48,6 +49,8 @@ class ServeSettings(PipelineSettings):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: {value} is not usable; allowed: {least} or more.")
+        if self.upscale_seconds < 0:
+            raise ValueError(f"upscale_seconds: {self.upscale_seconds} is not usable; allowed: 0 or more.")
         require_networks(self.trusted_proxies)
         if self.ray and self.trusted_proxies:
             raise ValueError("trusted_proxies: with --ray the connections are those of Ray's own proxy; leave it out.")

@@ -235,8 +235,8 @@ def _scale(settings: ServeSettings) -> dict[str, Any]:
     fewest, most = settings.replica_range
     if fewest == most:
         return {"num_replicas": most}
-    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": settings.rows}
-    return {"autoscaling_config": scaling}
+    load = {"target_ongoing_requests": settings.rows, "upscale_delay_s": settings.upscale_seconds}
+    return {"autoscaling_config": {"min_replicas": fewest, "max_replicas": most, **load}}
 
 
 def _most_at_once(settings: ServeSettings) -> int:

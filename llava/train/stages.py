@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,13 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def command(argv: Sequence[str], zero: Path) -> list[str]:
     """Build the launcher's command line for these flags. Raises FileNotFoundError when deepspeed is missing."""
     launcher, training = split_flags(argv)
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    found = str(deepspeed) if deepspeed.exists() else shutil.which("deepspeed")
-    if found is None:
+    if find_spec("deepspeed") is None:
         raise FileNotFoundError(
             "The deepspeed launcher is not installed; install the extra: pip install 'm2f2-det[train]'."
         )
     if not any(word.split("=")[0] == "--deepspeed" for word in training):
         training = ["--deepspeed", str(zero), *training]
-    return [found, *launcher, "--module", ENTRY, *training]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, "--module", ENTRY, *training]
 
 
 def run(stage: str, argv: Sequence[str], zero: Path = Path("scripts/zero2.json")) -> int:
