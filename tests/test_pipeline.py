@@ -23,7 +23,7 @@ from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Chat, Pipeline
 from llava.pipeline.crops import NO_FACE, faces_of
 from llava.pipeline.pipeline import explanation
-from llava.pipeline.settings import FaceSettings
+from llava.pipeline.settings import FaceSettings, PipelineSettings, load
 
 WHOLE = FaceSettings(face="off")
 PICTURES = [draw(i % 2, 300 + i) for i in range(6)]
@@ -214,6 +214,13 @@ def test_forensic_crops_of_the_test_set_pass_unchanged(shared_data: Path) -> Non
     for path in paths:
         image = NamedImage(name=path.name, pixels=read_image(path))
         assert [face.pixels is image.pixels for face in faces_of(image, FaceSettings())] == [True], path.name
+
+
+def test_every_setting_of_faces_arrives(tiny_explainer: Path) -> None:
+    other = {"face": "largest", "margin": 0.1, "whole_from": 0.7, "least_face": 77}
+    assert other.keys() == vars(FaceSettings()).keys()
+    model = load(PipelineSettings(**other, device="cpu"), str(tiny_explainer.parent / "detector"))
+    assert vars(model.faces) == other
 
 
 def test_a_problem_becomes_a_row_and_a_wrong_path_an_error(model: Pipeline, tmp_path: Path) -> None:

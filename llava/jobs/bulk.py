@@ -279,8 +279,6 @@ def _engine(settings: ScoreSettings) -> Engine:
 
 def _model_digest(name: str) -> str:
     """Give one SHA-256 over what a model's folder says and weighs."""
-    from llava.explainer.convert import ready
-
     folder = ready(name)
     files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
     return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in files).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from llava.core.config import setting
@@ -99,7 +99,7 @@ def load(settings: PipelineSettings, name: str, quantization: Quantization | Non
         device=settings.device,
         precision=settings.precision,
         quantization=quantization or settings.quantization,
-        faces=FaceSettings(face=settings.face, margin=settings.margin, whole_from=settings.whole_from),
+        faces=FaceSettings(**{field.name: getattr(settings, field.name) for field in fields(FaceSettings)}),
         batch_size=settings.batch_size,
         prior=settings.prior,
         stability=settings.stability,
