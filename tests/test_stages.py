@@ -39,8 +39,8 @@ ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 ASK = [Turn(role="human", text="Determine the authenticity of this image.")]
 
 
-def run(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = forked.run_shell(words, ROOT, timeout=1800, OMP_NUM_THREADS="1")
+def run(*words: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = forked.run_shell(words, ROOT, timeout=1800, OMP_NUM_THREADS="1", **environment)
     assert not check or done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -166,7 +166,9 @@ def test_a_killed_run_of_two_processes_goes_on_likewise(two_processes: tuple[lis
 def test_zero_2_in_bf16_leaves_the_detector_in_float32(world: Path, tmp_path: Path) -> None:
     halves = ["--num_gpus", "2", "--master_port", "29942", "--per_device_train_batch_size", "8"]
     short = ["--bf16", "true", "--max_steps", "2", "--save_strategy", "no"]
-    run("bash", "scripts/finetune_stage_3.sh", *stage_3_flags(world, tmp_path / "out"), *halves, *short)
+    words = ["bash", "scripts/finetune_stage_3.sh", *stage_3_flags(world, tmp_path / "out"), *halves, *short]
+    run(*words, TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
+    assert not (tmp_path / "compiled").exists(), "DeepSpeed compiles what training does not use"
     assert len(losses(tmp_path / "out")) == 2 and all(0 < loss < 3 for loss in losses(tmp_path / "out"))
     model = load_model(world / "stage_2", dtype="bf16")
     kept = DetectorInFloat32(model)

@@ -203,6 +203,13 @@ def prepare(args: ExplainArguments) -> tuple[Model, ExplainerProcessor]:
     return wrapped, processor
 
 
+def leave_out_inference_kernels() -> None:
+    """Keep DeepSpeed on CPUs from compiling kernels that only its inference uses: a minute, and a compiler needed."""
+    from deepspeed import ops  # here, because only a run with --deepspeed has it loaded
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def train(args: ExplainArguments) -> dict[str, float]:
     """Run one stage; resumes from the last checkpoint in output_dir when there is one. Gives the metrics."""
     if not args.output_dir or not args.model_name_or_path or not args.data_path:
@@ -235,6 +242,8 @@ def train(args: ExplainArguments) -> dict[str, float]:
     trainer.add_callback(DetectorInFloat32(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("training %s weights of %s", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
+    if args.deepspeed:
+        leave_out_inference_kernels()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
