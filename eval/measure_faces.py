@@ -62,6 +62,9 @@ class Settings:
 def main() -> None:
     """Measure; print the rows, and write them as a table as far as they are known."""
     settings = parse(Settings, description=(__doc__ or "").splitlines()[0])
+    empty = [folder for folder in settings.folders if next(_pictures(Path(folder), settings), None) is None]
+    if empty:
+        raise ValueError(f"{empty[0]!r} holds no picture and no clip; give folders that do.")
     rows: list[Row] = []
     parts: list[Callable[[], list[Row]]] = [partial(folder_rows, Path(each), settings) for each in settings.folders]
     parts += [faceless_rows, partial(sheet_rows, settings), partial(time_rows, settings)]
