@@ -33,6 +33,9 @@ COMMANDS = {
     "completion": Command("llava.cli:shell_completion", "print what makes a shell complete commands and settings"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
     "evaluate": Command("llava.train.evaluate:evaluate", "score a detector on a split: AUC, calibration, robustness"),
+    "diagnose": Command(
+        "llava.jobs.diagnose:diagnose", "say whether a detector looks at faces and knows every class: healthy or not"
+    ),
     "maps": Command("llava.jobs.maps:write_maps", "write a detector's maps of forged images into a file"),
     "counterfactual": Command(
         "llava.jobs.maps:write_counterfactual", "change what the words name and write how far the score falls"

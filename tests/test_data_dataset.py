@@ -78,7 +78,7 @@ def test_items_hold_every_input_label_and_index(dataset: DetectionDataset) -> No
     batch = collate([dataset[0], dataset[15]])
     assert batch["pixels"].shape == (2, 3, 24, 24)
     assert batch["labels"].tolist() == [1, 0]
-    assert dataset.labels == [1] * 8 + [0] * 8
+    assert dataset.targets == [1] * 8 + [0] * 8
 
 
 def test_an_item_is_a_function_of_seed_epoch_and_index(dataset: DetectionDataset, class_folder: Path) -> None:
@@ -94,7 +94,7 @@ def test_an_item_is_a_function_of_seed_epoch_and_index(dataset: DetectionDataset
 
 def test_workers_give_what_one_process_gives(dataset: DetectionDataset) -> None:
     def batches(workers: int) -> torch.Tensor:
-        sampler = EpochSampler(dataset.labels, seed=1, balanced=True)
+        sampler = EpochSampler(dataset.targets, seed=1, balanced=True)
         sampler.set_epoch(2)
         loader = DataLoader(dataset, 4, sampler=sampler, num_workers=workers, collate_fn=collate)
         return torch.cat([b["pixels"] for b in loader])

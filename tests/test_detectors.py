@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import nn
 
 from llava.core.config import build, to_dict
-from llava.core.types import REGIONS
+from llava.core.types import REGIONS, Record
 from llava.core.weights import load_strictly
 from llava.detectors import DETECTORS
 from llava.detectors.backbones import (
@@ -28,6 +28,7 @@ from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.detectors.m2f2det_parts import PromptEncoder, RegionPool, VisionEncoder, load_clip, map_loss
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
+DETECTORS.add("three_class", "toy_detector:ThreeClassDetector")
 NAMES = list(DETECTORS)
 FUSIONS = ("similarity", "bridge", "none")
 
@@ -120,7 +121,7 @@ def test_frozen_parts_stay_in_eval_mode(detector, also_norms):
     moved = {name for name, tensor in tensors_of(detector) if not torch.equal(before[name], tensor)}
     expected = {n for n, p in detector.named_parameters() if p.requires_grad} - without_gradient
     expected |= {n for n, b in detector.named_buffers() if id(b) in statistics - kept}
-    assert moved == expected and any(name.startswith("classifier.") for name in moved)
+    assert moved == expected and moved & {name for name, _ in detector.named_parameters()}
     assert not {name for name, tensor in tensors_of(detector) if id(tensor) in kept} & moved
     assert bool(statistics & {id(b) for n, b in detector.named_buffers() if n in moved}) != also_norms
     detector.freeze(["*"])
@@ -153,8 +154,74 @@ def take_steps(detector, steps=2):
 
 
 def test_freeze_names_the_nearest_module(detector):
-    with pytest.raises(ValueError, match="Did you mean 'classifier'"):
-        detector.freeze(["clasifier"])
+    name = max((name for name, _ in detector.named_children()), key=len)
+    with pytest.raises(ValueError, match=f"Did you mean '{name}'"):
+        detector.freeze([name[:-2] + name[-1]])
+
+
+def test_p_real_and_p_fake_are_evidence_and_say_what_the_logits_say(detector):
+    inputs, _ = batch_for(detector.eval())
+    with torch.no_grad():
+        output = detector(**inputs)
+    evidence = dict(zip(detector.evidence_names, output.evidence.unbind(dim=1), strict=True))
+    torch.testing.assert_close(evidence["p_fake"], detector.p_fake(output.logits))
+    torch.testing.assert_close(evidence["p_real"], 1 - evidence["p_fake"])
+    scores = detector.class_scores(output.logits)
+    assert scores.shape == output.logits.shape
+    for number, name in enumerate(detector.classes):
+        if f"p_{name}" in evidence:
+            torch.testing.assert_close(evidence[f"p_{name}"], scores[:, number])
+
+
+@pytest.mark.parametrize("p_fake", [0.0, 1e-6, 0.02, 0.5, 0.98, 1.0])
+@pytest.mark.parametrize("exponent", [0.1, 1.0])
+def test_told_evidence_never_contradicts_itself(detector, p_fake, exponent):
+    inputs, _ = batch_for(detector.eval())
+    with torch.no_grad():
+        own = detector(**inputs).evidence
+    nothing = detector.with_p_fake(own, torch.zeros(4))
+    for start in (own, nothing):
+        softer = detector.soften(start, torch.full((4,), exponent))
+        told = dict(zip(detector.evidence_names, detector.with_p_fake(softer, torch.full((4,), p_fake)).T, strict=True))
+        torch.testing.assert_close(told["p_fake"], torch.full((4,), p_fake))
+        torch.testing.assert_close(told["p_real"], torch.full((4,), 1 - p_fake))
+        kinds = [told[f"p_{name}"] for name in detector.classes if name not in ("real", "fake") and f"p_{name}" in told]
+        assert all((kind >= 0).all() and (kind <= told["p_fake"] + 1e-6).all() for kind in kinds)
+        if kinds:
+            torch.testing.assert_close(torch.stack(kinds).sum(dim=0), told["p_fake"])
+
+
+def test_other_p_fake_keeps_the_shares_and_softening_levels_them():
+    detector = tiny("three_class")  # evidence: p_ai_generated, energy, p_real, p_fake, p_deepfake
+    evidence = torch.tensor([[0.6, 0.3, 0.2, 0.8, 0.2]])
+    told = detector.with_p_fake(evidence, torch.tensor([0.4]))
+    torch.testing.assert_close(told, torch.tensor([[0.3, 0.3, 0.6, 0.4, 0.1]]))
+    softer = detector.soften(evidence, torch.tensor([0.5]))
+    torch.testing.assert_close(softer[0, 0] / softer[0, 4], torch.tensor(3.0).sqrt())
+    torch.testing.assert_close(softer[0, [0, 4]].sum(), torch.tensor(0.8))
+
+
+def record(label, class_name):
+    return Record(id="a.png", label=label, class_name=class_name, video="a", group="a", where="a.png")
+
+
+def test_the_class_of_a_record_is_the_target():
+    detector = tiny("three_class")
+    names = [(0, "original"), (0, "real"), (1, "deepfake"), (1, " AI_generated ")]
+    assert [detector.target(record(*name)) for name in names] == [1, 1, 2, 0]
+    with pytest.raises(
+        ValueError, match=r"no class for 'FaceSwap' \(first: 'a.png'\); its classes are ai_generated, real"
+    ):
+        detector.target(record(1, "FaceSwap"))
+    with pytest.raises(ValueError, match="no class for 'real'"):
+        detector.target(record(1, "real"))
+    with pytest.raises(ValueError, match="has no label; add it"):
+        detector.target(record(None, "deepfake"))
+
+
+def test_a_binary_detector_covers_every_kind_of_fake():
+    detector = tiny("toy")
+    assert [detector.target(record(*name)) for name in [(0, "original"), (1, "FaceSwap"), (1, "fake")]] == [0, 1, 1]
 
 
 def test_forward_lists_its_inputs(detector):
@@ -186,13 +253,15 @@ def test_other_precisions_agree(detector, dtype, tolerance):
 
 def test_class_weights_enter_the_loss(detector):
     inputs, _ = batch_for(detector.eval())
-    labels = torch.tensor([0, 1, 1, 1])
+    last = len(detector.classes) - 1
+    labels = torch.tensor([0, last, last, last])
+    weights = torch.linspace(3.0, 1.0, last + 1)
     with torch.no_grad():
         logits = detector(**inputs).logits
-        detector.class_weights.copy_(torch.tensor([3.0, 1.0]))
+        detector.class_weights.copy_(weights)
         loss = detector(**inputs, labels=labels).loss
     nll = -logits.log_softmax(-1)[torch.arange(4), labels]
-    expected = (nll * torch.tensor([3.0, 1, 1, 1])).sum() / 6
+    expected = (nll * weights[labels]).sum() / 6
     torch.testing.assert_close(loss, expected)
 
 
@@ -203,7 +272,7 @@ def test_it_learns_to_tell_noise_from_flat(name):
     inputs, labels = batch_for(detector, n=16)
     inputs = {k: x * labels.view(-1, 1, 1, 1) for k, x in inputs.items()}
     losses = []
-    for _ in range(15):
+    for _ in range(15 * (len(detector.classes) - 1)):
         loss = detector(**inputs, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

@@ -27,7 +27,7 @@ class ToyConfig:
 class ToyDetector(Detector):
     name = "toy"
     Config = ToyConfig
-    evidence_names = ("energy", "p_fake")
+    evidence_names: tuple[str, ...] = ("energy", "p_real", "p_fake")
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
@@ -44,8 +44,21 @@ class ToyDetector(Detector):
         energy = self.filters(high_pass).square().mean(dim=(2, 3))
         logits = self.classifier(self.norm((energy + 1e-6).log()))
         loss = None if labels is None else F.cross_entropy(logits, labels, weight=self.class_weights)
-        evidence = torch.stack([energy.mean(dim=1).tanh(), self.p_fake(logits)], dim=1)
+        p_fake, scores = self.p_fake(logits), self.class_scores(logits)
+        known = {"energy": energy.mean(dim=1).tanh(), "p_real": 1 - p_fake, "p_fake": p_fake}
+        known |= (
+            {f"p_{name}": scores[:, number] for number, name in enumerate(self.classes)} if scores.shape[1] > 2 else {}
+        )
+        evidence = torch.stack([known[name] for name in self.evidence_names], dim=1)
         return DetectorOutput(loss=loss, logits=logits, evidence=evidence)
+
+
+class ThreeClassDetector(ToyDetector):
+    """The same with three classes, real in the middle."""
+
+    name = "three_class"
+    classes = ("ai_generated", "real", "deepfake")
+    evidence_names = ("p_ai_generated", "energy", "p_real", "p_fake", "p_deepfake")
 
 
 @dataclass(frozen=True, kw_only=True)

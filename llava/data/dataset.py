@@ -59,7 +59,9 @@ def _resize_and_crop(image: np.ndarray, spec: InputSpec) -> np.ndarray:
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
-    """What a detector's forward reads: its inputs by name, `labels` (0 real, 1 fake) and the record's `index`.
+    """What a detector's forward reads: its inputs by name, `labels` and the record's `index`.
+
+    targets: the class of each record, as the detector numbers them, which `labels` are; None = 0 real, 1 fake.
 
     Each input is (3, S, S), or (V, 3, S, S) with `with_views`. mask_grid: also give `masks` (grid, grid), the forged
     part of each cell of the first input, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
@@ -75,6 +77,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         with_views: bool = False,
         mask_grid: int | None = None,
+        targets: Sequence[int] | None = None,
     ) -> None:
         unknown = [r.id for r in records if r.label is None]
         if unknown:
@@ -84,14 +87,10 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"inputs: the name {sorted(reserved)[0]!r} is taken by the data set; rename the input.")
         self.source, self.records, self.inputs = source, tuple(records), dict(inputs)
         self.degrade, self.seed, self.with_views, self.mask_grid = degrade, seed, with_views, mask_grid
+        self.targets = [int(r.label or REAL) for r in records] if targets is None else list(targets)
 
     def __len__(self) -> int:
         return len(self.records)
-
-    @property
-    def labels(self) -> list[int]:
-        """Give the label of every record, in order."""
-        return [int(r.label) for r in self.records if r.label is not None]
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -105,7 +104,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         tensors: dict[str, Any] = {name: prepare(image, spec) for name, spec in self.inputs.items()}
         if self.mask_grid is not None:
             tensors["masks"] = self._cells(mask, self.mask_grid)
-        return {**tensors, "labels": torch.tensor(record.label), "index": torch.tensor(index)}
+        return {**tensors, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
 
     def _cells(self, mask: np.ndarray | None, grid: int) -> Tensor:
         if mask is None:

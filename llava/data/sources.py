@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -45,6 +45,9 @@ class DataConfig:
     columns: dict[str, str] = setting({}, "csv column of file, label, split, video, group, class_name (default: same)")
     group_ids: bool = setting(False, "the group column holds ids joined by _; records that share an id form one group")
     real_names: tuple[str, ...] = setting(REAL_NAMES, "class names that mean real; any other class name means fake")
+    class_names: dict[str, str] = setting(
+        {}, "class names of fakes -> those that the detector knows, as --data.class_names.aifake ai_generated"
+    )
     face_crop: bool = setting(False, "crop each image to its largest face (an image without a face stays whole)")
     masks: bool = setting(
         False, "read masks of forged pixels: column or tag `mask`, files like the images; not for crops"
@@ -71,7 +74,28 @@ class DataConfig:
 
 def open_source(config: DataConfig) -> Source:
     """Open the source that `config` names. Raises ValueError or FileNotFoundError naming what is wrong."""
-    return SOURCES.get(config.source)(config)
+    source: Source = SOURCES.get(config.source)(config)
+    return RenamedSource(source, config.class_names) if config.class_names else source
+
+
+class RenamedSource:
+    """A source whose fakes have other class names; real records are called real by every source."""
+
+    def __init__(self, source: Source, class_names: Mapping[str, str]) -> None:
+        self._source = source
+        self._records = tuple(
+            r if r.label == REAL else replace(r, class_name=class_names.get(r.class_name, r.class_name))
+            for r in source.records
+        )
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Give every record, renamed."""
+        return self._records
+
+    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+        """Read one record's content, as the source does."""
+        return self._source.load(record, rng)
 
 
 def split_of(source: Source, name: str) -> list[Record]:

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from llava.core.config import build, to_dict
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
-from llava.core.types import Decision, InputSpec, VerdictLabel
+from llava.core.types import REAL, Decision, InputSpec, Record, VerdictLabel
 from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors, without_random_weights
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
@@ -37,8 +37,9 @@ class DetectorOutput(ModelOutput):
 class Detector(nn.Module):
     """Base of all detectors.
 
-    A subclass sets `name`, `Config`, `classes` (class 0 is `real`) and `evidence_names`, declares `inputs`, and
-    writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs.
+    A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
+    writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
+    `p_fake` are always there, and what is called `p_<class>` is the probability of that class.
     """
 
     name: ClassVar[str]
@@ -103,9 +104,30 @@ class Detector(nn.Module):
     def load_pretrained(self) -> None:
         """Load the published initial weights that the config names; there are none by default."""
 
+    def target(self, record: Record) -> int:
+        """Give the number of the class that is right for a record.
+
+        It is the one that has the record's class name; `real` for every record with label 0; else `fake`, where the
+        detector has that class. Raises ValueError for a record without label, and for a class it does not know.
+        """
+        if record.label is None:
+            raise ValueError(f"{record.id!r} has no label; add it.")
+        name = "real" if record.label == REAL else record.class_name.strip().lower()
+        known = [each for each in (name, "fake") if each in self.classes and (each == "real") == (record.label == REAL)]
+        if not known:
+            raise ValueError(
+                f"{self.name!r} has no class for {record.class_name!r} (first: {record.id!r}); its classes are "
+                f"{', '.join(self.classes)}. Name the records by them, or take a detector with a class 'fake'."
+            )
+        return self.classes.index(known[0])
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        """Map logits (B, classes) to the probability of each class, (B, classes) in [0, 1] with sum 1."""
+        return logits.float().softmax(dim=-1)
+
     def p_fake(self, logits: Tensor) -> Tensor:
         """Map logits (B, classes) to the probability of not being real, (B,) in [0, 1]."""
-        return 1.0 - logits.float().softmax(dim=-1)[:, self.classes.index("real")]
+        return 1.0 - self.class_scores(logits)[:, self.classes.index("real")]
 
     def labels(self, p_fake: np.ndarray, prior: float | None = None) -> list[VerdictLabel]:
         """Give the verdict on each raw p_fake (N,): by the calibration, without one by the threshold.
@@ -137,21 +159,35 @@ class Detector(nn.Module):
     def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
         """Put other values (B,) in [0, 1] at p_fake, and what is left of 1 at p_real, of the evidence (B, E).
 
-        Raises ValueError for a detector whose evidence has no p_fake.
+        The classes that are not real keep their shares of p_fake (equal ones, where it was 0), so that none is above
+        it and all of them sum to it.
         """
-        if "p_fake" not in self.evidence_names:
-            raise ValueError(f"The evidence of {self.name!r} is {self.evidence_names}; there is no p_fake to put in.")
-        p_fake = p_fake.to(evidence)
-        values = {"p_real": 1 - p_fake, "p_fake": p_fake}
-        columns = zip(self.evidence_names, evidence.unbind(dim=1), strict=True)
-        return torch.stack([values.get(name, column) for name, column in columns], dim=1)
+        columns = dict(zip(self.evidence_names, evidence.unbind(dim=1), strict=True))
+        p_fake, before = p_fake.to(evidence), columns["p_fake"]
+        even = torch.full_like(before, 1 / (len(self.classes) - 1))
+        for name in self._kinds:
+            columns[name] = p_fake * torch.where(before > 0, columns[name] / before, even)
+        columns |= {"p_real": 1 - p_fake, "p_fake": p_fake}
+        return torch.stack([columns[name] for name in self.evidence_names], dim=1)
 
     def soften(self, evidence: Tensor, exponent: Tensor) -> Tensor:
         """Make the evidence (B, E) beside p_real and p_fake less sure, the more so the smaller the exponents (B,).
 
-        exponent: in (0, 1], 1 = as it is. By default there is no such evidence.
+        exponent: in (0, 1], 1 = as it is. The shares of the classes that are not real are taken to that power.
         """
-        return evidence
+        columns = dict(zip(self.evidence_names, evidence.unbind(dim=1), strict=True))
+        if self._kinds:
+            kinds = torch.stack([columns[name] for name in self._kinds], dim=1)
+            softer = kinds.clamp(min=torch.finfo(kinds.dtype).tiny) ** exponent.to(kinds)[:, None]
+            softer = softer / softer.sum(dim=1, keepdim=True) * kinds.sum(dim=1, keepdim=True)
+            columns |= dict(zip(self._kinds, softer.unbind(dim=1), strict=True))
+        return torch.stack([columns[name] for name in self.evidence_names], dim=1)
+
+    @property
+    def _kinds(self) -> list[str]:
+        """Name the evidence that is the probability of one kind of fake among several."""
+        kinds = [f"p_{name}" for name in self.classes if name not in ("real", "fake")]
+        return [name for name in self.evidence_names if name in kinds]
 
     def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:
         """Run on inputs (B, V, ...) and average probabilities and evidence over the V views of each image.

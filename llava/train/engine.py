@@ -27,21 +27,23 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.core.runtime import last_checkpoint, write_json
+from llava.core.types import REAL
 from llava.core.weights import load_module
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
 from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
-from llava.evaluation.predictions import Predictions, from_records
-from llava.train.recipe import CollapseConfig, OptimConfig, PhaseConfig, PhaseData
-from llava.train.scoring import p_fake_of, probe_answers
+from llava.evaluation.predictions import Predictions
+from llava.train.recipe import Best, CollapseConfig, OptimConfig, PhaseConfig, PhaseData
+from llava.train.scoring import answers_of, predictions_of, probe_answers
 
 log = logging.getLogger(__name__)
 HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
 BEST = "best"  # sub-folder of a phase with its best detector; it exists when the phase is finished
 RESAMPLES_WHILE_TRAINING = 200
-# The best weights have the highest video AUC; this small share of the loss decides between equal ones. One pair of
-# 100 + 100 videos in another order changes the AUC by 1e-4.
+# The best weights have the highest video AUC (or macro F1); this small share of the loss decides between equal ones.
+# One pair of 100 + 100 videos in another order changes the AUC by 1e-4.
 LOSS_IN_MERIT = 1e-5
+CLASS_RECALL = "class_recall_"  # what the recall of a class begins with, of a detector with more than two
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
 
@@ -53,21 +55,26 @@ class CollapseError(RuntimeError):
 def check_collapse(
     metrics: Mapping[str, float], config: CollapseConfig, answers: Callable[[], Mapping[str, float]]
 ) -> None:
-    """Raise CollapseError when a class is hardly ever recalled at 0.5 or p_fake hardly varies over validation.
+    """Raise CollapseError when a class is hardly ever recalled or p_fake hardly varies over validation.
+
+    Real and fake are told apart at 0.5, the classes of a detector with more than two by the highest score.
 
     metrics: those of one evaluation. answers: gives p_fake of plain colours and noise, to be named beside it.
     """
-    problems = []
-    for label in ("real", "fake"):
-        recall = metrics[f"eval_frame_recall_{label}"]
-        if recall < config.min_recall:
-            problems.append(f"recall of {label} is {recall:.3f}, under {config.min_recall}")
+    recalls = {label: metrics[f"eval_frame_recall_{label}"] for label in ("real", "fake")}
+    beginning = f"eval_{CLASS_RECALL}"
+    recalls |= {name.removeprefix(beginning): r for name, r in metrics.items() if name.startswith(beginning)}
+    problems = [
+        f"recall of {label} is {recall:.3f}, under {config.min_recall}"
+        for label, recall in recalls.items()
+        if recall < config.min_recall
+    ]
     if metrics["eval_sd_p_fake"] < config.min_sd:
         problems.append(f"sd(p_fake) is {metrics['eval_sd_p_fake']:.4f}, under {config.min_sd}")
     if problems:
         beside = ", ".join(f"{name} {p:.2f}" for name, p in answers().items())
         raise CollapseError(
-            f"The detector has collapsed: on validation at 0.5, {' and '.join(problems)}. p_fake of plain images: "
+            f"The detector has collapsed: on validation, {' and '.join(problems)}. p_fake of plain images: "
             f"{beside}. Use --loss.class_balance sampling, another --optim.lr, or more --collapse.grace_epochs."
         )
 
@@ -164,7 +171,13 @@ class DetectorTrainer(Trainer):
     def __init__(self, detector: Detector, phase: PhaseConfig, data: PhaseData, args: TrainingArguments) -> None:
         self.phase, self.val_records = phase, data.val
         train_set = DetectionDataset(
-            data.source, data.train, detector.inputs, phase.degrade, phase.seed, mask_grid=detector.mask_grid
+            data.source,
+            data.train,
+            detector.inputs,
+            phase.degrade,
+            phase.seed,
+            mask_grid=detector.mask_grid,
+            targets=list(map(detector.target, data.train)),
         )
         val_set = DetectionDataset(data.source, data.val, detector.inputs, with_views=True)
         config, detector.config = detector.config, None  # Trainer writes `use_cache` into any config that it finds
@@ -181,9 +194,11 @@ class DetectorTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
         dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, DetectionDataset)
-        balance = self.phase.loss.class_balance
-        origins = [r.tags.get("untouched", "") for r in dataset.records] if balance == "pairs" else None
-        return WholeBatches(dataset.labels, self.phase.seed, balance == "sampling", self.phase.batch_size, origins)
+        balance, seed, batch_size = self.phase.loss.class_balance, self.phase.seed, self.phase.batch_size
+        if balance != "pairs":
+            return WholeBatches(dataset.targets, seed, balance == "sampling", batch_size)
+        labels = [int(r.label or REAL) for r in dataset.records]
+        return WholeBatches(labels, seed, False, batch_size, [r.tags.get("untouched", "") for r in dataset.records])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Use the detector's parameter groups; the largest comes first, because its rate is the one shown."""
@@ -211,16 +226,17 @@ class DetectorTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Give no loss (`flat_metrics` has it), p_fake averaged over views, and (labels, index)."""
+        """Give no loss (`flat_metrics` has it), p_fake and class scores averaged over views, and (labels, index)."""
         inputs = self._prepare_inputs(inputs)
         labels, index = inputs.pop("labels"), inputs.pop("index")
         with torch.no_grad(), self.compute_loss_context_manager():
-            p_fake = p_fake_of(self.model, inputs).float().clamp(0, 1)
-        return None, p_fake, (labels, index)
+            answers = tuple(tensor.float().clamp(0, 1) for tensor in answers_of(self.model, inputs))
+        return None, answers, (labels, index)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        p_fake, (_, index) = prediction.predictions, prediction.label_ids
-        return flat_metrics(from_records([self.val_records[int(i)] for i in index], np.asarray(p_fake).tolist()))
+        (p_fake, scores), (_, index) = prediction.predictions, prediction.label_ids
+        records = [self.val_records[int(i)] for i in index]
+        return flat_metrics(predictions_of(self.model, records, p_fake, scores), best=self.phase.best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -238,7 +254,7 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
 
     Goes on from the last complete checkpoint in `folder`. Raises CollapseError.
     """
-    balance_classes(detector, phase, [r.label for r in data.train if r.label is not None])
+    balance_classes(detector, phase, list(map(detector.target, data.train)))
     detector.to(memory_format=torch.channels_last)
     args = training_arguments(phase, folder)
     trainer = DetectorTrainer(detector, phase, data, args)
@@ -324,18 +340,21 @@ def usable_precision(wanted: str) -> str:
 
 
 def balance_classes(detector: Detector, phase: PhaseConfig, labels: list[int]) -> None:
-    """Set the weights of the loss to n / (classes * count), so that every class weighs the same, or to one."""
+    """Set the weights of the loss to n / (classes * count), so that every class weighs the same, or to one.
+
+    labels: the class of each training record.
+    """
     counts = torch.bincount(torch.tensor(labels), minlength=len(detector.classes)).clamp(min=1)
     even = torch.ones(len(detector.classes))
     weights = len(labels) / (len(detector.classes) * counts)
     detector.class_weights.copy_(weights if phase.loss.class_balance == "weights" else even)
 
 
-def flat_metrics(predictions: Predictions, threshold: float = 0.5) -> dict[str, float]:
+def flat_metrics(predictions: Predictions, threshold: float = 0.5, best: Best = "auc") -> dict[str, float]:
     """Give frame and video numbers with interval bounds as one level of names, sd(p_fake), log loss and merit.
 
-    merit: what the best weights are chosen by. Undefined numbers are left out, as the precision when nothing is
-    called fake.
+    merit: what the best weights are chosen by, see `PhaseConfig.best`. Undefined numbers are left out, as the precision
+    when nothing is called fake.
     """
     report = detection_report(predictions, threshold, RESAMPLES_WHILE_TRAINING)
     ends = {"value": "", "low": "_low", "high": "_high"}
@@ -346,9 +365,15 @@ def flat_metrics(predictions: Predictions, threshold: float = 0.5) -> dict[str, 
         for end in ends
         if numbers.get(end) is not None
     }
-    p_label = np.where(predictions.labels == 1, predictions.p_fake, 1 - predictions.p_fake)
+    if "multiclass" in report:
+        frames = report["multiclass"]["frame"]["classes"]
+        flat |= {f"{CLASS_RECALL}{name}": numbers["recall"]["value"] for name, numbers in frames.items()}
+        flat["video_macro_f1"] = report["multiclass"]["video"]["macro_f1"]["value"]
+        p_label = predictions.scores[np.arange(len(predictions)), predictions.targets]
+    else:
+        p_label = np.where(predictions.labels == 1, predictions.p_fake, 1 - predictions.p_fake)
     log_loss = float(-np.log(p_label.clip(1e-7)).mean())
-    merit = flat["video_auc"] - LOSS_IN_MERIT * log_loss
+    merit = flat[f"video_{best}"] - LOSS_IN_MERIT * log_loss
     return {**flat, "sd_p_fake": float(predictions.p_fake.std()), "log_loss": log_loss, "merit": merit}
 
 

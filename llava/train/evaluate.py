@@ -18,7 +18,8 @@ import numpy as np
 from llava.core.config import build, setting
 from llava.core.runtime import pick_device, write_json, write_run
 from llava.core.terminal import aligned, progress
-from llava.data.sources import DataConfig, open_source, split_of
+from llava.core.types import Record
+from llava.data.sources import DataConfig, Source, open_source, split_of
 from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector, load
 from llava.detectors.m2f2det_published import ready_detector
@@ -127,12 +128,7 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     FileNotFoundError.
     """
     folder = ready_detector(config.model)
-    data = config.data or _data_of_training(folder)
-    source = open_source(data)
-    records = split_of(
-        source, {"train": data.train, "val": data.val, "test": data.test}.get(config.split, config.split)
-    )
-    require_both_classes(records, f"Split {config.split!r} of {data.path!r}")
+    source, records = split_to_score(config.data, config.split, folder)
     if config.published:
         published_ids(records)  # what has none is refused before anything is scored
     detector = load(folder)
@@ -161,7 +157,19 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     return report
 
 
-def _data_of_training(folder: Path) -> DataConfig:
+def split_to_score(data: DataConfig | None, split: str, folder: Path) -> tuple[Source, list[Record]]:
+    """Open data (None = those that the detector in `folder` was trained on) and give the records of a split.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    data = data or data_of_training(folder)
+    source = open_source(data)
+    records = split_of(source, {"train": data.train, "val": data.val, "test": data.test}.get(split, split))
+    require_both_classes(records, f"Split {split!r} of {data.path!r}")
+    return source, records
+
+
+def data_of_training(folder: Path) -> DataConfig:
     """Give the data settings of the last phase that trained the detector. Raises ValueError when unknown."""
     record = folder / "run.json"
     recipe = json.loads(record.read_text(encoding="utf-8")).get("config", {}) if record.is_file() else {}

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from llava.core.config import build, setting
 from llava.core.types import Record
@@ -19,6 +19,9 @@ from llava.ops.degrade import DegradeConfig
 
 log = logging.getLogger(__name__)
 OWN_FRACTION = 0.15  # of the images, for validation and for test, when the data come without splits
+
+
+Best: TypeAlias = Literal["auc", "macro_f1"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,9 @@ class PhaseConfig:
     batch_size: int = setting(80, "images per step and process")
     accumulation: int = setting(1, "batches whose gradients are added up into one step")
     eval_steps: int = setting(0, "steps between two evaluations on the whole validation split; 0 = each epoch")
+    best: Best = setting(
+        "auc", "what the best weights have most of on validation videos; macro_f1 is for more than two classes"
+    )
     patience: int = setting(0, "evaluations without a better one before the phase ends early; 0 = never")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "arithmetic; auto = best that the device has")
     init_from: str | None = setting(None, "folder of a trained detector to start from (default: the phase before)")
@@ -100,7 +106,9 @@ class Recipe(PhaseConfig):
 
     def __post_init__(self) -> None:
         self.detector_config()
-        self.phase_list()
+        few = len(DETECTORS.get(self.detector).classes) < 3
+        if few and any(phase.best == "macro_f1" for phase in self.phase_list()):
+            raise ValueError(f"best: {self.detector!r} has two classes, which macro_f1 is not for; use auc.")
 
     def detector_config(self) -> Any:
         """Give the detector's typed settings. Raises ValueError naming the setting and the nearest."""

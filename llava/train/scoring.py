@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llava.core.score_map import Calibration
-from llava.core.types import FAKE, REAL, Record
+from llava.core.types import FAKE, REAL, InputSpec, Record
 from llava.data.dataset import Degradation, DetectionDataset, collate, view_tensors
 from llava.data.sources import DataConfig, Source
 from llava.detectors.base import Detector
@@ -43,19 +43,29 @@ def score(
     workers: int = 0,
     degrade: Degradation | None = None,
     seed: int = 0,
+    inputs: Mapping[str, InputSpec] | None = None,
 ) -> Predictions:
-    """Give p_fake of every record, averaged over the test-time views that the detector declares, in fp32.
+    """Give p_fake and class scores of every record, averaged over the views that the detector declares, in fp32.
 
-    degrade: changes each image first, random only through (seed, index).
+    degrade: changes each image first, random only through (seed, index). inputs: how images are prepared, by the names
+    of the detector's inputs; None = as it declares.
     """
-    dataset = DetectionDataset(source, records, detector.inputs, degrade, seed, with_views=True)
+    dataset = DetectionDataset(source, records, inputs or detector.inputs, degrade, seed, with_views=True)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    scores = []
+    answers = []
     with evaluating(detector, device):
         for batch in loader:
-            inputs = {name: batch[name].to(device) for name in detector.inputs}
-            scores.append(p_fake_of(detector, inputs).cpu())
-    return from_records(records, torch.cat(scores).tolist())
+            tensors = {name: batch[name].to(device) for name in detector.inputs}
+            answers.append([tensor.cpu() for tensor in answers_of(detector, tensors)])
+    p_fake, scores = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    return predictions_of(detector, records, p_fake.numpy(), scores.numpy())
+
+
+def predictions_of(
+    detector: Detector, records: Sequence[Record], p_fake: np.ndarray, scores: np.ndarray
+) -> Predictions:
+    """Put a detector's p_fake (N,) and class scores (N, K) beside the records that they are of."""
+    return from_records(records, p_fake.tolist(), list(map(detector.target, records)), scores, detector.classes)
 
 
 def probe_answers(detector: Detector, device: torch.device, seed: int = 0) -> dict[str, float]:
@@ -68,15 +78,15 @@ def probe_answers(detector: Detector, device: torch.device, seed: int = 0) -> di
         for name, spec in detector.inputs.items()
     }
     with evaluating(detector, device):
-        scores = p_fake_of(detector, inputs)
+        scores, _ = answers_of(detector, inputs)
     return {name: round(p, 4) for name, p in zip(images, scores.tolist(), strict=True)}
 
 
-def p_fake_of(detector: Detector, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Give p_fake (B,), averaged over the views of inputs (B, V, 3, S, S)."""
+def answers_of(detector: Detector, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Give p_fake (B,) and class scores (B, K), averaged over the views of inputs (B, V, 3, S, S)."""
     logits = detector.over_views(inputs).logits
     assert logits is not None
-    return detector.p_fake(logits)
+    return detector.p_fake(logits), detector.class_scores(logits)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import set_seed
 from llava.core.config import parse, to_dict
 from llava.core.runtime import other_settings, pick_device, setup_logging, write_json, write_run
 from llava.core.types import Decision
-from llava.core.weights import CONFIG_NAME, load_strictly
+from llava.core.weights import CONFIG_NAME, load_strictly, shapes_only
 from llava.detectors.base import Detector, create, load
 from llava.detectors.m2f2det_published import ready_detector
 from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
@@ -31,6 +32,7 @@ from llava.train.scoring import calibrate, measured, probe_answers, score
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
 RESULTS = "metrics.json"
+IMBALANCE = 2.0  # a class with so many times the records of another is warned about
 # Settings that may differ between an interrupted run and the one that goes on with it.
 FREE_TO_CHANGE = ("resume", "output_dir", "workers", "near_duplicates", "resamples")
 
@@ -76,6 +78,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     finished = prepare_folder(recipe, folder)
     if finished is not None:
         return finished
+    with shapes_only():
+        counts = [class_counts(create(recipe.detector, recipe.model), phase_data) for phase_data in data]
     started = time.monotonic()
     duplicates = report_near_duplicates(data[-1]) if recipe.near_duplicates else None
     if _is_main():
@@ -86,11 +90,41 @@ def train(recipe: Recipe) -> dict[str, Any]:
     assert previous is not None
     detector = load(previous, expected=recipe.detector)
     results = finish(detector, recipe, phases[-1], data[-1], folder)
-    results |= {"near_duplicates": duplicates, "minutes": round((time.monotonic() - started) / 60, 2)}
+    results |= {
+        "targets": counts[-1],
+        "near_duplicates": duplicates,
+        "minutes": round((time.monotonic() - started) / 60, 2),
+    }
     if _is_main():
         write_json(folder / RESULTS, results)
     log_results(results, folder)
     return results
+
+
+def class_counts(detector: Detector, data: PhaseData) -> dict[str, dict[str, int]]:
+    """Count, and log, the records of each split by the class that the detector is to answer.
+
+    Raises ValueError for class names that it does not know, and for a class without a training record.
+    """
+    counts = {}
+    for split, records in (("training", data.train), ("validation", data.val), ("test", data.test)):
+        found = Counter(map(detector.target, records))
+        counts[split] = {name: found[number] for number, name in enumerate(detector.classes)}
+        shares = (f"{name} {count} ({count / max(len(records), 1):.1%})" for name, count in counts[split].items())
+        log.info("%s: %s", split, ", ".join(shares))
+    train = counts["training"]
+    fewest, most = min(train, key=lambda name: train[name]), max(train, key=lambda name: train[name])
+    if not train[fewest]:
+        raise ValueError(
+            f"No training record is {fewest!r}, one of the classes of {detector.name!r}; add some to that split."
+        )
+    if train[most] >= IMBALANCE * train[fewest]:
+        log.warning(
+            "of the training records, %d are %s and %d %s: unless that is balanced (--loss.class_balance weights or "
+            "sampling), the rare class may never be answered",
+            *(train[most], most, train[fewest], fewest),
+        )
+    return counts
 
 
 def prepare_folder(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
