@@ -113,7 +113,7 @@ class Predictions:
 
 
 def _check_scores(items: Sequence[Prediction], classes: tuple[str, ...]) -> None:
-    names, known = ", ".join(classes), set(classes)
+    names, known = ", ".join(classes) or "none", set(classes)
     _refuse(f"scores of other classes than ({names})", [p.id for p in items if set(p.scores) != known])
     if not classes:
         return
