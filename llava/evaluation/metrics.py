@@ -17,6 +17,8 @@ from llava.evaluation.statistics import Interval, group_bootstrap, group_bootstr
 ThresholdRule = Literal["youden", "eer", "accuracy"]
 LEVELS = ("frame", "video", "video_trimmed")
 TRIM = 0.1  # as published, which drops the 10 lowest and the 10 highest of 100 frames
+CLASS_METRICS = ("recall", "precision", "f1", "auc")
+MULTICLASS_METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 METRICS = ("auc", "ap", "eer", "accuracy", "balanced_accuracy", "recall_real", "recall_fake", "precision", "f1")
 
 
@@ -131,6 +133,51 @@ def confusion(labels: np.ndarray, answers: np.ndarray, weights: np.ndarray | Non
     return Confusion(*(float(c) for c in cells))
 
 
+@dataclass(frozen=True)
+class ClassConfusion:
+    """Counts (K, K), or sums of weights, of answers: rows = truth, columns = answer. A ratio of nothing is NaN."""
+
+    counts: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Part of all answers that are right."""
+        return _ratio(self.counts.trace(), self.counts.sum())
+
+    @property
+    def recall(self) -> np.ndarray:
+        """Part of each class's items that are called so (K,)."""
+        return _ratios(self.counts.diagonal(), self.counts.sum(axis=1))
+
+    @property
+    def precision(self) -> np.ndarray:
+        """Part of the answers of each class that are right (K,)."""
+        return _ratios(self.counts.diagonal(), self.counts.sum(axis=0))
+
+    @property
+    def f1(self) -> np.ndarray:
+        """Harmonic mean of precision and recall of each class (K,)."""
+        return _ratios(2 * self.counts.diagonal(), self.counts.sum(axis=0) + self.counts.sum(axis=1))
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the classes that have items."""
+        return float(np.nanmean(self.recall))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 of the classes that have items or answers, as scikit-learn takes it."""
+        return float(np.nanmean(self.f1))
+
+
+def class_confusion(
+    targets: np.ndarray, answers: np.ndarray, n_classes: int, weights: np.ndarray | None = None
+) -> ClassConfusion:
+    """Count answers (N,) in 0 to K - 1 against targets (N,)."""
+    cells = np.bincount(n_classes * targets + answers, weights=weights, minlength=n_classes**2)
+    return ClassConfusion(cells.reshape(n_classes, n_classes))
+
+
 def choose_threshold(labels: np.ndarray, p_fake: np.ndarray, rule: ThresholdRule = "youden") -> float:
     """Choose from which p_fake on an item is called fake; to be used on validation data only.
 
@@ -167,6 +214,7 @@ def detection_report(
 
     A video's score is the mean of its frames, or (`video_trimmed`) that without the share `trim` at each end.
     `classes`: AUC of each kind of fake against all reals, and its recall. Fake is what has p_fake >= threshold.
+    `multiclass`, where the detector has more than two classes: how it tells them apart on each of LEVELS.
     """
     levels = dict(zip(LEVELS, (predictions, by_video(predictions), by_video(predictions, trim)), strict=True))
     return {
@@ -186,6 +234,11 @@ def detection_report(
             str(name): _class_report(str(name), levels, threshold, n_boot, seed)
             for name in sorted(set(predictions.class_names[predictions.labels == 1]))
         },
+        **(
+            {"multiclass": {level: _multiclass_report(items, n_boot, seed) for level, items in levels.items()}}
+            if len(predictions.classes) > 2
+            else {}
+        ),
     }
 
 
@@ -217,6 +270,32 @@ def _class_report(
     return report
 
 
+def _multiclass_report(items: Predictions, n_boot: int, seed: int) -> dict[str, Any]:
+    """Give MULTICLASS_METRICS and, of each class against the rest, CLASS_METRICS; the answer is the highest score.
+
+    One pass of resamples for all; each number's interval is conditional on that number alone being defined.
+    """
+    classes, targets, answers = items.classes, items.targets, items.scores.argmax(axis=1)
+    ranked = [RankedScores((targets == k).astype(int), items.scores[:, k]) for k in range(len(classes))]
+
+    def all_metrics(weights: np.ndarray) -> np.ndarray:
+        counts = class_confusion(targets, answers, len(classes), weights)
+        auc = [scores.curve(weights).auc() for scores in ranked]
+        whole = [getattr(counts, name) for name in MULTICLASS_METRICS]
+        return np.concatenate([whole, *zip(counts.recall, counts.precision, counts.f1, auc, strict=True)])
+
+    intervals = (i.to_dict() for i in group_bootstraps(items.groups, all_metrics, n_boot, seed, jointly=False))
+    counts = class_confusion(targets, answers, len(classes)).counts
+    return {
+        **{name: next(intervals) for name in MULTICLASS_METRICS},
+        "classes": {
+            name: {"n": int(n), **{metric: next(intervals) for metric in CLASS_METRICS}}
+            for name, n in zip(classes, counts.sum(axis=1), strict=True)
+        },
+        "confusion": {"classes": list(classes), "counts": counts.tolist()},
+    }
+
+
 def auc_interval(
     labels: np.ndarray, p_fake: np.ndarray, groups: np.ndarray, n_boot: int = 2000, seed: int = 0
 ) -> Interval:
@@ -231,3 +310,7 @@ def _mean_interval(values: np.ndarray, groups: np.ndarray, n_boot: int, seed: in
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
+
+
+def _ratios(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    return np.divide(parts, wholes, out=np.full(len(parts), math.nan), where=wholes > 0)

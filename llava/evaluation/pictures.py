@@ -173,21 +173,55 @@ def draw_confusion(path: str | Path, what: str, part: Mapping[str, Any], columns
     """
     rows = part["confusion"]
     counts = np.array([[said.get(column, 0) for column in columns] for said in rows.values()])
-    shares = counts / counts.sum(axis=1, keepdims=True)
+    interval = _bounded(part["accuracy"])
+    title = f"{part['n']} images: right {interval}, chance {part['chance']['value']:.3f}"
+    figure = _shaded_counts(counts, [*rows], columns, counts.astype(str), title)
+    figure.axes[0].set(xlabel=f"{what} named in the text", ylabel=f"edited {what}")
+    _save(figure, path)
+
+
+def draw_class_confusion(path: str | Path, report: Mapping[str, Any], level: str = "frame") -> None:
+    """Draw the true class (rows) against the class answered (columns), as shares of the row and counts: a picture.
+
+    report: of `llava.evaluation.metrics.detection_report`. Raises ValueError without its part `multiclass`.
+    """
+    if "multiclass" not in report:
+        raise ValueError("The report has no part 'multiclass'; give that of a detector of three or more classes.")
+    part = report["multiclass"][level]
+    classes, counts = part["confusion"]["classes"], np.array(part["confusion"]["counts"])
+    texts = np.vectorize("{:.0%}\n({})".format)(_row_shares(counts), counts)
+    title = f"{counts.sum()} items: right {_bounded(part['accuracy'])}"
+    figure = _shaded_counts(counts, classes, classes, texts, title)
+    figure.axes[0].set(xlabel="class answered", ylabel="true class")
+    _save(figure, path)
+
+
+def _shaded_counts(
+    counts: np.ndarray, rows: Sequence[str], columns: Sequence[str], texts: np.ndarray, title: str
+) -> Figure:
+    """Draw a table of texts, each cell shaded by the part of its row that its count is."""
+    shares = _row_shares(counts)
     figure = Figure(figsize=(1.8 + 0.95 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j), count in np.ndenumerate(counts):
-        axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
+    for (i, j), text in np.ndenumerate(texts):
+        axes.text(j, i, text, ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), [*rows])
-    accuracy = part["accuracy"]
-    interval = f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
-    title = f"{part['n']} images: right {interval}, chance {part['chance']['value']:.3f}"
-    axes.set(xlabel=f"{what} named in the text", ylabel=f"edited {what}")
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize="medium")
     figure.colorbar(shown, ax=axes, label="part of the row")
-    _save(figure, path)
+    return figure
+
+
+def _row_shares(counts: np.ndarray) -> np.ndarray:
+    """Give counts as parts of their row; an empty row has none."""
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _bounded(interval: Mapping[str, Any]) -> str:
+    """Write a value with its bounds, where it has them."""
+    limits = "" if interval["low"] is None else f" [{interval['low']:.3f}, {interval['high']:.3f}]"
+    return f"{interval['value']:.3f}{limits}"
 
 
 def _draw_points(axes: Axes, points: Sequence[Mapping[str, Any]], name: str, label: str, shift: float = 0.0) -> None:

@@ -48,7 +48,12 @@ def group_bootstrap(
 
 
 def group_bootstraps(
-    groups: Sequence[str] | np.ndarray, statistics: Statistics, n_boot: int = 2000, seed: int = 0, level: float = 0.95
+    groups: Sequence[str] | np.ndarray,
+    statistics: Statistics,
+    n_boot: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    jointly: bool = True,
 ) -> list[Interval]:
     """Give several statistics (k,) of all items with percentile intervals from the same resamples.
 
@@ -56,22 +61,35 @@ def group_bootstraps(
     though it is defined on all items (only one class was drawn) is drawn again and counted in `redrawn`: the
     interval is conditional on the statistic being defined. Bounds are NaN when there are fewer than two groups
     or when more than 20 draws per resample would be needed. Efron and Tibshirani 1993, chapter 13.
+
+    jointly: a resample counts where all statistics are defined. Without, it counts for those that are: each gets
+    the interval that it has alone, and a rare one does not condition the others.
     """
     codes, n_groups = _group_codes(groups)
     value = np.asarray(statistics(np.ones(len(codes))), dtype=float)
     needed = ~np.isnan(value)
+    counts = np.zeros(len(value), dtype=int)
     replicates: list[np.ndarray] = []
-    redrawn = 0
+    usable: list[np.ndarray] = []
     draws = resampled_weights(groups, n_boot * MAX_DRAWS_PER_RESAMPLE, seed) if n_groups > 1 else iter(())
-    while len(replicates) < n_boot and (weights := next(draws, None)) is not None:
-        replicate = np.asarray(statistics(weights), dtype=float)
-        if np.isnan(replicate[needed]).any():
-            redrawn += 1
-        else:
-            replicates.append(replicate)
-    if len(replicates) < n_boot:
-        return [Interval(float(v), math.nan, math.nan, n_groups, redrawn) for v in value]
-    return percentile_intervals(value, np.stack(replicates), n_groups, level, redrawn)
+    while (counts < n_boot).any() and (weights := next(draws, None)) is not None:
+        replicates.append(np.asarray(statistics(weights), dtype=float))
+        defined = ~np.isnan(replicates[-1]) | ~needed
+        usable.append(np.full_like(defined, defined.all()) if jointly else defined)
+        counts += usable[-1]
+    drawn, chosen = (np.array(rows).reshape(-1, len(value)) for rows in (replicates, usable))
+    return [_interval(v, drawn[:, k], chosen[:, k], n_boot, n_groups, level) for k, v in enumerate(value)]
+
+
+def _interval(
+    value: float, replicates: np.ndarray, usable: np.ndarray, n_boot: int, n_groups: int, level: float
+) -> Interval:
+    """Give a statistic's interval from the first `n_boot` of its replicates that are usable."""
+    used = np.flatnonzero(usable)[:n_boot]
+    if len(used) < n_boot:
+        return Interval(float(value), math.nan, math.nan, n_groups, len(usable) - len(used))
+    redrawn = int(used[-1]) + 1 - n_boot
+    return percentile_intervals(np.array([value]), replicates[used, None], n_groups, level, redrawn)[0]
 
 
 def resampled_weights(groups: Sequence[str] | np.ndarray, n_boot: int, seed: int) -> Iterator[np.ndarray]:

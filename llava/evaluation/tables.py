@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava.core.registry import nearest
-from llava.core.terminal import titled_table
-from llava.evaluation.metrics import LEVELS
+from llava.core.terminal import aligned, titled_table
+from llava.evaluation.metrics import CLASS_METRICS, LEVELS
 from llava.evaluation.published_csv import VideoScores
 
 CAPTION_ROWS = (
@@ -104,6 +104,25 @@ def detection_tables(report: Mapping[str, Any]) -> list[Table]:
         counts = (str(row[level]["n"]) for level in ("frame", "video"))
         classes.add_row(name, *counts, *(interval_text(row[level]["auc"]) for level in LEVELS))
     return [levels, classes]
+
+
+def multiclass_lines(report: Mapping[str, Any], level: str = "frame") -> list[str]:
+    """Give aligned lines of how classes are told apart, each class and in all; none for a detector of two classes.
+
+    report: of `llava.evaluation.metrics.detection_report`. Recalls are averaged by items (accuracy) and by classes
+    (balanced accuracy), F1 by classes (macro F1).
+    """
+    if "multiclass" not in report:
+        return []
+    part = report["multiclass"][level]
+    titles = dict(DETECTION_ROWS)
+    rows = [("class", "n", *(titles.get(name, name) for name in CLASS_METRICS))]
+    for name, row in part["classes"].items():
+        rows.append((name, str(row["n"]), *(interval_text(row[metric]) for metric in CLASS_METRICS)))
+    for name, column in (("accuracy", "recall"), ("balanced_accuracy", "recall"), ("macro_f1", "f1")):
+        cells = (interval_text(part[name]) if metric == column else "" for metric in CLASS_METRICS)
+        rows.append((titles.get(name, "macro F1"), "", *cells))
+    return aligned(rows)
 
 
 def published_table(scores: Mapping[str, VideoScores]) -> Table:
