@@ -136,8 +136,13 @@ def problem_of(own: Showing, truth: Mapping[str, float], others: Mapping[str, Sh
     own: on the data as they are; truth: share of each class there; others: on the data normalised in other ways.
     """
     better = max(others, key=lambda name: others[name].balanced_accuracy.value)
-    if others[better].balanced_accuracy.low > own.balanced_accuracy.high:
-        return f"was trained with another normalisation than it is given; {better} fits better"
+    is_better = others[better].balanced_accuracy.low > own.balanced_accuracy.high
+    hint = f"is more often right with another normalisation ({better}) than with its own" if is_better else ""
+    return ", and ".join(part for part in (_sickness(own, truth), hint) if part)
+
+
+def _sickness(own: Showing, truth: Mapping[str, float]) -> str:
+    """Say what the answers alone show to be wrong."""
     if own.spread < FLAT:
         return "ignores the image"
     most = max(own.shares, key=lambda name: own.shares[name])
@@ -146,9 +151,7 @@ def problem_of(own: Showing, truth: Mapping[str, float], others: Mapping[str, Sh
     if own.auc.low <= 0.5:
         return "does not tell the classes apart"
     missed = [name for name, recall in own.recalls.items() if recall.high < 1 / len(truth)]
-    if missed:
-        return f"hardly ever answers {' or '.join(name.upper() for name in missed)}"
-    return ""
+    return f"hardly ever answers {' or '.join(name.upper() for name in missed)}" if missed else ""
 
 
 def other_normalisations(detector: Detector) -> dict[str, dict[str, Any]]:
