@@ -148,3 +148,30 @@ def test_paired_difference_is_narrower_than_two_intervals():
     assert difference.value == pytest.approx((first - second).mean())
     assert difference.low > 0
     assert difference.high - difference.low < 0.1
+
+
+def test_bootstraps_apart_are_those_of_each_statistic_alone():
+    groups = np.arange(6).astype(str)
+    values = np.random.default_rng(8).normal(size=6)
+    rare, none = np.array([1.0, 0, 0, 0, 0, 0]), np.zeros(6)
+
+    def mean_within(kept):
+        return lambda w: float(w * kept @ values / (w @ kept)) if w @ kept else math.nan
+
+    alone = [mean_within(kept) for kept in (np.ones(6), rare, rare[::-1], none)]
+    apart = group_bootstraps(groups, lambda w: np.array([s(w) for s in alone]), 200, jointly=False)
+    for found, statistic in zip(apart[:3], alone, strict=False):
+        assert found == group_bootstrap(groups, statistic, 200)
+    assert apart[0].redrawn == 0 < apart[1].redrawn != apart[2].redrawn
+    assert np.isnan([apart[3].value, apart[3].low, apart[3].high]).all()
+    joint = group_bootstraps(groups, lambda w: np.array([s(w) for s in alone]), 200)
+    assert len({interval.redrawn for interval in joint}) == 1 and joint[0].redrawn > apart[1].redrawn
+
+
+def test_only_the_statistic_that_is_hardly_ever_defined_has_no_bounds():
+    groups = np.arange(8).astype(str)
+    steady, never = group_bootstraps(
+        groups, lambda w: np.array([w[0], 1.0 if w.min() > 0 else math.nan]), 50, jointly=False
+    )
+    assert not math.isnan(steady.low) and steady.redrawn == 0
+    assert math.isnan(never.low) and never.value == 1 and 950 < never.redrawn <= 1000
