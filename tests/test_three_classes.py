@@ -19,8 +19,10 @@ from llava.detectors.base import Detector, load
 from llava.evaluation.predictions import read_csv
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
+from llava.pipeline.verdict import meaning
 from llava.train import stage_1
 from llava.train.engine import CollapseError, flat_metrics
+from llava.train.evaluate import ScoreConfig, evaluate
 from llava.train.recipe import Recipe, open_data
 from llava.train.scoring import score
 
@@ -99,6 +101,14 @@ def test_every_class_is_learned_and_counted(trained: tuple[Path, dict[str, Any]]
     assert report["accuracy"]["value"] == pytest.approx((answers == predictions.targets).mean())
 
 
+def test_a_split_is_scored_with_every_class(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    said = evaluate(ScoreConfig(model=str(trained[0]), output_dir=str(tmp_path), resamples=100, device="cpu"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["multiclass"] == trained[1]["test"]["multiclass"]
+    assert "macro F1" in said and "confusion.png" in said
+    assert Image.open(tmp_path / "confusion.png").format == "PNG"
+
+
 def test_the_best_weights_are_those_of_the_highest_macro_f1(trained: tuple[Path, dict[str, Any]], images: Path) -> None:
     out, _ = trained
     history = json.loads((out / "phases/0/history.json").read_text())
@@ -118,6 +128,10 @@ def test_a_verdict_has_a_score_for_every_class(trained: tuple[Path, dict[str, An
     assert sum(verdict.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert max(verdict.probabilities, key=verdict.probabilities.__getitem__) == "ai_generated"
     assert verdict.raw_p_fake == pytest.approx(1 - verdict.probabilities["real"], abs=1e-5)
+    kind = f"it scores ai generated highest: {verdict.probabilities['ai_generated']:.2f} (deepfake "
+    assert verdict.label == "FAKE" and kind in meaning(verdict)
+    (real,) = pipeline.detect(str(images / "test/real/00.png"))
+    assert real.label == "REAL" and "highest" not in meaning(real)
 
 
 def test_unknown_and_missing_classes_are_refused_before_training(images: Path, tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ class Pipeline:
     def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
         """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""
         assert detection.logits is not None and detection.evidence is not None
-        probabilities = detection.logits.float().softmax(-1)
+        probabilities = self.detector.class_scores(detection.logits)
         columns = torch.cat([self.detector.p_fake(detection.logits)[:, None], probabilities, detection.evidence], dim=1)
         names = ("p_fake", *self.detector.classes, *self.detector.evidence_names)
         assert columns.shape[1] == len(names)

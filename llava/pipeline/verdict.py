@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava.core.score_map import Calibration
-from llava.core.types import FAKE, REAL, REGIONS, Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Explanation, Verdict, VerdictLabel, VideoVerdict
 from llava.evaluation.text import parse_verdict
 from llava.pipeline.crops import Face
 
@@ -174,6 +174,7 @@ def meaning(verdict: Verdict) -> str:
         VerdictLabel.UNCERTAIN: f"The detector cannot tell: {_reason(verdict)}. Take this as no answer either way.",
         VerdictLabel.INCONCLUSIVE: f"There is no verdict: {_reason(verdict)}.",
     }[verdict.label]
+    says += _kind(verdict)
     if verdict.is_calibrated:
         return f"{says} {_share(verdict)}"
     side = "reaches" if verdict.p_fake >= verdict.threshold else "stays under"
@@ -229,6 +230,19 @@ def prior_in_words(prior: float) -> str:
 
 def _reason(verdict: Verdict) -> str:
     return verdict.reason.rstrip(".")
+
+
+def _kind(verdict: Verdict) -> str:
+    """Say which kind of forgery has the highest score; empty unless it is FAKE and the detector knows several."""
+    kinds = {name: p for name, p in verdict.probabilities.items() if name != LABEL_NAMES[REAL]}
+    if verdict.label != VerdictLabel.FAKE or len(kinds) < 2:
+        return ""
+    first, *others = sorted(kinds, key=lambda name: -kinds[name])
+    rest = ", ".join(f"{name.replace('_', ' ')} {kinds[name]:.2f}" for name in others)
+    return (
+        f" Of the kinds of forgery that it knows, it scores {first.replace('_', ' ')} highest: {kinds[first]:.2f} "
+        f"({rest}), before any calibration."
+    )
 
 
 def _share(verdict: Verdict) -> str:

@@ -24,10 +24,11 @@ from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector, load
 from llava.detectors.m2f2det_published import ready_detector
 from llava.evaluation.metrics import LEVELS, TRIM, detection_report
-from llava.evaluation.pictures import draw_robustness, draw_roc
+from llava.evaluation.pictures import draw_class_confusion, draw_robustness, draw_roc
 from llava.evaluation.predictions import Predictions, write_csv, write_videos_csv
 from llava.evaluation.published_csv import published_ids, write_published
 from llava.evaluation.robustness import robustness_report
+from llava.evaluation.tables import multiclass_lines
 from llava.ops.degrade import Change, every_change
 from llava.train.scoring import measured, score
 from llava.train.stage_1 import describe_level
@@ -124,8 +125,8 @@ def evaluate(config: ScoreConfig) -> str:
 def score_split(config: ScoreConfig) -> dict[str, Any]:
     """Write predictions.csv, videos.csv, report.json and roc.png into `config.output_dir` and give the report.
 
-    With `published` also published.csv, with `robustness` robustness.json and robustness.png. Raises ValueError or
-    FileNotFoundError.
+    Of a detector with more than two classes also confusion.png, with `published` also published.csv, with `robustness`
+    robustness.json and robustness.png. Raises ValueError or FileNotFoundError.
     """
     folder = ready_detector(config.model)
     source, records = split_to_score(config.data, config.split, folder)
@@ -150,6 +151,8 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
         write_published(output / "published.csv", predictions)
     write_json(output / "report.json", report)
     draw_roc(output / "roc.png", predictions, config.resamples, config.seed, threshold=detector.decision.threshold)
+    if "multiclass" in report:
+        draw_class_confusion(output / "confusion.png", report)
     if config.robustness:
         degraded = degraded_scores(partial(score, *scope, seed=config.seed))
         settings = (config.resamples, config.seed)
@@ -188,11 +191,14 @@ def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:
     for name, numbers in report["classes"].items():
         auc, recall = (numbers["frame"][metric]["value"] for metric in ("auc", "recall"))
         yield f"{name}: AUC {auc:.3f}, recall {recall:.3f}"
+    yield from multiclass_lines(report)
     decision = report["decision"]
     yield f"threshold {decision['threshold']:.3f}, chosen on {decision['chosen_on']}"
     if decision["chosen_on"] == "default":
         log.warning("no threshold was chosen on validation: 0.5 is only a convention")
     files = ["predictions.csv", "videos.csv", "report.json", "roc.png"]
+    if "multiclass" in report:
+        files.append("confusion.png")
     if (output / "published.csv").is_file():
         files.append("published.csv")
     if "robustness" in report:

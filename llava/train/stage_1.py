@@ -25,6 +25,7 @@ from llava.detectors.base import Detector, create, load
 from llava.detectors.m2f2det_published import ready_detector
 from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
 from llava.evaluation.predictions import write_csv
+from llava.evaluation.tables import multiclass_lines
 from llava.train.engine import BEST, CollapseError, train_phase
 from llava.train.recipe import PhaseConfig, PhaseData, Recipe, open_data, report_near_duplicates
 from llava.train.scoring import calibrate, measured, probe_answers, score
@@ -195,6 +196,8 @@ def log_results(results: dict[str, Any], folder: Path) -> None:
     for split in ("val", "test"):
         for level in LEVELS if split in results else ():
             log.info("%s", describe_level(f"{split} {level}", results[split][level]))
+        for line in multiclass_lines(results.get(split, {})):
+            log.info("%s", line)
     plain = ", ".join(f"{name} {p:.2f}" for name, p in results["plain_images"].items())
     log.info("p_fake of plain images: %s", plain)
     decision = results["decision"]
