@@ -21,7 +21,7 @@ from llava.core.terminal import aligned, progress
 from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector, load
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import LEVELS, TRIM, detection_report
 from llava.evaluation.pictures import draw_robustness, draw_roc
 from llava.evaluation.predictions import Predictions, write_csv, write_videos_csv

@@ -21,7 +21,7 @@ from llava.core.runtime import other_settings, pick_device, setup_logging, write
 from llava.core.types import Decision
 from llava.core.weights import CONFIG_NAME, load_strictly
 from llava.detectors.base import Detector, create, load
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
 from llava.evaluation.predictions import write_csv
 from llava.train.engine import BEST, CollapseError, train_phase
