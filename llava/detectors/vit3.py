@@ -96,6 +96,7 @@ class ViT3(Detector):
             hidden_dim=config.hidden_size,
             mlp_dim=config.intermediate_size,
             dropout=config.dropout,
+            num_classes=len(self.classes),
         )
         # As published: PyTorch's own initial weights. torchvision's head starts at zero.
         self.vit.heads.head = nn.Linear(config.hidden_size, len(self.classes))
