@@ -10,7 +10,7 @@ from llava.core.runtime import setup_logging, write_json
 from llava.core.score_map import Calibration, write_calibration
 from llava.core.terminal import console
 from llava.detectors.base import load_uncalibrated
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Predictions, read_csv, refuse_shared_groups

@@ -1,7 +1,7 @@
-"""Convert published LLaVA-1.5 and M2F2-Det weights into this project's layout, with a report on every tensor.
+"""Convert published LLaVA-1.5 and detector weights into this project's layout, with a report on every tensor.
 
-What it takes: a LLaVA-1.5 or merged M2F2-Det folder (or hub id), a detector file or vision_tower.pth, and with
---model_base the output folder of the published stage 2 or 3.
+What it takes: a LLaVA-1.5 or merged M2F2-Det folder (or hub id), a detector file (M2F2-Det, three-class ViT) or
+vision_tower.pth, and with --model_base the output folder of the published stage 2 or 3.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import TypeAlias
 
 from llava.core.config import parse, setting
 from llava.core.runtime import setup_logging
-from llava.core.tensor_files import Plan
+from llava.core.tensor_files import Plan, TensorFiles
 from llava.core.weights import resolve
-from llava.detectors.m2f2det_published import PublishedDetector, PublishedTower, published_file, read_clip_config
+from llava.detectors.m2f2det_published import TOWER_PREFIX, PublishedTower, read_clip_config
+from llava.detectors.published import PublishedFile, Unseen, layout_of
 from llava.explainer.convert import PublishedDelta, PublishedFolder, ready
 
 log = logging.getLogger("convert_m2f2")
-Published: TypeAlias = PublishedDetector | PublishedTower | PublishedFolder | PublishedDelta
+Published: TypeAlias = PublishedFile | PublishedTower | PublishedFolder | PublishedDelta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Options:
         None, "CLIP vision tower for weights without one: vision_tower.pth, a CLIP folder or hub id"
     )
     clip: str | None = setting(None, "folder of the CLIP's config.json, when it is not ViT-L/14-336")
+    heads: int | None = setting(None, "attention heads of a three-class ViT, when they are not 64 channels wide")
     dry_run: bool = setting(False, "print what would become of every tensor; write nothing")
 
 
@@ -63,7 +65,10 @@ def opened(options: Options) -> Published:
     path = Path(options.model_path)
     if path.is_file():
         tower = None if options.vision_tower is None else Path(options.vision_tower)
-        return published_file(path, tower, None if options.clip is None else read_clip_config(options.clip))
+        clip = None if options.clip is None else read_clip_config(options.clip)
+        if all(name.startswith(TOWER_PREFIX) for name in TensorFiles([path])):
+            return PublishedTower(path, clip)
+        return layout_of(path).open(path, Unseen(vision_tower=tower, clip=clip, heads=options.heads))
     folder = resolve(options.model_path)
     if options.model_base is not None:
         return PublishedDelta(folder, ready(options.model_base))

@@ -18,6 +18,7 @@ LONGEST = [
     "test_stages.py",
     "test_demo.py",
     "test_parity.py",
+    "test_parity_vit3.py",
     "test_convert.py",
     "test_stage_1.py",
     "test_serve_ray.py",
@@ -42,8 +43,9 @@ LONGEST = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let test_parity.py be run on any folder of fixtures."""
+    """Let the parity tests be run on any folder of fixtures."""
     parser.addoption("--golden", type=Path, default=golden.DEFAULT, help="folder of parity fixtures (test_parity.py)")
+    parser.addoption("--golden-radar", type=Path, default=golden.RADAR, help="the same of RADAR and the ViT")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the differences when parity was tested alone."""
     if config.stash[golden.DIFFERENCES] and all("test_parity" in str(word) for word in config.args):
-        terminalreporter.write_sep("-", f"parity with {config.getoption('golden')}")
+        terminalreporter.write_sep("-", "parity: largest differences")
         terminalreporter.write_line("\n".join(golden.table(config)))
 
 

@@ -16,18 +16,19 @@ import torch
 from safetensors.torch import save_file
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "golden" / "dev"
+RADAR = DEFAULT.parent / "radar" / "dev"
 DIFFERENCES = pytest.StashKey[dict[tuple[str, str], tuple[float, float]]]()
 
 
-def generator(root: Path) -> ModuleType:
-    """Load gen_weights.py, which lies in the folder, above it, or beside the development fixtures."""
-    for folder in (root, *root.resolve().parents[:2], DEFAULT.parent):
-        if (folder / "gen_weights.py").is_file():
-            spec = importlib.util.spec_from_file_location("gen_weights", folder / "gen_weights.py")
+def generator(root: Path, name: str) -> ModuleType:
+    """Load the generator `name`, which lies in the folder, above it, or beside the development fixtures."""
+    for folder in (root, *root.resolve().parents[:2], DEFAULT.parent, RADAR.parent):
+        if (folder / name).is_file():
+            spec = importlib.util.spec_from_file_location(Path(name).stem, folder / name)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
-    raise FileNotFoundError(f"gen_weights.py lies neither in {root} nor in the two folders above it; copy it there.")
+    raise FileNotFoundError(f"{name} lies neither in {root} nor in the two folders above it; copy it there.")
 
 
 class Fixture:
@@ -37,13 +38,15 @@ class Fixture:
         self.folder, self.name = folder, folder.name
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.seed = self.manifest["seed"]
-        self.make = generator(folder.parent)
+        self.make = generator(folder.parent, self.manifest.get("generator", "gen_weights.py"))
         self._differences = config.stash[DIFFERENCES]
 
     @property
     def kind(self) -> str:
         """Tell the fixtures apart by what they say of themselves, not by their names."""
         manifest = self.manifest
+        if "system" in manifest:
+            return f"{manifest['system']}/{manifest['test']}"
         if "constructor" in manifest:
             return "stage_1" if "bridge_adapter_dim" in manifest["constructor"] else "detector"
         return next(
@@ -62,6 +65,9 @@ class Fixture:
         return self.make.gen_state_dict(self.manifest["weights"], self.seed)
 
     def image(self, entry: dict[str, Any]) -> np.ndarray:
+        if "constant_rgb" in entry:
+            width, height = entry["size_wh"]
+            return np.full((height, width, 3), entry["constant_rgb"], np.uint8)
         return self.make.gen_image(entry["gen_image_name"], *entry["size_wh"], self.seed)
 
     def input(self, name: str) -> torch.Tensor:

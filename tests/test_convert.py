@@ -33,11 +33,11 @@ from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.detectors.m2f2det_published import (
     PUBLISHED_PREFIXES,
     PublishedDetector,
+    PublishedTower,
     detector_config,
     detector_plan,
-    published_file,
-    ready_detector,
 )
+from llava.detectors.published import ready_detector
 from llava.explainer.convert import DETECTOR, RULES, TOWER, PublishedDelta, PublishedFolder, ready
 from llava.explainer.generation import load_model
 from llava.explainer.merge import merge_delta, merge_detector
@@ -373,7 +373,7 @@ def test_llava_with_and_without_its_tower_becomes_a_base(
     tensors = TensorFiles(sorted(source.glob("*.safetensors")))
     tower = {name.removeprefix("model.vision_tower."): tensors[name] for name in tensors if name.startswith(TOWER)}
     torch.save(tower, tmp_path / "vision_tower.pth")
-    published_file(tmp_path / "vision_tower.pth", clip=TINY_CLIP).write(tmp_path / "clip_vision")
+    PublishedTower(tmp_path / "vision_tower.pth", clip=TINY_CLIP).write(tmp_path / "clip_vision")
     alone = CLIPVisionModel.from_pretrained(tmp_path / "clip_vision").state_dict()
     assert len(alone) == len(tower)
     assert all(torch.equal(alone[name.removeprefix("vision_tower.vision_model.")], tower[name]) for name in tower)

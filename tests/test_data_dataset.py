@@ -12,6 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.core.types import InputSpec
@@ -45,6 +46,23 @@ def test_a_crop_of_a_larger_resize_equals_transformers() -> None:
     assert mask_cells(mask, spec, 10).max() == 0 and mask_cells(mask, SMALL, 4)[0].min() > 0
     with pytest.raises(ValueError, match="resize_size: 100 is below the crop of 160 pixels"):
         replace(spec, resize_size=100)
+
+
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (24, 24)])
+def test_a_squashed_image_equals_torchvision_and_its_mask_goes_with_it(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    spec = replace(SMALL, fit="squash", interpolation="bilinear")
+    expected = transforms.Compose(
+        [transforms.ToPILImage(), transforms.Resize((24, 24)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    )(image)
+    torch.testing.assert_close(to_tensor(image, spec), expected, atol=1e-6, rtol=0)
+    mask = np.zeros(size, np.uint8)
+    mask[: size[0] // 2, size[1] // 2 :] = 1  # the upper right quarter, whatever the shape
+    cells = mask_cells(mask, spec, 4)
+    assert cells[:2, 2:].min() > 0.9 and cells[2:].max() < 0.1 and cells[:, :2].max() < 0.1
+    assert spec.seen == 1
+    with pytest.raises(ValueError, match="resize_size: 48 means nothing with fit 'squash'"):
+        replace(spec, resize_size=48)
 
 
 def test_interpolations_differ_and_a_plain_image_is_normalised_by_hand() -> None:

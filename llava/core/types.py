@@ -77,8 +77,9 @@ class InputSpec:
     """What one named tensor of a detector must look like; data code reads it, the detector declares it.
 
     The image is resized so that its shortest edge is `resize_size`, None = `size` (PIL resampling `interpolation`),
-    centre-cropped to (size, size), scaled to [0, 1] and normalised by mean and std. `views`: what is averaged at test
-    time. Raises ValueError when the crop would be larger than the image.
+    centre-cropped to (size, size), scaled to [0, 1] and normalised by mean and std. `fit`: with squash the whole image
+    is resized to (size, size) instead, whatever its shape. `views`: what is averaged at test time. Raises ValueError
+    when the crop would be larger than the image, and for a resize_size that squash has no use for.
     """
 
     size: int
@@ -87,8 +88,11 @@ class InputSpec:
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     views: tuple[Literal["plain", "flip"], ...] = ("plain",)
     resize_size: int | None = None
+    fit: Literal["crop", "squash"] = "crop"
 
     def __post_init__(self) -> None:
+        if self.fit == "squash" and self.resize_size is not None:
+            raise ValueError(f"resize_size: {self.resize_size} means nothing with fit 'squash'; leave it out.")
         if self.shortest_edge < self.size:
             raise ValueError(
                 f"resize_size: {self.resize_size} is below the crop of {self.size} pixels; give {self.size} or more."
@@ -101,7 +105,7 @@ class InputSpec:
 
     @property
     def seen(self) -> float:
-        """Give the side of what the crop leaves, as a share of the image's shortest edge: in (0, 1]."""
+        """Give the side of what the crop leaves, as a share of the image's shortest edge: in (0, 1], 1 for squash."""
         return self.size / self.shortest_edge
 
 

@@ -27,7 +27,7 @@ UNKNOWN_CELL = -1.0
 
 
 def to_tensor(image: np.ndarray, spec: InputSpec) -> Tensor:
-    """Resize the shortest edge, crop the centre, scale to [0, 1] and normalise: uint8 (H, W, 3) to (3, S, S)."""
+    """Resize, crop the centre unless squashed, scale to [0, 1] and normalise: uint8 (H, W, 3) to (3, S, S)."""
     pixels = torch.from_numpy(_resize_and_crop(image, spec)).permute(2, 0, 1).float() / 255.0
     mean = torch.tensor(spec.mean).view(3, 1, 1)
     std = torch.tensor(spec.std).view(3, 1, 1)
@@ -49,9 +49,9 @@ def mask_cells(mask: np.ndarray, spec: InputSpec, grid: int) -> Tensor:
 
 def _resize_and_crop(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     height, width = image.shape[:2]
-    # The long side is cut off, not rounded, as transformers and torchvision do.
     short = spec.shortest_edge
-    long = int(short * max(height, width) / min(height, width))
+    # The long side is cut off, not rounded, as transformers and torchvision do.
+    long = short if spec.fit == "squash" else int(short * max(height, width) / min(height, width))
     new_width, new_height = (short, long) if width <= height else (long, short)
     resized = np.array(Image.fromarray(image).resize((new_width, new_height), _RESAMPLING[spec.interpolation]))
     top, left = (new_height - spec.size) // 2, (new_width - spec.size) // 2

@@ -7,12 +7,11 @@ generation (`link_adapter_proj`) has another head and is refused.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -20,11 +19,12 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
 from llava.core.runtime import atomic_path, write_json
-from llava.core.tensor_files import PICKLED, REPORT_NAME, Plan, Rules, TensorFiles, plan, write_shards
-from llava.core.weights import CONFIG_NAME, checkpoints_dir, read_config, resolve, shapes_only
+from llava.core.tensor_files import REPORT_NAME, Plan, Rules, TensorFiles, plan, write_shards
+from llava.core.weights import read_config, shapes_only
 from llava.detectors.backbones import BACKBONES, DENSENETS, EFFICIENTNETS, make_backbone
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.detectors.m2f2det_parts import ClipTextSizes, ClipVisionSizes
+from llava.detectors.published import PublishedFile, Unseen, detector_tensors, plan_for
 
 log = logging.getLogger(__name__)
 
@@ -199,11 +199,8 @@ def rules_of(shapes: Shapes) -> Rules:
 
 def detector_plan(shapes: Shapes, config: M2F2DetConfig) -> Plan:
     """Plan how published tensors become those of our detector with these settings."""
-    with shapes_only():
-        detector = M2F2Det(config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
     computed = ("classifier.weight", "classifier.bias") if has_constant_bridge(shapes) else ()
-    return plan(shapes, wanted, rules_of(shapes), computed)
+    return plan_for(M2F2Det, config, shapes, rules_of(shapes), computed)
 
 
 def folded_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,7 +226,7 @@ def bridge_constant(tensors: Mapping[str, Tensor]) -> Tensor:
     return F.layer_norm(linear, linear.shape, tensors[f"{_REDUCTION}.1.weight"], tensors[f"{_REDUCTION}.1.bias"])
 
 
-class PublishedDetector:
+class PublishedDetector(PublishedFile):
     """A published detector file: its plan, and how to write it in our layout.
 
     The tensors may be wrapped, as the published trainer's Saver does, and carry the `module.` of DataParallel. A file
@@ -237,29 +234,45 @@ class PublishedDetector:
     detector can live in an explainer only. Raises ValueError or FileNotFoundError.
     """
 
+    detector = M2F2Det
+    marks = ("deepfake_proj.0.weight",)
+    config: M2F2DetConfig
+
     def __init__(self, file: Path, vision_tower: Path | None = None, clip: Mapping[str, Any] | None = None) -> None:
-        self.file = file
-        self.tensors = TensorFiles([file], lambda name: name.removeprefix("module."))
+        tensors = detector_tensors(file)
         beside = file.with_name(TOWER_NAME)
-        has_tower = any(name.startswith("clip_vision_encoder.") for name in self.tensors.shapes)
+        has_tower = any(name.startswith("clip_vision_encoder.") for name in tensors.shapes)
         tower = vision_tower or (beside if beside.is_file() else None)
         if not has_tower and tower is not None:
             log.info("%s holds no CLIP vision tower; taking that of %s", file, tower)
-            self.tensors.add([tower], lambda name: f"clip_vision_encoder.model.{name.removeprefix('vision_tower.')}")
-        self.config = detector_config(self.tensors.shapes, clip)
-        self.plan = detector_plan(self.tensors.shapes, self.config)
+            tensors.add([tower], lambda name: f"clip_vision_encoder.model.{name.removeprefix('vision_tower.')}")
+        config = detector_config(tensors.shapes, clip)
+        super().__init__(file, tensors, config, detector_plan(tensors.shapes, config))
 
-    def write(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and conversion.json. Raises ValueError when tensors do not fit."""
-        self.plan.check(str(self.file))
-        folded = folded_classifier(self.tensors) if has_constant_bridge(self.tensors.shapes) else {}
-        with shapes_only():
-            described = M2F2Det(self.config).describe()
-        with atomic_path(folder) as staged:
-            write_shards(staged, self.plan.moves, self.tensors, folded, shard_bytes=float("inf"))
-            write_json(staged / CONFIG_NAME, described)
-            report = self.plan.to_dict() | {"from": self.file.name, "left": sorted(self.tensors.besides)}
-            write_json(staged / REPORT_NAME, report)
+    @classmethod
+    def open(cls, file: Path, unseen: Unseen) -> Self:
+        """Open a file with the vision tower and the CLIP's settings that are said by hand."""
+        return cls(file, unseen.vision_tower, unseen.clip)
+
+    @classmethod
+    def files_of(cls, file: Path) -> list[Path]:
+        """List the file and, where there is one, the vision tower beside it."""
+        tower = file.with_name(TOWER_NAME)
+        return [file, tower] if tower.is_file() else [file]
+
+    @property
+    def remark(self) -> str:
+        """Warn of a detector without a vision tower."""
+        if self.config.own_vision:
+            return ""
+        return (
+            "it has no CLIP vision tower, so it can only be merged into a LLaVA; for use on its own put "
+            f"{TOWER_NAME} beside it"
+        )
+
+    def computed(self) -> dict[str, Tensor]:
+        """Give the classifier that holds the constant bridge of stage 1."""
+        return folded_classifier(self.tensors) if has_constant_bridge(self.tensors.shapes) else {}
 
 
 class PublishedTower:
@@ -282,45 +295,3 @@ class PublishedTower:
             write_shards(staged, self.plan.moves, self.tensors, shard_bytes=float("inf"))
             self.config.save_pretrained(staged)
             write_json(staged / REPORT_NAME, self.plan.to_dict() | {"from": self.file.name})
-
-
-def published_file(
-    file: Path, vision_tower: Path | None = None, clip: Mapping[str, Any] | None = None
-) -> PublishedDetector | PublishedTower:
-    """Open a published .pth file: a detector, or a vision tower alone. Raises ValueError or FileNotFoundError."""
-    if all(name.startswith(TOWER_PREFIX) for name in TensorFiles([file])):
-        return PublishedTower(file, clip)
-    return PublishedDetector(file, vision_tower, clip)
-
-
-def ready_detector(name: str | Path) -> Path:
-    """Give the folder of a detector that `load` reads: as `resolve`, and a published file is converted first.
-
-    The converted copy is kept in `checkpoints/converted/`. Raises FileNotFoundError or ValueError.
-    """
-    file = Path(name)
-    if not (file.is_file() and file.suffix in PICKLED):
-        return resolve(name)
-    tower = file.with_name(TOWER_NAME)
-    folder = converted_folder(file, [file, tower] if tower.is_file() else [file])
-    if not folder.is_dir():
-        published = PublishedDetector(file)
-        published.write(folder)
-        log.info("%s is a published detector: %s; written to %s", file, published.plan.counts(), folder)
-        if not published.config.own_vision:
-            log.warning(
-                "it has no CLIP vision tower, so it can only be merged into a LLaVA; for use on its own put "
-                "%s beside it",
-                TOWER_NAME,
-            )
-    return folder
-
-
-def converted_folder(origin: Path, files: Sequence[Path]) -> Path:
-    """Give where the converted copy of some files belongs; another file, size or time is another folder."""
-    seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
-    place = origin.resolve()
-    if place.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/commit
-        place = place.parents[1]
-    return checkpoints_dir() / "converted" / f"{place.stem if place.is_file() else place.name}-{digest}"

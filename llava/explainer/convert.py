@@ -28,12 +28,11 @@ from llava.detectors.m2f2det_parts import ClipVisionSizes
 from llava.detectors.m2f2det_published import (
     POSITION_IDS,
     PUBLISHED_PREFIXES,
-    converted_folder,
     detector_config,
     read_clip_config,
-    ready_detector,
     vision_sizes,
 )
+from llava.detectors.published import converted_folder, ready_detector
 from llava.explainer.delta import LORA_WEIGHTS, OTHER_WEIGHTS, RECORD, add_lora, fingerprint, save_tensors, write_record
 from llava.explainer.modeling import ForgeryLlava, ForgeryLlavaConfig, join_config
 from llava.explainer.processing import read_tokenizer

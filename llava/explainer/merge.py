@@ -21,7 +21,7 @@ from llava.core.types import Turn
 from llava.core.weights import read_config, shapes_only
 from llava.detectors.base import Detector
 from llava.detectors.base import load as load_detector
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.explainer.convert import ready, ready_delta
 from llava.explainer.delta import Model, attach, fingerprint, inner, read_record
 from llava.explainer.generation import load_model, load_processor

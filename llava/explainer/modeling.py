@@ -149,8 +149,8 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         inputs = {name: tensor.to(dtype) for name, tensor in detector_inputs.items()}
         shared = None
         if self.detector.shares_vision:
-            views = inputs["pixel_values"]
-            sees_the_same = views.shape[1] == 1 and self.detector.inputs["pixel_values"].seen == 1
+            views, spec = inputs["pixel_values"], self.detector.inputs["pixel_values"]
+            sees_the_same = views.shape[1] == 1 and spec.seen == 1 and spec.fit == "crop"
             shared = (features if sees_the_same else self.vision_features(views.flatten(0, 1))).to(dtype)
         with torch.autocast(features.device.type, enabled=False):
             return self.detector.over_views(inputs, shared)

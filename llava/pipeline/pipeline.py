@@ -19,7 +19,7 @@ from llava.data.dataset import view_tensors
 from llava.data.inputs import Image, as_list, named
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.ops.degrade import VERSIONS
 from llava.pipeline.crops import Face, faces_of
 from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings

@@ -22,7 +22,7 @@ from llava.core.types import Record
 from llava.data.sources import DataConfig, Source, open_source, split_of
 from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector, load
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import LEVELS, TRIM, detection_report
 from llava.evaluation.pictures import draw_class_confusion, draw_robustness, draw_roc
 from llava.evaluation.predictions import Predictions, write_csv, write_videos_csv

@@ -22,7 +22,7 @@ from llava.core.runtime import other_settings, pick_device, setup_logging, write
 from llava.core.types import Decision
 from llava.core.weights import CONFIG_NAME, load_strictly, shapes_only
 from llava.detectors.base import Detector, create, load
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
 from llava.evaluation.predictions import write_csv
 from llava.evaluation.tables import multiclass_lines

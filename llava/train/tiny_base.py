@@ -33,7 +33,7 @@ from llava.core.types import LABEL_NAMES, Record
 from llava.core.weights import read_config
 from llava.data.conversations import ConversationSource, open_conversations
 from llava.detectors.base import load as load_detector
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.explainer.modeling import ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor
 from llava.explainer.prompts import lay_out, plain_text, strip_tags
