@@ -187,6 +187,7 @@ print(*sys.modules)
 """
 
 
+@pytest.mark.e2e
 def test_no_language_model_is_loaded(detector: Path) -> None:
     words = [sys.executable, "-c", ALONE, str(detector), str(PHOTO), data_uri(draw(1, 3))]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
