@@ -102,7 +102,7 @@ def test_the_openai_client_gets_verdict_and_words(client: openai.OpenAI, pipelin
     assert reply.verdict["p_fake"] == pytest.approx(wanted.verdict.p_fake, abs=1e-6)
     assert reply.usage.prompt_tokens > pipeline.needed_explainer().model.config.image_tokens
     assert reply.usage.completion_tokens > 3
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [(model.id, model.capabilities) for model in client.models.list()] == [("tiny", ["detect", "explain"])]
 
 
 def test_the_stream_begins_with_the_verdict(client: openai.OpenAI, pipeline: Pipeline) -> None:

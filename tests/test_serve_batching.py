@@ -21,8 +21,8 @@ from llava.explainer.prompts import VERDICT_QUESTION
 from llava.pipeline import Pipeline
 from llava.pipeline.crops import faces_of
 from llava.pipeline.settings import FaceSettings
-from llava.serve.batching import BatchConfig, BatchingEngine, _Call
-from llava.serve.engine import Question, Refusal
+from llava.serve.batching import BatchConfig, BatchingEngine
+from llava.serve.engine import Call, Question, Refusal
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = (VERDICT_QUESTION, "Does the nose look real or fake?", "Why?")
@@ -161,7 +161,7 @@ def test_the_model_is_free_while_faces_are_looked_for(
     free = []
 
     def slowly(*given: Any) -> Any:
-        call = _Call(lambda: True)
+        call = Call(lambda: True)
         engine._waiting.put(call)
         free.append(call.result.result(timeout=20))
         return faces_of(*given)
@@ -269,8 +269,6 @@ def test_an_answer_says_whether_its_limit_cut_it(engine: BatchingEngine, pipelin
 
 
 def test_no_face_is_a_verdict_without_words(tiny_explainer: Path) -> None:
-    with pytest.raises(ValueError, match="gives verdicts and no words"):
-        BatchingEngine(Pipeline.from_pretrained(tiny_explainer.parent / "detector"))
     engine = BatchingEngine(Pipeline.from_pretrained(tiny_explainer, stability=False))
     (only,) = engine.ask(why(np.zeros((64, 64, 3), np.uint8)), Event())
     assert only.verdict is not None and only.verdict.label == VerdictLabel.INCONCLUSIVE

@@ -196,6 +196,23 @@ def test_sigterm_ends_every_process(server: Running) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.e2e
+def test_a_detector_alone_gives_the_verdict_of_one_process(tiny_explainer: Path, tmp_path: Path) -> None:
+    detector = tiny_explainer.parent / "detector"
+    (alone,) = Pipeline.from_pretrained(detector, faces=FaceSettings(face="off"), stability=False).detect(draw(1, 3))
+    with serving(detector, tmp_path) as started:
+        (model,) = httpx.get(f"{started.address}/v1/models").json()["data"]
+        assert (model["id"], model["capabilities"]) == ("detector", ["detect"])
+        reply = started.client.chat.completions.create(model="detector", messages=messages(draw(1, 3)))
+        assert reply.verdict["label"] == str(alone.label) == "FAKE"
+        assert reply.verdict["p_fake"] == pytest.approx(alone.p_fake, abs=1e-5)
+        assert (reply.choices[0].message.content or "").startswith("The detector's verdict is FAKE: p_fake ")
+        refused = httpx.post(f"{started.address}/v1/explain", files={"files": b"anything"})
+        assert refused.status_code == 400 and "gives verdicts and no words" in refused.json()["error"]["message"]
+        started.process.send_signal(signal.SIGTERM)
+        assert started.process.wait(END_SECONDS) == 0
+
+
 def test_replicas_need_ray_and_make_sense() -> None:
     assert ServeSettings().replica_range == (1, 1)
     assert ServeSettings(ray=True, replicas=3).replica_range == (3, 3)

@@ -42,6 +42,8 @@ NOTHING = Verdict(
 class Reader:
     """An engine that says prepared words, and keeps what it was asked."""
 
+    has_words = True
+
     def __init__(self, words: Sequence[str] = ("The image", " is", " fake."), verdict: Verdict = VERDICT) -> None:
         self.words = words
         self.verdict = verdict
@@ -57,6 +59,8 @@ class Reader:
 class Broken:
     """An engine that fails."""
 
+    has_words = True
+
     def __init__(self, error: Exception) -> None:
         self.error = error
 
@@ -67,6 +71,8 @@ class Broken:
 
 class Endless:
     """An engine that writes until it is stopped; counts how many requests it is at."""
+
+    has_words = True
 
     def __init__(self) -> None:
         self.active = 0

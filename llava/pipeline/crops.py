@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from llava.ops.degrade import delivered
 from llava.pipeline.settings import FaceSettings
 
 if TYPE_CHECKING:
-    from llava.explainer.generation import Explainer
     from llava.explainer.processing import Pixels
 
 NO_FACE = "no face found"
@@ -34,7 +33,7 @@ LEAST_INSIDE = 0.75  # share of a face's box that must lie in the image
 class Face:
     """One thing to judge: pixels uint8 (H, W, 3), or None and the reason; `box` is where it was found, if anywhere.
 
-    prepared: what an explainer reads of it and of its delivered versions; empty = to be made when it is looked at.
+    prepared: what the model reads of it and of its delivered versions; empty = to be made when it is looked at.
     """
 
     image: str
@@ -94,12 +93,15 @@ def faces_of(image: NamedImage, settings: FaceSettings) -> list[Face]:
     return faces
 
 
-def prepared(face: Face, explainer: Explainer, stability: bool) -> Face:
-    """Give the face with all that the explainer reads of it, so that looking at it only runs the model."""
+def prepared(face: Face, read: Callable[[np.ndarray], Pixels], stability: bool) -> Face:
+    """Give the face with all that the model reads of it, so that looking at it only runs the model.
+
+    read: makes an image ready, as `Pipeline.pixels` does.
+    """
     if face.pixels is None:
         return face
     images = chain([face.pixels], delivered(face.pixels) if stability else ())
-    return replace(face, prepared=tuple(map(explainer.processor.pixels, images)))
+    return replace(face, prepared=tuple(map(read, images)))
 
 
 def _face(name: str, pixels: np.ndarray, box: FaceBox, settings: FaceSettings) -> Face:

@@ -22,7 +22,7 @@ from llava.detectors.base import load as load_detector
 from llava.detectors.published import ready_detector
 from llava.ops.degrade import VERSIONS
 from llava.pipeline.crops import Face, faces_of
-from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings
+from llava.pipeline.settings import FaceSettings, Precision, Quantization, VideoSettings, is_detector
 from llava.pipeline.verdict import Finding, VideoFinding, explanation, judge
 from llava.pipeline.video import FaceJudge, Video, watch
 
@@ -129,7 +129,7 @@ class Pipeline:
             require_share("prior", prior)
         folder, where = ready_detector(name), pick_device(device)
         settings = read_config(folder)
-        if isinstance(settings.get("detector"), str):  # an explainer says more of its own
+        if is_detector(settings):
             if quantization != "none":
                 raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
             detector = load_detector(folder, description=settings).to(where)
@@ -252,6 +252,12 @@ class Pipeline:
             verdict = judge(self.detector, face, scores, self.prior)
             found.append(Finding(verdict=verdict, pixels=face.pixels, evidence_map=evidence_map, seen=seen))
         return found, encoded
+
+    def pixels(self, image: np.ndarray) -> Pixels:
+        """Give what the model reads of an image, in the form that `look` takes instead of it."""
+        if self.explainer is not None:
+            return self.explainer.processor.pixels(image)
+        return {"detector_inputs": {name: view_tensors(image, spec) for name, spec in self.detector.inputs.items()}}
 
     def face_of(self, image: Image) -> Face:
         """Give the largest face of an image, without pixels where there is none."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from llava.core.config import setting
 
@@ -85,6 +86,11 @@ class WordSettings:
     max_new_tokens: int | None = setting(None, "longest answer, in tokens; none = the explainer's own limit")
     temperature: float = setting(0.0, "0 = always the likeliest word; above 0 samples")
     seed: int = setting(0, "seed of the sampling; matters only when temperature is above 0")
+
+
+def is_detector(config: Mapping[str, Any]) -> bool:
+    """Say whether the config.json of a model is that of a detector alone; an explainer's says more of its own."""
+    return isinstance(config.get("detector"), str)
 
 
 def load(settings: PipelineSettings, name: str, quantization: Quantization | None = None) -> Pipeline:

@@ -16,25 +16,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import uuid4
 
 from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.exceptions import HTTPException
 
 from llava import __version__
 from llava.core.types import GenerationSettings, Turn, Verdict
+from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.inputs import NamedImage, in_order
-from llava.explainer.prompts import VERDICT_QUESTION
-from llava.serve.engine import Answer, Engine, Piece, Question, Refusal, from_thread, joined
+from llava.serve.engine import WORDLESS, Answer, Engine, Piece, Question, Refusal, from_thread, joined
 from llava.serve.fetch import Fetcher
-from llava.serve.guard import Guard, RequestLimits, refusal_response
+from llava.serve.guard import Guard, RequestLimits
 from llava.serve.keys import KeyRing
 from llava.serve.measures import MeasuredEngine, Measures
 from llava.serve.options import ServeSettings
 from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_files, read_still, read_upload
-from llava.serve.web import OPEN_PATHS, add_documentation
+from llava.serve.web import OPEN_PATHS, add_documentation, add_refusals
 
 if TYPE_CHECKING:
     from llava.serve.page.door import PageDoor
@@ -213,9 +211,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="M2F2-Det", version=__version__, lifespan=lifespan, **settings)
     app.add_middleware(Guard, keys=service.keys, limits=service.limits, is_guarded=service.is_guarded)
     app.add_middleware(service.measures.middleware)
-    app.add_exception_handler(Refusal, refusal_response)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
+    add_refusals(app)
     add_documentation(app)
     _add_basics(app, service)
     _add_faces(app, service)
@@ -239,8 +235,10 @@ def _add_basics(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """List the one model."""
-        return {"object": "list", "data": [{"id": service.model, "object": "model", "created": 0, "owned_by": "m2f2"}]}
+        """List the one model; `capabilities` is an extra key."""
+        model = {"id": service.model, "object": "model", "created": 0, "owned_by": "m2f2"}
+        capabilities = ["detect", "explain"] if service.engine.has_words else ["detect"]
+        return {"object": "list", "data": [model | {"capabilities": capabilities}]}
 
 
 def _add_faces(app: FastAPI, service: Service) -> None:
@@ -259,6 +257,8 @@ def _add_faces(app: FastAPI, service: Service) -> None:
         max_tokens: Annotated[int, Form(ge=1, le=MAX_TOKENS)] = 256,
     ) -> dict[str, Any]:
         """Give the verdict on the largest face of each image, and the answer to one question about it."""
+        if not service.engine.has_words:
+            raise Refusal(400, f"{WORDLESS} Send the files to /v1/detect, or serve such an explainer.")
         images = await read_files(files, read_still, service.uploads)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
         answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
@@ -355,24 +355,6 @@ async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedIma
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """Name the field that does not fit; never what was sent, which may be an image."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
-        return refusal_response(request, Refusal(400, "The body is no JSON by its header; send application/json."))
-    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    if first["type"] == "extra_forbidden":
-        return refusal_response(request, Refusal(400, f"{where}: no setting that is known here; leave it out."))
-    return refusal_response(request, Refusal(400, f"{where}: {first['msg']}."))
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    content = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}}
-    return JSONResponse(content, error.status_code, headers=error.headers)
 
 
 def build(settings: ServeSettings, engine: Engine) -> FastAPI:

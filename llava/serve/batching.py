@@ -1,7 +1,7 @@
 """One thread that owns the model: questions that wait together are answered together, token by token.
 
 A question may join while others are being answered. An image is looked at once, however many questions come about it;
-the newest images are kept in memory for the next question.
+the newest images are kept in memory for the next question. Of a detector alone verdicts are all there is to answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Semaphore, Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -24,12 +24,14 @@ import numpy as np
 from llava.core.config import setting
 from llava.core.types import GenerationSettings, Turn
 from llava.data.inputs import Image, NamedVideo
-from llava.explainer.generation import Decoder, Prefix, Row
-from llava.explainer.modeling import Encoded
 from llava.pipeline.crops import Face, prepared
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.verdict import Finding, VideoFinding
-from llava.serve.engine import Piece, Question, Refusal
+from llava.serve.engine import Call, Piece, Question, Refusal, plain_pieces
+
+if TYPE_CHECKING:
+    from llava.explainer.generation import Prefix, Row
+    from llava.explainer.modeling import Encoded
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -128,7 +130,7 @@ class Observations:
         """Give a face with all that the model reads of it, unless the same pixels were judged before."""
         if face.pixels is not None and _digest(face.pixels) in self._faces:
             return face
-        return prepared(face, self._pipeline.needed_explainer(), self._pipeline.stability)
+        return prepared(face, self._pipeline.pixels, self._pipeline.stability)
 
     def _observed(self, faces: Sequence[Face]) -> list[Observation]:
         """Give what was seen of faces, and keep it; those that are new are looked at as one batch."""
@@ -194,31 +196,26 @@ class _Job:
     pieces: SimpleQueue[Piece | BaseException | None] = field(default_factory=SimpleQueue)
     row: Row | None = None
 
-
-@dataclass(eq=False)
-class _Call:
-    """Something else to do with the model between two tokens."""
-
-    work: Callable[[], Any]
-    result: Future[Any] = field(default_factory=Future)
-
-    def run(self) -> None:
-        """Do it, unless nobody waits for it any more, and hand over what it gives or raises."""
-        if self.result.set_running_or_notify_cancel():
-            try:
-                self.result.set_result(self.work())
-            except Exception as error:
-                self.result.set_exception(error)
+    def end(self, *pieces: Piece) -> None:
+        """Hand over the last pieces."""
+        for piece in (*pieces, None):
+            self.pieces.put(piece)
 
 
 class BatchingEngine:
-    """Answers questions about images; `ask` may be called from any thread. Close it to end its own thread."""
+    """Answers questions about images; `ask` may be called from any thread. Close it to end its own thread.
+
+    decoder: writes the words; a detector alone has none.
+    """
 
     def __init__(self, pipeline: Pipeline, config: BatchConfig | None = None) -> None:
         self.pipeline, self.config = pipeline, config or BatchConfig()
-        explainer = pipeline.needed_explainer()
-        self.decoder = Decoder(explainer.model, explainer.processor)
-        self._waiting: SimpleQueue[_Job | _Call | None] = SimpleQueue()
+        self.has_words = pipeline.explainer is not None
+        if pipeline.explainer is not None:
+            from llava.explainer.generation import Decoder  # here, because a detector needs no language model
+
+            self.decoder = Decoder(pipeline.explainer.model, pipeline.explainer.processor)
+        self._waiting: SimpleQueue[_Job | Call[Any] | None] = SimpleQueue()
         self._active: list[_Job] = []
         self._entry, self._is_closing = Lock(), False
         self.observations = Observations(pipeline, self.config.images)
@@ -268,7 +265,7 @@ class BatchingEngine:
             self._waiting.put(None)  # wakes it
         self._thread.join()
 
-    def _wait(self, work: _Job | _Call) -> None:
+    def _wait(self, work: _Job | Call[Any]) -> None:
         """Put something to do behind all else. Raises Refusal (503) when the engine ends."""
         with self._entry:
             if self._is_closing:
@@ -277,10 +274,9 @@ class BatchingEngine:
 
     def _call(self, work: Callable[[], T]) -> T:
         """Have the engine's thread do something between two tokens, and wait for what it gives or raises."""
-        call = _Call(work)
+        call = Call(work)
         self._wait(call)
-        result: T = call.result.result()
-        return result
+        return call.result.result()
 
     def _run(self) -> None:
         while (jobs := self._take()) is not None:
@@ -304,7 +300,7 @@ class BatchingEngine:
                 left = self._waiting.get_nowait()
             except Empty:
                 return
-            if isinstance(left, _Call):
+            if isinstance(left, Call):
                 left.result.set_exception(error)
             elif left is not None:
                 left.pieces.put(error)
@@ -317,30 +313,34 @@ class BatchingEngine:
                 job = self._waiting.get(block=not (self._active or jobs))
             except Empty:
                 break
-            if isinstance(job, _Call):
+            if isinstance(job, Call):
                 job.run()
             elif job is not None and not job.stop.is_set():
                 jobs.append(job)
         return None if self._is_closing and not jobs else jobs
 
     def _begin(self, jobs: Sequence[_Job]) -> None:
-        """Look at the images of new questions, tell their verdicts, and let them into the batch."""
+        """Look at the images of new questions, tell their verdicts, and let those that get words into the batch."""
+        seen = zip(jobs, self.observations.at([job.about for job in jobs]), strict=True)
+        if not self.has_words:
+            for job, sight in seen:
+                job.end(*plain_pieces(sight.finding, job.turns))
+            return
+        from llava.explainer.generation import Row
+
         begun = []
-        for job, sight in zip(jobs, self.observations.at([job.about for job in jobs]), strict=True):
+        for job, sight in seen:
             try:
                 ids, suffix = self.decoder.split(job.turns, job.settings)
-                row = Row(
-                    settings=self._within_context(job.settings, len(ids) + len(suffix)), suffix=suffix, prefix=None
-                )
+                read = len(ids) + len(suffix)
+                row = Row(settings=self._within_context(job.settings, read), suffix=suffix, prefix=None)
             except (ValueError, TypeError) as error:  # a tokeniser raises TypeError for what is no text
                 job.pieces.put(error)
                 continue
             found = sight.finding
             if sight.encoded is None:
-                job.pieces.put(Piece(verdict=found.verdict))
-                job.pieces.put(None)
+                job.end(Piece(verdict=found.verdict))
                 continue
-            read = len(ids) + len(suffix)
             first = Piece(verdict=found.verdict, evidence_map=found.evidence_map, seen=found.seen, prompt_tokens=read)
             job.pieces.put(first)
             begun.append((job, sight, ids, row))
@@ -378,12 +378,13 @@ class BatchingEngine:
             self._active = [job for job in self._active if job not in finished]
             self.decoder.leave([job.row for job in finished if job.row is not None])
         for job in finished:
-            job.pieces.put(None)
+            job.end()
 
     def _fail(self, jobs: Sequence[_Job], error: Exception) -> None:
         """Tell everyone in the batch what went wrong, and begin with an empty one."""
         self._active = []
-        self.decoder.leave(list(self.decoder.rows))
+        if self.has_words:
+            self.decoder.leave(list(self.decoder.rows))
         for job in jobs:
             job.pieces.put(error)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
 from threading import Event
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from llava.core.types import Explanation, Turn, Verdict
-from llava.pipeline.verdict import explanation
+from llava.pipeline.verdict import explanation, meaning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llava.pipeline.verdict import Finding, VideoFinding
 
 T = TypeVar("T")
+WORDLESS = "This model gives verdicts and no words; a merged explainer (the output of stage 3) answers questions."
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -107,10 +108,16 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 class Engine(Protocol):
     """Answers one conversation about one face image; may be asked from several threads at once."""
 
+    @property
+    def has_words(self) -> bool:
+        """Say whether it writes words; a detector alone does not, and is asked for its verdicts in the same way."""
+        ...
+
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict on the image's largest face, then the text; `stop` ends it soon.
 
-        There is no text where there is no verdict. Raises ValueError for what can not be answered.
+        Where there is no verdict, there is no text, or that of `plain_pieces`. Raises ValueError for what can not be
+        answered.
         """
         ...
 
@@ -125,6 +132,21 @@ class Engine(Protocol):
     def model_facts(self) -> dict[str, Any]:
         """Give what a case file says of the model; see `llava.jobs.case_file.model_facts`."""
         ...
+
+
+def plain_pieces(finding: Finding, turns: Sequence[Turn]) -> Iterator[Piece]:
+    """Yield what a detector alone answers: the verdict, then a sentence that repeats it, or says why there is none.
+
+    Further questions are told what answers questions. No token is read or written for any of it.
+    """
+    verdict = finding.verdict
+    yield Piece(verdict=verdict, evidence_map=finding.evidence_map, seen=finding.seen)
+    if verdict.p_fake is None:
+        yield Piece(text=meaning(verdict))
+    elif len(turns) > 1:
+        yield Piece(text=WORDLESS)
+    else:
+        yield Piece(text=f"The detector's verdict is {verdict}; no language model wrote this.")
 
 
 class Answer:
@@ -193,6 +215,22 @@ class Answer:
 def _overlap(text: str, stop: str) -> int:
     """Count the letters at the end of a text with which a stop begins."""
     return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(eq=False)
+class Call(Generic[T]):
+    """Work for the thread that owns a model, and what becomes of it."""
+
+    work: Callable[[], T]
+    result: Future[T] = field(default_factory=Future)
+
+    def run(self) -> None:
+        """Do it, unless nobody waits for it any more, and hand over what it gives or raises."""
+        if self.result.set_running_or_notify_cancel():
+            try:
+                self.result.set_result(self.work())
+            except Exception as error:
+                self.result.set_exception(error)
 
 
 async def from_thread(

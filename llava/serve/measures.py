@@ -84,6 +84,11 @@ class MeasuredEngine:
     def __init__(self, engine: Engine, measures: Measures) -> None:
         self._engine, self._measures = engine, measures
 
+    @property
+    def has_words(self) -> bool:
+        """Say whether it writes words, as `Engine.has_words` says."""
+        return self._engine.has_words
+
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says; what was said until a caller left counts, too."""
         started, tokens = time.monotonic(), 0

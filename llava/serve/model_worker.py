@@ -90,7 +90,7 @@ class Answers:
             yield error_chunk(ErrorCode.FAILED, BUSY)
             return
         started = time.monotonic()
-        writer = _Writer(query, turns[-1].text)
+        writer = _Writer(query, turns[-1].text, self._engine.has_words)
         outcome = "client left"
         self.queue_length += 1
         try:
@@ -153,17 +153,18 @@ class Answers:
 class _Writer:
     """Writes an answer as chunks, each with the whole text so far after `prefix`."""
 
-    def __init__(self, query: GenerateRequest, question: str) -> None:
+    def __init__(self, query: GenerateRequest, question: str, has_words: bool) -> None:
         self.answer = Answer(question, stops=query.stops)
         self._prefix = query.prompt if query.echo else ""
-        self._has_map = query.evidence_map
+        self._has_map, self._has_words = query.evidence_map, has_words
         self._sent = ""
 
     def take(self, piece: Piece) -> Iterator[Chunk]:
         """Yield the chunk of one piece, if it has anything new to show."""
         self.answer.add(piece)
         if piece.verdict is not None:
-            yield Chunk(text=self._prefix, error_code=ErrorCode.OK, verdict=piece.verdict.to_dict(), **self._map(piece))
+            beside = self._map(piece) if self._has_words else self._map(piece) | {"has_words": False}
+            yield Chunk(text=self._prefix, error_code=ErrorCode.OK, verdict=piece.verdict.to_dict(), **beside)
         shown = self.answer.shown
         if shown != self._sent:
             self._sent = shown
@@ -178,7 +179,7 @@ class _Writer:
     def finish(self) -> Iterator[Chunk]:
         """Yield the last chunk, if there is more to say: held back text, or what there is to know beside it."""
         verdict = self.answer.verdict
-        text, remark = self.answer.text, self.answer.explanation.remark
+        text, remark = self.answer.text, self.answer.explanation.remark if self._has_words else ""
         if verdict.p_fake is None:
             text, remark = meaning(verdict), ""
         if remark:
@@ -191,7 +192,9 @@ class _Writer:
 class WorkerSettings(SecretSettings, PipelineSettings):
     """Where the worker listens, which controller it belongs to, and what it serves."""
 
-    model_path: str = setting(help="merged explainer: folder, name in checkpoints/, or hub id")
+    model_path: str = setting(
+        help="merged explainer, or a detector for verdicts alone: folder, name in checkpoints/, or hub id"
+    )
     model_name: str | None = setting(None, "name that clients ask for; none = the name of the folder")
     host: str = setting("localhost", "address to listen on; 0.0.0.0 = every one")
     port: int = setting(21002, "port to listen on")

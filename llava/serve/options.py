@@ -20,7 +20,9 @@ class ServeSettings(PipelineSettings):
     """What is served, where, and to whom."""
 
     model_path: str | None = setting(
-        None, "merged explainer: folder, name in checkpoints/, or hub id; none = that of make demo, trained if missing"
+        None,
+        "merged explainer, or a detector for verdicts alone: folder, name in checkpoints/, or hub id; none = that of "
+        "make demo, trained if missing",
     )
     model_name: str | None = setting(None, "name that clients ask for; none = the name of the folder")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 = every one")

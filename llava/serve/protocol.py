@@ -119,6 +119,7 @@ class Chunk(BaseModel):
 
     verdict: of the detector, in the first chunk, as `Verdict.to_dict` gives it. evidence_map: beside it where it was
     asked for, rows of values in [0, 1]; seen: the side of the square under it, as a share of the crop's shorter side.
+    has_words: beside the verdict, false where a detector alone answers, whose text only repeats the verdict.
     remark: in the last one, says where the text contradicts the verdict. Older clients read none of these.
     """
 
@@ -127,6 +128,7 @@ class Chunk(BaseModel):
     verdict: dict[str, Any] | None = None
     evidence_map: list[list[float]] | None = None
     seen: float = 1.0
+    has_words: bool = True
     remark: str = ""
 
 

@@ -26,8 +26,9 @@ from ray.serve.handle import DeploymentHandle
 from llava.core.cluster import keep_replicas_private
 from llava.core.config import build as build_settings
 from llava.core.runtime import log_json, setup_logging
+from llava.core.weights import read_config
 from llava.data.inputs import Image, NamedVideo
-from llava.pipeline.settings import load
+from llava.pipeline.settings import is_detector, load
 from llava.pipeline.verdict import Finding, VideoFinding
 from llava.serve.api import build as build_api
 from llava.serve.engine import Piece, Question, Refusal, from_thread, joined
@@ -47,10 +48,11 @@ class RayEngine:
     """Answers questions as the engine of one replica does; which one, Ray Serve decides by how much they have to do.
 
     A replica that dies before its first piece is replaced once by another one; one that dies later ends the answer.
+    has_words: of the replicas' model, as `Engine.has_words` says.
     """
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle, has_words: bool) -> None:
+        self._handle, self.has_words = handle, has_words
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, name="ray-engine", daemon=True).start()
 
@@ -185,19 +187,18 @@ def app(args: dict[str, Any]) -> Application:
 
 def application(settings: ServeSettings) -> Application:
     """Give the application; the model's folder and the file of keys have to be there on every machine."""
-    from llava.explainer.convert import ready  # here, because it imports PyTorch, which the ingress does not need
-
+    folder, has_words = _model_of(settings)
     keys = str(Path(settings.keys).resolve()) if settings.keys else None
     settings = replace(
         settings,
-        model_path=str(ready(settings.model).resolve()),
+        model_path=str(folder.resolve()),
         model_name=settings.name,
         keys=keys,
     )
 
     def make_api() -> FastAPI:
         _set_up(settings)
-        return build_api(settings, RayEngine(serve.get_deployment_handle(ENGINE)))
+        return build_api(settings, RayEngine(serve.get_deployment_handle(ENGINE), has_words))
 
     common = {
         "logging_config": {"enable_access_log": False},
@@ -219,6 +220,18 @@ def application(settings: ServeSettings) -> Application:
         **common,
     )
     return ingress.bind(engine.bind(settings))
+
+
+def _model_of(settings: ServeSettings) -> tuple[Path, bool]:
+    """Give the folder of the model that is served, and whether it writes words; a published one is converted first."""
+    from llava.detectors.m2f2det_published import ready_detector  # here, because the ingress needs no PyTorch
+
+    folder = ready_detector(settings.model)
+    if is_detector(read_config(folder)):
+        return folder, False
+    from llava.explainer.convert import ready  # here, because a detector needs no language model
+
+    return ready(folder), True
 
 
 def _set_up(settings: ServeSettings) -> None:

@@ -13,16 +13,18 @@ from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava.core.runtime import setup_logging
 from llava.serve.engine import Refusal
-from llava.serve.protocol import ErrorCode, error_chunk
+from llava.serve.guard import refusal_response
 
 M = TypeVar("M", bound=BaseModel)
 BODY_SECONDS = 30.0
@@ -77,6 +79,8 @@ async def read_json(request: Request, kind: type[M], max_bytes: int = 100_000) -
 
 def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
     """Give an app that answers refusals with a sentence: a chunk where clients read chunks, else JSON."""
+    from llava.serve.protocol import ErrorCode, error_chunk  # here, because it imports from the explainer
+
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(Refusal)
@@ -198,6 +202,31 @@ def serve(app: FastAPI, host: str, port: int, proxies: Sequence[str] = ()) -> No
     setup_logging()
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)
     server_of(app, host, port, proxies).run()
+
+
+def add_refusals(app: FastAPI) -> None:
+    """Answer what an API refuses with a sentence, in the form that OpenAI clients read."""
+    app.add_exception_handler(Refusal, refusal_response)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Name the field that does not fit; never what was sent, which may be an image."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
+        return refusal_response(request, Refusal(400, "The body is no JSON by its header; send application/json."))
+    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    if first["type"] == "extra_forbidden":
+        return refusal_response(request, Refusal(400, f"{where}: no setting that is known here; leave it out."))
+    return refusal_response(request, Refusal(400, f"{where}: {first['msg']}."))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    content = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}}
+    return JSONResponse(content, error.status_code, headers=error.headers)
 
 
 def add_documentation(app: FastAPI) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from markupsafe import Markup
 
 from llava.core.types import Explanation, GenerationSettings, Turn
+from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.inputs import NamedImage
-from llava.explainer.prompts import VERDICT_QUESTION
 from llava.jobs.case_file import case_about, entry_of, render_case
-from llava.serve.engine import Answer, Engine, Question, Refusal
+from llava.serve.engine import WORDLESS, Answer, Engine, Question, Refusal
 from llava.serve.page import views
 from llava.serve.page.visits import Visit, Visits
 from llava.serve.uploads import UploadLimits, read_upload
@@ -32,7 +32,8 @@ class Screen:
     """What changes on the page; None leaves a part as it is.
 
     faces: how many there are to choose from. notice: a sentence on what went wrong; say: what is spoken to people who
-    hear the page. is_open: whether there is a verdict to show; is_busy: whether something is written.
+    hear the page. is_open: whether there is a verdict to show; has_words: whether there is somebody to ask about it;
+    is_busy: whether something is written.
     """
 
     photo: Markup | None = None
@@ -43,6 +44,7 @@ class Screen:
     notice: str | None = None
     say: str | None = None
     is_open: bool | None = None
+    has_words: bool | None = None
     is_busy: bool | None = None
     question: str | None = None
 
@@ -137,7 +139,8 @@ class Flow:
         entries = [
             entry_of(finding, visit.source, visit.said.get(number, ())) for number, finding in enumerate(visit.findings)
         ]
-        case = case_about(visit.engine.model_facts(), entries, {"question": VERDICT_QUESTION})
+        settings = {"question": VERDICT_QUESTION} if visit.engine.has_words else None
+        case = case_about(visit.engine.model_facts(), entries, settings)
         stem = f"{Path(visit.source.name).stem or 'picture'}-report"
         if kind == "json":
             text = json.dumps(case, indent=2, ensure_ascii=False)
@@ -170,17 +173,19 @@ class Flow:
 
         is_new: the choice of faces is made anew. Where a person chose, it stays: made anew it would lose the mark.
         """
-        verdict = visit.finding.verdict
-        is_asked = visit.finding.pixels is not None and not visit.answers
+        verdict, has_words = visit.finding.verdict, visit.engine.has_words
+        is_asked = has_words and visit.finding.pixels is not None and not visit.answers
+        note = views.NO_WORDS if visit.finding.pixels is None else "" if has_words else WORDLESS
         yield Screen(
             photo=views.photo(visit),
             faces=len(visit.findings) if is_new else None,
             card=views.card(visit.finding, visit.source.name),
-            words=views.words(visit.answers, views.NO_WORDS if visit.finding.pixels is None else ""),
+            words=views.words(visit.answers, note),
             heatmap=views.heatmap(visit.finding),
             say=views.announcement(verdict),
             notice="",
             is_open=True,
+            has_words=has_words,
             is_busy=is_asked,
         )
         if is_asked:
@@ -196,8 +201,8 @@ class Flow:
     ) -> Iterator[Screen]:
         """Write an answer after those `before`, piece by piece, unless the person goes on to something else."""
         finding, stop = visit.finding, visit.begin()
-        if finding.pixels is None:
-            raise Refusal(400, views.NO_WORDS)
+        if finding.pixels is None or not visit.engine.has_words:
+            raise Refusal(400, views.NO_WORDS if finding.pixels is None else WORDLESS)
         picture: np.ndarray | None = finding.pixels
         is_crop = True
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):

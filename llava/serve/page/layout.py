@@ -65,7 +65,7 @@ def build_page(
     visits = Visits(on_forget=lambda name: page.state_holder.session_data.pop(name, None))  # Gradio's copy, too
     flow = Flow(engines, uploads, visits)
     with gr.Blocks(title="M2F2-Det", analytics_enabled=False, delete_cache=(30, 300)) as page:
-        parts = _parts(_offered(examples), _names(engines), has_login=is_allowed is not None)
+        parts = _parts(_offered(examples), _names(engines), _lead(engines), has_login=is_allowed is not None)
         if not isinstance(engines, dict):
             page.load(lambda: _model_choice(_names(engines)), None, parts.model, api_visibility="private")
         _connect(parts, flow, is_allowed or (lambda user: True), uploads or UploadLimits())
@@ -90,6 +90,7 @@ class _Parts:
     card: gr.HTML
     words: gr.HTML
     again: gr.Button
+    talk: list[gr.Row]
     stop: gr.Button
     suggestions: list[gr.Button]
     question: gr.Textbox
@@ -103,13 +104,14 @@ class _Parts:
     def shown(self) -> list[Any]:
         """List what `_updates` gives, in its order."""
         first = [self.drop, self.photo, self.faces, self.card, self.words, self.heatmap, self.notice, self.say]
-        return [*first, self.offer, self.seen, self.result, self.stop, self.again, self.ask, self.question]
+        asking = [self.stop, self.again, self.ask, self.question, *self.talk]
+        return [*first, self.offer, self.seen, self.result, *asking]
 
 
-def _parts(offered: Sequence[tuple[views.Example, Path]], models: Sequence[str], has_login: bool) -> _Parts:
+def _parts(offered: Sequence[tuple[views.Example, Path]], models: Sequence[str], lead: str, has_login: bool) -> _Parts:
     parts = _Parts()
     remark = views.DEMO if DEMO_MODEL in models else ""
-    gr.HTML(fill("live_head.html", title=views.TITLE, lead=views.LEAD, remark=remark), elem_id="head")
+    gr.HTML(fill("live_head.html", title=views.TITLE, lead=lead, remark=remark), elem_id="head")
     parts.notice = gr.HTML("", elem_id="notice")
     parts.say = gr.HTML("", elem_id="say")
     with gr.Row(elem_id="desk", equal_height=False):
@@ -147,6 +149,12 @@ def _model_choice(models: Sequence[str]) -> gr.Dropdown:
     return gr.Dropdown(list(models), value=first, label="Model", visible=len(models) != 1, elem_id="model")
 
 
+def _lead(engines: Mapping[str, Engine]) -> str:
+    """Say what one gets here: no reasons in words where every model is known to have none."""
+    is_known = isinstance(engines, dict) and engines
+    return views.WORDLESS_LEAD if is_known and not any(e.has_words for e in engines.values()) else views.LEAD
+
+
 def _names(engines: Mapping[str, Engine]) -> list[str]:
     """List the models that are there now, none where they can not be asked for."""
     try:
@@ -162,16 +170,17 @@ def _right(parts: _Parts) -> None:
     with gr.Tabs(elem_id="tabs"):
         with gr.Tab("Explanation"):
             parts.words = gr.HTML("", elem_id="words")
-            with gr.Row(elem_classes="actions"):
+            with gr.Row(elem_classes="actions") as actions:
                 parts.stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
                 parts.again = gr.Button("Regenerate", size="sm", elem_id="again")
-            with gr.Row(elem_id="asking"):
+            with gr.Row(elem_id="asking") as asking:
                 parts.question = gr.Textbox(
                     label="Ask about this face", placeholder="Why?", lines=1, max_lines=4, max_length=2000, scale=5
                 )
                 parts.ask = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="ask")
-            with gr.Row(elem_id="suggestions"):
+            with gr.Row(elem_id="suggestions") as suggestions:
                 parts.suggestions = [gr.Button(question, size="sm") for question in views.SUGGESTIONS]
+            parts.talk = [actions, asking, suggestions]
         with gr.Tab("Heatmap"):
             parts.heatmap = gr.HTML("", elem_id="heatmap")
     with gr.Row(elem_id="report"):
@@ -256,7 +265,8 @@ def _updates(screen: Screen) -> list[Any]:
     first = [drop, html(screen.photo), faces, html(screen.card), html(screen.words), html(screen.heatmap)]
     notice = None if screen.notice is None else fill("live_notice.html", text=screen.notice)
     say = None if screen.say is None else fill("live_say.html", text=screen.say)
-    return [*first, html(notice), html(say), *opened, *busy, html(screen.question)]
+    talk = [gr.skip() if screen.has_words is None else gr.Row(visible=screen.has_words) for _ in range(3)]
+    return [*first, html(notice), html(say), *opened, *busy, html(screen.question), *talk]
 
 
 def _offered(folder: str | Path | None) -> list[tuple[views.Example, Path]]:

@@ -13,15 +13,16 @@ from markupsafe import Markup
 from PIL import Image
 
 from llava.core.types import REGIONS, Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.inputs import NamedImage
 from llava.evaluation.pictures import timeline_png
-from llava.explainer.prompts import VERDICT_QUESTION
 from llava.jobs.case_file import fill, overlay, png_bytes, png_uri, shrink
 from llava.pipeline.verdict import Finding, band_in_words, meaning, regions_in_words
 from llava.serve.page.visits import Visit
 
 TITLE = "Is this face real or forged?"
 LEAD = "You get a verdict, how sure it is, what it rests on, and the reasons in words."
+WORDLESS_LEAD = "You get a verdict, how sure it is, and what it rests on."
 DEMO = (
     "This is the model of the demonstration. It learned from a handful of photographs and is no tool: try the page "
     "with it, and believe none of its verdicts."
