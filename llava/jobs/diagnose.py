@@ -19,7 +19,7 @@ from llava.core.runtime import Incomplete, pick_device, write_json, write_run
 from llava.core.terminal import aligned
 from llava.data.sources import DataConfig
 from llava.detectors.base import Detector, load
-from llava.detectors.m2f2det_published import ready_detector
+from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import RankedScores
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.statistics import Interval, group_bootstraps

@@ -224,7 +224,7 @@ def application(settings: ServeSettings) -> Application:
 
 def _model_of(settings: ServeSettings) -> tuple[Path, bool]:
     """Give the folder of the model that is served, and whether it writes words; a published one is converted first."""
-    from llava.detectors.m2f2det_published import ready_detector  # here, because the ingress needs no PyTorch
+    from llava.detectors.published import ready_detector  # here, because the ingress needs no PyTorch
 
     folder = ready_detector(settings.model)
     if is_detector(read_config(folder)):
