@@ -178,6 +178,7 @@ def test_the_picture_names_classes_shares_and_counts(tmp_path):
         for count in row:
             assert f">({count})<" in drawn_text
             assert f">{count / max(sum(row), 1):.0%}<" in drawn_text
+    assert "nan" not in drawn_text, "the row without items has shares of 0"
     accuracy = part["accuracy"]
     assert f"56 items: right {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in drawn_text
 

@@ -194,8 +194,9 @@ def by_video(predictions: Predictions, trim: float = 0.0) -> Predictions:
 
     trim: fraction of the frames dropped at each end before averaging, in [0, 0.5); the published score drops the
     10 lowest and 10 highest of 100 frames, trim = 0.1. The score of each class is averaged by itself, each without
-    its own extremes, so trimmed scores need not sum to one; they are left so, which keeps P(real) + p_fake = 1 and
-    the same answer. Raises ValueError when the frames of a video differ in label, group, class or target.
+    its own extremes, so trimmed scores need not sum to one. They are left so: dividing by their sum would change no
+    answer, and P(real) + p_fake would miss one. Raises ValueError when the frames of a video differ in label, group,
+    class or target.
     """
     if not 0 <= trim < 0.5:
         raise ValueError(f"trim: expected a fraction in [0, 0.5), got {trim}.")
