@@ -57,9 +57,9 @@ def test_a_squashed_image_equals_torchvision_and_its_mask_goes_with_it(size: tup
     )(image)
     torch.testing.assert_close(to_tensor(image, spec), expected, atol=1e-6, rtol=0)
     mask = np.zeros(size, np.uint8)
-    mask[: size[0] // 2, size[1] // 2 :] = 1  # the upper right quarter, whatever the shape
+    mask[: size[0] // 4], mask[:, : size[1] // 4] = 1, 1  # the upper and left margin, which a crop would cut off
     cells = mask_cells(mask, spec, 4)
-    assert cells[:2, 2:].min() > 0.9 and cells[2:].max() < 0.1 and cells[:, :2].max() < 0.1
+    assert cells[0].min() > 0.9 and cells[:, 0].min() > 0.9 and cells[1:, 1:].max() < 0.1
     assert spec.seen == 1
     with pytest.raises(ValueError, match="resize_size: 48 means nothing with fit 'squash'"):
         replace(spec, resize_size=48)

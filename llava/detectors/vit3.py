@@ -142,9 +142,8 @@ class ViT3(Detector):
                 f"ImageNet weights of ViT-B/16 can not be downloaded ({error}); put {weights.url} into "
                 f"{torch.hub.get_dir()}/checkpoints, or train from scratch: --model.pretrained false"
             ) from error
-        body = {name: tensor for name, tensor in state.items() if not name.startswith("heads.")}
-        head = {f"heads.{name}": tensor for name, tensor in self.vit.heads.state_dict().items()}
-        self.vit.load_state_dict(body | head)  # torchvision renames what it wrote before version 0.13
+        own = {f"heads.{name}": tensor for name, tensor in self.vit.heads.state_dict().items()}
+        self.vit.load_state_dict({**state, **own})  # torchvision renames what it wrote before version 0.13
 
 
 class PublishedViT3(PublishedFile):
