@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any
 
 import browser as browsers
@@ -64,7 +64,13 @@ def engine(pipeline: Pipeline) -> Iterator[BatchingEngine]:
 def asked(engine: Any, image: np.ndarray, *said: str) -> list[Piece]:
     """Give what an engine answers to a conversation: question, answer, …, question."""
     turns = [Turn(role="assistant" if n % 2 else "human", text=text) for n, text in enumerate(said or ("Why?",))]
-    return list(engine.ask(Question(image=image, turns=turns, settings=GenerationSettings()), Event()))
+    stop = Event()
+    patience = Timer(60, stop.set)  # an engine whose thread died would say nothing for ever
+    patience.start()
+    try:
+        return list(engine.ask(Question(image=image, turns=turns, settings=GenerationSettings()), stop))
+    finally:
+        patience.cancel()
 
 
 def sentence(verdict: Verdict) -> str:
