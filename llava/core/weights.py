@@ -92,7 +92,9 @@ class _Unfilled(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in self._names:
             tensor = args[0] if args else kwargs["tensor"]
-            return tensor if tensor.is_meta else tensor.zero_()  # trunc_normal_ draws again until all lie in bounds
+            if not tensor.is_meta:
+                tensor.detach().zero_()  # trunc_normal_ draws again until all values lie in bounds
+            return tensor
         return func(*args, **kwargs)
 
 
