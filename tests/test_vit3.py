@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.models import vit_b_16
 
-from llava.core.weights import shapes_only
+from llava.core.weights import shapes_only, without_random_weights
 from llava.data.dataset import to_tensor
 from llava.detectors import DETECTORS
 from llava.detectors.base import load
@@ -223,3 +223,10 @@ def test_heads_that_shapes_do_not_show_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"48 channels are no multiple of 64.*--heads NUMBER"):
         PublishedViT3(tmp_path / "tiny.pth")
     assert PublishedViT3.open(tmp_path / "tiny.pth", Unseen(heads=3)).config == original.config
+
+
+def test_building_without_random_weights_ends_whatever_memory_held() -> None:
+    """trunc_normal_ draws again until all values lie in bounds; memory that is left as it was may never do so."""
+    with without_random_weights():
+        weights = torch.nn.init.trunc_normal_(torch.full((4, 4), 1e9), std=0.02)
+    assert not weights.any()

@@ -79,7 +79,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leave new tensors as they are instead of filling them by functions of these names."""
+    """Leave new tensors zero, or without memory as they are, instead of filling them by functions of these names."""
 
     def __init__(self, names: set[str]) -> None:
         super().__init__()
@@ -91,12 +91,15 @@ class _Unfilled(TorchFunctionMode):
         """Run a function of PyTorch, unless it fills a tensor."""
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in self._names:
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            if not tensor.is_meta:
+                tensor.detach().zero_()  # trunc_normal_ draws again until all values lie in bounds
+            return tensor
         return func(*args, **kwargs)
 
 
 def without_random_weights() -> TorchFunctionMode:
-    """Build modules whose random weights are left undefined, because all are loaded next: seconds for a real size."""
+    """Build modules whose random weights are left zero, because all are loaded next: seconds for a real size."""
     return _Unfilled(_RANDOM)
 
 
