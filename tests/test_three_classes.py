@@ -58,6 +58,7 @@ def recipe(images: Path, out: Path, **changes: Any) -> Recipe:
         "data": {"path": str(images), "cache": True, "class_names": NAMES},
         "output_dir": str(out),
         "epochs": 40,
+        "eval_steps": 40,
         "batch_size": 30,
         "workers": 0,
         "precision": "fp32",
