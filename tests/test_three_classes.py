@@ -179,7 +179,7 @@ def test_a_healthy_detector_is_said_to_be_healthy(
     assert own["recalls"].keys() == {"ai_generated", "real", "deepfake"}
     assert own["balanced_accuracy"]["value"] > shuffled["balanced_accuracy"]["value"]
     assert report["truth"] == pytest.approx(dict.fromkeys(own["recalls"], 1 / 3))
-    assert {"normalised: half", "normalised: ImageNet"} <= report["looks"].keys()
+    assert {"normalised: half", "normalised: imagenet"} <= report["looks"].keys()
     assert "ai_generated" in said and "recall" in said
 
 

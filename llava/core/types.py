@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,14 @@ from llava.core.config import setting
 
 REAL, FAKE = 0, 1
 LABEL_NAMES = ("real", "fake")
+Triple: TypeAlias = tuple[float, float, float]
+# name -> mean and standard deviation of red, green and blue; none = pixels stay in [0, 1]
+NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 
 
@@ -83,8 +91,8 @@ class InputSpec:
     """
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Triple
+    std: Triple
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     views: tuple[Literal["plain", "flip"], ...] = ("plain",)
     resize_size: int | None = None

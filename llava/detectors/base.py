@@ -117,7 +117,8 @@ class Detector(nn.Module):
         if not known:
             raise ValueError(
                 f"{self.name!r} has no class for {record.class_name!r} (first: {record.id!r}); its classes are "
-                f"{', '.join(self.classes)}. Name the records by them, or take a detector with a class 'fake'."
+                f"{', '.join(self.classes)}. Say which one it is (--data.class_names.NAME CLASS), or take a detector "
+                "that has a class 'fake'."
             )
         return self.classes.index(known[0])
 

@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from llava.core.config import setting
-from llava.core.types import REGIONS
+from llava.core.types import NORMALISATIONS, REGIONS
 from llava.core.weights import load_strictly, resolve
 from llava.ops.face_regions import face_regions
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = NORMALISATIONS["clip"]
 # A cosine times this is the logit of "this patch is forged": 0.3 gives 0.95, and a cosine can say 0.99995.
 COSINE_SCALE = 10.0
 # Share of forged cells in images of local edits is a few per cent; so much more does each of them weigh.

@@ -19,18 +19,10 @@ from torchvision.models import VisionTransformer, ViT_B_16_Weights
 
 from llava.core.config import setting
 from llava.core.tensor_files import Rules, Shape
-from llava.core.types import InputSpec
+from llava.core.types import NORMALISATIONS, InputSpec
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.published import PublishedFile, Unseen, detector_tensors, plan_for
 
-Triple = tuple[float, float, float]
-# name -> mean, standard deviation. `half` is that of the published training; a retrained file of the same repository
-# has seen pixels in [0, 1], without any.
-NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
 WIDTH_OF_HEAD = 64  # of every ViT that torchvision publishes
 _SIZES = ("image_size", "patch_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 

@@ -17,10 +17,11 @@ import numpy as np
 from llava.core.config import setting
 from llava.core.runtime import Incomplete, pick_device, write_json, write_run
 from llava.core.terminal import aligned
+from llava.core.types import NORMALISATIONS
 from llava.data.sources import DataConfig
 from llava.detectors.base import Detector, load
 from llava.detectors.published import ready_detector
-from llava.evaluation.metrics import RankedScores
+from llava.evaluation.metrics import RankedScores, class_confusion
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.statistics import Interval, group_bootstraps
 from llava.train.evaluate import split_to_score
@@ -29,12 +30,6 @@ from llava.train.scoring import probe_answers, score
 EVERYTHING = 0.98  # an answer with this share is given to everything,
 EXCUSED = 0.9  # unless so many of the records are of that class
 FLAT = 0.02  # scores whose standard deviation is under this do not depend on the image
-NORMALISATIONS = {
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +110,7 @@ def showing(detector: Detector, predictions: Predictions, n_boot: int, seed: int
     ranked = [RankedScores((targets == n).astype(int), scores[:, n]) for n in there]
 
     def numbers(weights: np.ndarray) -> np.ndarray:
-        totals = np.array([weights[targets == n].sum() for n in there])
-        hits = np.array([weights[(targets == n) & (answers == n)].sum() for n in there])
-        recalls = np.divide(hits, totals, out=np.full(len(there), np.nan), where=totals > 0)
+        recalls = class_confusion(targets, answers, len(classes), weights).recall[there]
         return np.array([*recalls, recalls.mean(), np.mean([each.curve(weights).auc() for each in ranked])])
 
     *recalls, accuracy, auc = group_bootstraps(predictions.groups, numbers, n_boot, seed)
