@@ -3,8 +3,9 @@
 And one that is made by hand, whose every score can be foreseen.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class ToyDetector(Detector):
     name = "toy"
     Config = ToyConfig
     evidence_names: tuple[str, ...] = ("energy", "p_real", "p_fake")
+    own_meanings: ClassVar[Mapping[str, str]] = {"energy": "Energy of fine detail"}
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)

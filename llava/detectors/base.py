@@ -39,7 +39,8 @@ class Detector(nn.Module):
 
     A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
     writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
-    `p_fake` are always there, and what is called `p_<class>` is the probability of that class.
+    `p_fake` are always there, and what is called `p_<class>` is the probability of that class; what other evidence is,
+    `own_meanings` says in a few words.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Detector(nn.Module):
     class_weights: Tensor
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
+    own_meanings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -60,6 +62,13 @@ class Detector(nn.Module):
     def inputs(self) -> dict[str, InputSpec]:
         """Name each tensor of `forward` and say what it looks like."""
         raise NotImplementedError
+
+    @property
+    def evidence_meanings(self) -> dict[str, str]:
+        """Say of each piece of evidence what it is, for people who see its value."""
+        kinds = {f"p_{name}": f"Score for {name.replace('_', ' ')}" for name in self.classes}
+        known = {"p_real": "Score for real", "p_fake": "Score for fake", **kinds, **self.own_meanings}
+        return {name: known[name] for name in self.evidence_names}
 
     @property
     def shares_vision(self) -> bool:
