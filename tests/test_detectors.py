@@ -23,7 +23,7 @@ from llava.detectors.backbones import (
     make_backbone,
     stage_channels,
 )
-from llava.detectors.base import create, load
+from llava.detectors.base import create, is_there, load
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.detectors.m2f2det_parts import PromptEncoder, RegionPool, VisionEncoder, load_clip, map_loss
 
@@ -152,6 +152,14 @@ def take_steps(detector, steps=2):
         optimiser.step()
     assert len(still) < 3
     return still
+
+
+def test_a_missing_input_leaves_no_verdict_and_is_told_from_the_others(detector):
+    reasons = dict.fromkeys(detector.inputs, "it is a still image")
+    assert detector.lacking({}) == "" and detector.lacking(reasons) == "it is a still image"
+    for tensor in batch_for(detector)[0].values():
+        tensor[1].view(-1)[-1] = torch.nan
+        assert is_there(tensor).tolist() == [True, False, True, True]
 
 
 def test_freeze_names_the_nearest_module(detector):

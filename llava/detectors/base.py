@@ -71,6 +71,13 @@ class Detector(nn.Module):
         """Say how fine `masks` (B, grid, grid) of forged pixels are that training's `forward` wants; None = none."""
         return None
 
+    def lacking(self, reasons: Mapping[str, str]) -> str:
+        """Say why there is no verdict where these inputs, by name with the reason of each, are missing; empty = there is.
+
+        Any of them, as long as a detector has nothing to put in their place. The tensor of a missing input is NaN.
+        """
+        return "; ".join(dict.fromkeys(reasons.values()))
+
     def without_vision(self) -> Detector:
         """Give the same detector without its own vision tower, to live in a host that has the same one."""
         raise ValueError(f"Detector {self.name!r} has no vision tower that a host could share.")
@@ -240,6 +247,11 @@ class Detector(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Give what `from_description` needs to build this detector again, without its weights."""
         return {"detector": self.name, "config": to_dict(self.config), "decision": asdict(self.decision)}
+
+
+def is_there(tensor: Tensor) -> Tensor:
+    """Say of each row of an input (B, ...) whether it is there, (B,): one that is missing is NaN."""
+    return ~tensor.flatten(1).isnan().any(dim=1)
 
 
 def create(name: str, config: dict[str, Any]) -> Detector:
