@@ -150,7 +150,7 @@ def read_sound(clip: Clip, start: float, seconds: float) -> np.ndarray:
 
 def _heard(clip: Clip, begin: float, end: float) -> tuple[float, np.ndarray]:
     """Decode the sound between two times of the file; gives when what was decoded begins, which may be earlier."""
-    first, pieces = begin, []
+    first, pieces = begin, list[np.ndarray]()
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
     with _opened(clip.source, clip.name) as (container, _):
         stream = next((s for s in container.streams.audio if s.codec_context is not None), None)
