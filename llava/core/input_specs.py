@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 from llava.core.types import InputSpec, Triple, View
 
 SAMPLE_RATE_HZ = 16_000
-STILL = "it is a still image"
+STILL = "it is a still image, not a video"
 # Loudest sample of what counts as silent, full scale = 1: 60 dB below it, where a codec's own noise lies.
 SILENT_BELOW = 1e-3
 CLOSE = 1e-6  # seconds; times that differ by less are the same

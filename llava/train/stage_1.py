@@ -171,7 +171,7 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
     scored = {"val": score(detector, data.source, data.val, device, phase.batch_size, phase.workers)}
     threshold = choose_threshold(scored["val"].labels, scored["val"].p_fake, recipe.threshold_rule)
     assert phase.data is not None
-    chosen_on = f"validation split {phase.data.val!r}, {len(data.val)} images, {recipe.threshold_rule}"
+    chosen_on = f"validation split {phase.data.val!r}, {len(scored['val'])} images, {recipe.threshold_rule}"
     detector.decision = Decision(threshold=threshold, chosen_on=chosen_on)
     detector.calibration = calibrate(detector, scored["val"], recipe.calibration, phase.data)
     if data.test:
