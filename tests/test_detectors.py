@@ -5,6 +5,7 @@ import inspect
 import math
 from dataclasses import replace
 
+import clip_detectors
 import numpy as np
 import pytest
 import torch
@@ -23,21 +24,20 @@ from llava.detectors.backbones import (
     make_backbone,
     stage_channels,
 )
-from llava.detectors.base import create, load
+from llava.detectors.base import create, is_there, load
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.detectors.m2f2det_parts import PromptEncoder, RegionPool, VisionEncoder, load_clip, map_loss
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 DETECTORS.add("three_class", "toy_detector:ThreeClassDetector")
+clip_detectors.add_to_table()
 NAMES = list(DETECTORS)
 FUSIONS = ("similarity", "bridge", "none")
 
 
 def batch_for(detector, n=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    batch = {
-        name: torch.randn(n, 3, spec.size, spec.size, generator=generator) for name, spec in detector.inputs.items()
-    }
+    batch = {name: torch.randn(n, *spec.shape, generator=generator) for name, spec in detector.inputs.items()}
     return batch, torch.arange(n) % len(detector.classes)
 
 
@@ -152,6 +152,14 @@ def take_steps(detector, steps=2):
         optimiser.step()
     assert len(still) < 3
     return still
+
+
+def test_a_missing_input_leaves_no_verdict_and_is_told_from_the_others(detector):
+    reasons = dict.fromkeys(detector.inputs, "it is a still image")
+    assert detector.lacking({}) == "" and detector.lacking(reasons) == "it is a still image"
+    for tensor in batch_for(detector)[0].values():
+        tensor[1].view(-1)[-1] = torch.nan
+        assert is_there(tensor).tolist() == [True, False, True, True]
 
 
 def test_freeze_names_the_nearest_module(detector):
@@ -273,7 +281,7 @@ def test_it_learns_to_tell_noise_from_flat(name):
     detector = tiny(name).train()
     optimizer = torch.optim.Adam(detector.parameter_groups(1e-2))
     inputs, labels = batch_for(detector, n=16)
-    inputs = {k: x * labels.view(-1, 1, 1, 1) for k, x in inputs.items()}
+    inputs = {k: x * labels.view(-1, *[1] * (x.dim() - 1)) for k, x in inputs.items()}
     losses = []
     for _ in range(15 * (len(detector.classes) - 1)):
         loss = detector(**inputs, labels=labels).loss

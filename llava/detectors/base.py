@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from llava.core.config import build, to_dict
+from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
-from llava.core.types import REAL, Decision, InputSpec, Record, VerdictLabel
+from llava.core.types import REAL, Decision, Record, VerdictLabel
 from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors, without_random_weights
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
@@ -74,7 +75,7 @@ class Detector(nn.Module):
         self.register_buffer("class_weights", torch.ones(len(self.classes)), persistent=False)
 
     @property
-    def inputs(self) -> dict[str, InputSpec]:
+    def inputs(self) -> Mapping[str, Input]:
         """Name each tensor of `forward` and say what it looks like."""
         raise NotImplementedError
 
@@ -106,6 +107,13 @@ class Detector(nn.Module):
     def mask_grid(self) -> int | None:
         """Say how fine `masks` (B, grid, grid) of forged pixels are that training's `forward` wants; None = none."""
         return None
+
+    def lacking(self, reasons: Mapping[str, str]) -> str:
+        """Say why there is no verdict where inputs are missing, by name with the reason of each; empty = there is.
+
+        By default all of them are needed. A missing input's tensor is NaN, so that nothing is made of it by accident.
+        """
+        return all_reasons(reasons)
 
     def without_vision(self) -> Detector:
         """Give the same detector without its own vision tower, to live in a host that has the same one."""
@@ -310,6 +318,11 @@ class Detector(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Give what `from_description` needs to build this detector again, without its weights."""
         return {"detector": self.name, "config": to_dict(self.config), "decision": asdict(self.decision)}
+
+
+def is_there(tensor: Tensor) -> Tensor:
+    """Say of each row of an input (B, ...) whether it is there, (B,): one that is missing is NaN."""
+    return ~tensor.flatten(1).isnan().any(dim=1)
 
 
 def create(name: str, config: dict[str, Any]) -> Detector:

@@ -28,7 +28,7 @@ from llava.evaluation.predictions import write_csv
 from llava.evaluation.tables import multiclass_lines
 from llava.train.engine import BEST, CollapseError, train_phase
 from llava.train.recipe import PhaseConfig, PhaseData, Recipe, open_data, report_near_duplicates
-from llava.train.scoring import calibrate, measured, probe_answers, score
+from llava.train.scoring import calibrate, measured, plain_text, probe_answers, score
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
@@ -171,7 +171,7 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
     scored = {"val": score(detector, data.source, data.val, device, phase.batch_size, phase.workers)}
     threshold = choose_threshold(scored["val"].labels, scored["val"].p_fake, recipe.threshold_rule)
     assert phase.data is not None
-    chosen_on = f"validation split {phase.data.val!r}, {len(data.val)} images, {recipe.threshold_rule}"
+    chosen_on = f"validation split {phase.data.val!r}, {len(scored['val'])} images, {recipe.threshold_rule}"
     detector.decision = Decision(threshold=threshold, chosen_on=chosen_on)
     detector.calibration = calibrate(detector, scored["val"], recipe.calibration, phase.data)
     if data.test:
@@ -198,8 +198,7 @@ def log_results(results: dict[str, Any], folder: Path) -> None:
             log.info("%s", describe_level(f"{split} {level}", results[split][level]))
         for line in multiclass_lines(results.get(split, {})):
             log.info("%s", line)
-    plain = ", ".join(f"{name} {p:.2f}" for name, p in results["plain_images"].items())
-    log.info("p_fake of plain images: %s", plain)
+    log.info("p_fake of plain images: %s", plain_text(results["plain_images"]))
     decision = results["decision"]
     log.info("threshold %.3f, chosen on %s", decision["threshold"], decision["chosen_on"])
     log.info("%.1f minutes; detector and numbers are in %s", results["minutes"], folder)
