@@ -17,7 +17,9 @@ from llava.core.config import build, to_dict
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.types import REAL, Decision, InputSpec, Record, VerdictLabel
-from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors, without_random_weights
+from llava.core.weights import load_strictly, read_config, save_module, sha256_of_tensors, without_random_weights
+from llava.detectors.fitted import FittedPart
+from llava.detectors.members import MEMBERS, read_members, read_tensors, read_trained_on, save_members, write_trained_on
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
 VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
@@ -40,11 +42,16 @@ class Detector(nn.Module):
     A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
     writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
     `p_fake` are always there, and what is called `p_<class>` is the probability of that class.
+
+    It may have `members`, detectors by name that are saved in folders of their own, and parts that are fitted instead
+    of trained (`FittedPart`). trained_on: SHA-256 of the names of all groups that it, or a member, was trained on.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    accepts_loss_kwargs: ClassVar[bool] = False  # Trainer asks: it is to divide the loss of accumulated batches itself
     class_weights: Tensor
+    members: Mapping[str, Detector]
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
 
@@ -53,6 +60,8 @@ class Detector(nn.Module):
         self.config = config
         self.decision = Decision()
         self.calibration: Calibration | None = None
+        self.members = {}
+        self.trained_on: frozenset[str] = frozenset()
         self._frozen_by_name: set[str] = set()
         self.register_buffer("class_weights", torch.ones(len(self.classes)), persistent=False)
 
@@ -72,7 +81,7 @@ class Detector(nn.Module):
         return None
 
     def lacking(self, reasons: Mapping[str, str]) -> str:
-        """Say why there is no verdict where these inputs, by name with the reason of each, are missing; empty = there is.
+        """Say why there is no verdict where these inputs, with the reason of each, are missing; empty = there is one.
 
         Any of them, as long as a detector has nothing to put in their place. The tensor of a missing input is NaN.
         """
@@ -110,6 +119,24 @@ class Detector(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the published initial weights that the config names; there are none by default."""
+
+    def fitted_parts(self) -> dict[str, FittedPart]:
+        """Give the parts that a phase of kind `fit` makes, by name in the order of fitting; not those of members."""
+        parts = {name: module for name, module in self.named_modules() if isinstance(module, FittedPart)}
+        return {name: part for name, part in parts.items() if not name.startswith(f"{MEMBERS}.")}
+
+    def observe(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Give what a fitted part is fitted on, (B, F), of inputs (B, V, ...)."""
+        raise NotImplementedError
+
+    def require_fitted(self) -> None:
+        """Refuse a detector with parts that are still to be fitted. Raises ValueError that names them and the step."""
+        missing = [name for name, part in self.fitted_parts().items() if not part.is_fitted]
+        if missing:
+            raise ValueError(
+                f"Detector {self.name!r} gives no verdicts yet, nor can it be trained: {', '.join(missing)} must be "
+                "fitted first; add a phase `kind: fit` to its recipe (docs/training.md)."
+            )
 
     def target(self, record: Record) -> int:
         """Give the number of the class that is right for a record.
@@ -221,12 +248,30 @@ class Detector(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, if it is calibrated, calibration.json into `folder`."""
-        save_module(folder, self, self.describe())
+        """Write config.json, model.safetensors and, if it is calibrated, calibration.json into `folder`.
+
+        Members go into its sub-folders; what is known of the groups that it was trained on into trained_on.json.
+        """
+        members = {MEMBERS: sha256} if (sha256 := save_members(folder, self.members)) else {}
+        save_module(folder, self, self.describe() | members, apart=f"{MEMBERS}.")
+        write_trained_on(folder, self.trained_on)
         if self.calibration is None:
             (Path(folder) / CALIBRATION_NAME).unlink(missing_ok=True)  # of weights that were there before
         else:
             write_calibration(folder, self.calibration)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Load the weights of a saved folder, members included, strictly. Raises ValueError or FileNotFoundError."""
+        load_strictly(self, read_tensors(folder, self.members), str(folder))
+        self.trained_on = read_trained_on(folder)
+
+    def take_over(self, other: Detector, what: str) -> None:
+        """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError."""
+        load_strictly(self, other.state_dict(), what)
+        self.trained_on = other.trained_on
+        for name, member in self.members.items():
+            own = other.members[name]
+            member.decision, member.calibration, member.trained_on = own.decision, own.calibration, own.trained_on
 
     def fingerprint(self) -> str:
         """Give one SHA-256 of the weights, the same alone and inside a host: without a CLIP vision tower."""
@@ -273,9 +318,10 @@ def load(folder: str | Path, expected: str | None = None, description: Mapping[s
     """Load a saved detector with its calibration, in eval mode.
 
     description: what its config.json says, where that was read already. Raises ValueError when the folder holds
-    another kind of model, or a calibration of other weights.
+    another kind of model, a calibration of other weights, or a detector with parts that are still to be fitted.
     """
     detector = load_uncalibrated(folder, expected, description)
+    detector.require_fitted()
     detector.load_calibration(folder)
     return detector
 
@@ -283,7 +329,7 @@ def load(folder: str | Path, expected: str | None = None, description: Mapping[s
 def load_uncalibrated(
     folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None
 ) -> Detector:
-    """Load a saved detector in eval mode, without its calibration. Raises ValueError as `load` does."""
+    """Load a saved detector in eval mode, fitted or not, without its calibration. Raises ValueError as `load` does."""
     description = read_config(folder) if description is None else description
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):
@@ -292,5 +338,6 @@ def load_uncalibrated(
         raise ValueError(f"{str(folder)!r} holds {found}, not {wanted}; give another folder.")
     with without_random_weights():
         detector = from_description(description)
-    load_module(folder, detector)
+    detector.load_weights(folder)
+    read_members(folder, detector.members, description.get(MEMBERS, {}))
     return detector.eval()

@@ -28,7 +28,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.core.runtime import last_checkpoint, write_json
 from llava.core.types import REAL
-from llava.core.weights import load_module
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
 from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
@@ -243,10 +242,10 @@ class DetectorTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_module(resume_from_checkpoint, self.model)
+        self.model.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_module(self.state.best_model_checkpoint, self.model)
+        self.model.load_weights(self.state.best_model_checkpoint)
 
 
 def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder: Path) -> None:
