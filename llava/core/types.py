@@ -14,6 +14,7 @@ from llava.core.config import setting
 REAL, FAKE = 0, 1
 LABEL_NAMES = ("real", "fake")
 Triple: TypeAlias = tuple[float, float, float]
+View: TypeAlias = Literal["plain", "flip"]
 # name -> mean and standard deviation of red, green and blue; none = pixels stay in [0, 1]
 NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -66,17 +67,31 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A record with its content: `image` (H, W, 3) uint8 RGB, `frames` (T, H, W, 3) uint8, `audio` mono 16 kHz.
+class Content:
+    """What there is to look at and to hear: `image` (H, W, 3) uint8 RGB, and of a clip what was asked for.
+
+    face: (x, y, width, height) of the face in the image; None = the image is a face crop. frames: of one face track,
+    each (H, W, 3) uint8, of any size; seconds: when each is shown; audio: mono, 16,000 Hz, from the first frame on.
+    lacks: why there are no `frames` or no `sound`.
+    """
+
+    image: np.ndarray
+    face: tuple[int, int, int, int] | None = None
+    frames: Sequence[np.ndarray] | None = None
+    seconds: Sequence[float] = ()
+    audio: np.ndarray | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Content):
+    """A record with its content.
 
     mask: (H, W) uint8, above 0 where pixels were forged, all 0 for a real image; None = unknown, or not asked for.
     """
 
     record: Record
-    image: np.ndarray
     mask: np.ndarray | None = None
-    frames: np.ndarray | None = None
-    audio: np.ndarray | None = None
     turns: Sequence[Turn] = ()
 
 
@@ -94,7 +109,7 @@ class InputSpec:
     mean: Triple
     std: Triple
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
-    views: tuple[Literal["plain", "flip"], ...] = ("plain",)
+    views: tuple[View, ...] = ("plain",)
     resize_size: int | None = None
     fit: Literal["crop", "squash"] = "crop"
 
@@ -105,6 +120,11 @@ class InputSpec:
             raise ValueError(
                 f"resize_size: {self.resize_size} is below the crop of {self.size} pixels; give {self.size} or more."
             )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the shape of one view."""
+        return 3, self.size, self.size
 
     @property
     def shortest_edge(self) -> int:

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
+from llava.core.input_specs import MissingInput, Wants
 from llava.core.types import FAKE, LABEL_NAMES, REAL, Record, Sample
-from llava.data.frames import DRAWN, FrameReader, clip_records, drawn_number, is_drawn
+from llava.data.frames import DRAWN, Frame, FrameReader, clip_records, drawn_number, even_seconds, is_drawn
 from llava.data.images import MEMBER_MARK, UnreadableImage, read_image, report_missing
 from llava.data.public_sets import (
     KINDS,
@@ -31,6 +32,7 @@ from llava.data.public_sets import (
 )
 from llava.data.sources import DataConfig, parse_label
 from llava.data.stills import ImageSource
+from llava.data.windows import ClipStore, read_window
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +96,17 @@ def read_frame(clip: h5py.Dataset, number: int) -> np.ndarray:
 class ClipFiles:
     """HDF5 files that stay open, one handle for each file and process, opened in the process that reads.
 
-    A handle that a worker inherits by fork is closed there and opened anew; one is never pickled.
+    A handle that a worker inherits by fork is closed there and opened anew; one is never pickled. rate: frames per
+    second; None = not known, so that nothing can be in step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float | None = None) -> None:
+        self._rate = rate
         self._process = os.getpid()
         self._files: dict[str, h5py.File] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_process": -1, "_files": {}}
+        return {"_rate": self._rate, "_process": -1, "_files": {}}
 
     def frame_count(self, clip: str) -> int:
         """Count the frames of a clip, FILE::KEY. Raises FileNotFoundError or UnreadableClip."""
@@ -111,6 +115,19 @@ class ClipFiles:
     def read(self, clip: str, number: int) -> np.ndarray:
         """Read one frame of a clip, FILE::KEY, uint8 RGB (H, W, 3). Raises UnreadableClip naming file and frame."""
         return read_frame(self.dataset(clip), number)
+
+    def seconds(self, clip: str) -> list[float]:
+        """Give when each frame is shown. Raises MissingInput where nobody says, FileNotFoundError or UnreadableClip."""
+        return even_seconds(self.frame_count(clip), self._rate)
+
+    def window(self, clip: str, numbers: Sequence[int]) -> list[Frame]:
+        """Read frames by their numbers. Raises as `read` does."""
+        seconds = self.seconds(clip)
+        return [Frame(pixels=self.read(clip, number), seconds=seconds[number]) for number in numbers]
+
+    def sound(self, clip: str, start: float, seconds: float) -> np.ndarray:
+        """Raise MissingInput: these files hold pictures."""
+        raise MissingInput("clips in HDF5 files have no sound")
 
     def dataset(self, clip: str) -> h5py.Dataset:
         """Give the data set of a clip, FILE::KEY. Raises FileNotFoundError or UnreadableClip."""
@@ -140,18 +157,6 @@ def _name(clip: h5py.Dataset) -> str:
     return f"{clip.file.filename}{clip.name}"
 
 
-class ClipStore(Protocol):
-    """Where clips lie: `clip` names one as a record's `where` does, without the frame."""
-
-    def frame_count(self, clip: str) -> int:
-        """Count the frames of a clip. Raises what `read` raises."""
-        ...
-
-    def read(self, clip: str, number: int) -> np.ndarray:
-        """Read one frame, uint8 RGB (H, W, 3). Raises UnreadableImage naming clip and frame."""
-        ...
-
-
 class ClipSource(ImageSource):
     """Single frames of the clips of a store.
 
@@ -163,19 +168,40 @@ class ClipSource(ImageSource):
         super().__init__(config, records)
         self._clips = clips
 
-    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+    def load(self, record: Record, rng: np.random.Generator | None = None, wants: Wants | None = None) -> Sample:
         """Read one frame; of a training record any frame of the clip, each as likely, the middle one without `rng`.
 
-        The sample's record says in its tag `frame` which one it is. Raises UnreadableImage naming clip and frame.
+        wants: read the frames and the sound from there on, too; then the frames that are drawn from, or spread over,
+        are those from which on the clip has all of it. The sample's record says in its tag `frame` which one it is.
+        Raises UnreadableImage naming clip and frame.
         """
         clip, _, frame = record.where.rpartition(MEMBER_MARK)
-        number = int(frame) if frame != DRAWN else drawn_number(self._clips.frame_count(clip), rng)
-        tags = {**record.tags, "frame": str(number)}
-        return super().load(replace(record, where=f"{clip}{MEMBER_MARK}{number}", tags=tags))
+        count = self._clips.frame_count(clip) if frame == DRAWN or wants is not None else 0
+        if wants is None:
+            number = int(frame) if frame != DRAWN else drawn_number(count, rng)
+            return super().load(_at(record, clip, number))
+        try:
+            seconds = self._clips.seconds(clip)
+        except MissingInput as missing:
+            lacks = dict.fromkeys(("frames", "sound"), str(missing))
+            return replace(self.load(record, rng), lacks=lacks)
+        starts = wants.starts(seconds)
+        start = starts[drawn_number(len(starts), rng) if frame == DRAWN else int(frame) * len(starts) // count]
+        found, face = read_window(self._clips, clip, wants.chosen(seconds, start), wants, self.config.face_crop)
+        record = _at(record, clip, start)
+        if face:
+            self.face_counts[face] += 1
+            record = replace(record, tags={**record.tags, "face": face})
+        return Sample(record=record, **found)
 
     def _read(self, where: str) -> np.ndarray:
         clip, _, number = where.rpartition(MEMBER_MARK)
         return self._clips.read(clip, int(number))
+
+
+def _at(record: Record, clip: str, number: int) -> Record:
+    """Give the record of one frame of a clip."""
+    return replace(record, where=f"{clip}{MEMBER_MARK}{number}", tags={**record.tags, "frame": str(number)})
 
 
 class Hdf5Source(ClipSource):
@@ -194,7 +220,7 @@ class Hdf5Source(ClipSource):
                     "(scripts/pack_hdf5.py --face_crop true packs crops)."
                 )
         records = _ffpp_records(config) if config.splits else _pack_records(config)
-        super().__init__(config, list(records), ClipFiles())
+        super().__init__(config, list(records), ClipFiles(config.frame_rate))
 
 
 def _record(path: Path, key: str, label: int, class_name: str, video: str, group: str, split: str) -> Record:
@@ -332,7 +358,7 @@ class ListingSource(ClipSource):
         ):
             if getattr(config, name):
                 raise ValueError(f"{name}: {reason}; give --data.{name} false.")
-        reader = FrameReader(config.frames)
+        reader = FrameReader(config.frames, config.frame_rate)
         tree = VideoTree(config.path)
         videos = LISTINGS[config.source](tree, config)
         places = tree.locate([video.place for video in videos])

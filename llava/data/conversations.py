@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.core.config import setting
+from llava.core.input_specs import Wants
 from llava.core.registry import nearest
 from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Record, Sample, Turn
@@ -55,9 +56,9 @@ class ConversationSource(ImageSource):
         super().__init__(config, records, store)
         self._turns = dict(zip(names, turns, strict=True))
 
-    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+    def load(self, record: Record, rng: np.random.Generator | None = None, wants: Wants | None = None) -> Sample:
         """Read the record's image and give its turns."""
-        sample = super().load(record, rng)
+        sample = super().load(record, rng, wants)
         return replace(sample, turns=self._turns[record.id])
 
     def turns(self, record: Record) -> Sequence[Turn]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial, singledispatch
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from llava.core.input_specs import (
+    SILENT_BELOW,
+    STILL,
+    FramesSpec,
+    Input,
+    MissingInput,
+    NativeSpec,
+    SoundSpec,
+    TimesSpec,
+    all_reasons,
+    wants_of,
+)
 from llava.core.runtime import item_rng
-from llava.core.types import FAKE, REAL, InputSpec, Record
+from llava.core.types import FAKE, REAL, Content, InputSpec, Record, Sample, View
+from llava.data.faces import FaceBox, Place, face_square
 from llava.data.sources import Source
 
 _RESAMPLING = {
@@ -24,11 +39,16 @@ _RESAMPLING = {
 # `llava.ops.degrade.DegradeConfig` is one: settings that can be called on an image and its mask.
 Degradation = Callable[[np.ndarray, np.ndarray | None, np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
 UNKNOWN_CELL = -1.0
+DRAWS = 4  # of a clip's training window, when one lacks something, before the next record has its turn
 
 
-def to_tensor(image: np.ndarray, spec: InputSpec) -> Tensor:
-    """Resize, crop the centre unless squashed, scale to [0, 1] and normalise: uint8 (H, W, 3) to (3, S, S)."""
-    pixels = torch.from_numpy(_resize_and_crop(image, spec)).permute(2, 0, 1).float() / 255.0
+def to_tensor(image: np.ndarray, spec: InputSpec | NativeSpec) -> Tensor:
+    """Resize, crop the centre unless squashed, scale to [0, 1] and normalise: uint8 (H, W, 3) to (3, S, S).
+
+    For a NativeSpec the image has its size already.
+    """
+    seen = _resize_and_crop(image, spec) if isinstance(spec, InputSpec) else image
+    pixels = torch.from_numpy(seen).permute(2, 0, 1).float() / 255.0
     mean = torch.tensor(spec.mean).view(3, 1, 1)
     std = torch.tensor(spec.std).view(3, 1, 1)
     return (pixels - mean) / std
@@ -36,8 +56,101 @@ def to_tensor(image: np.ndarray, spec: InputSpec) -> Tensor:
 
 def view_tensors(image: np.ndarray, spec: InputSpec) -> Tensor:
     """Give every test-time view of one image, (V, 3, S, S) in the order of `spec.views`."""
-    plain = to_tensor(image, spec)
-    return torch.stack([plain.flip(-1) if view == "flip" else plain for view in spec.views])
+    return _seen(to_tensor(image, spec), spec.views)
+
+
+@singledispatch
+def input_tensor(spec: Input, content: Content) -> Tensor:
+    """Give what a detector reads of a sample, one view: a tensor of `spec.shape`. Raises MissingInput."""
+    raise TypeError(f"{type(spec).__name__} is no kind of input that is known; register one with `input_tensor`.")
+
+
+@input_tensor.register
+def _(spec: InputSpec, content: Content) -> Tensor:
+    return to_tensor(content.image, spec)
+
+
+@input_tensor.register
+def _(spec: NativeSpec, content: Content) -> Tensor:
+    height, width = content.image.shape[:2]
+    x, y, *sides = content.face or (0, 0, width, height)
+    box = FaceBox(x=x, y=y, width=sides[0], height=sides[1], score=1.0)
+    left, top, side = face_square(box, height, width, 0.0 if content.face is None else spec.ring)
+    if side < spec.size:
+        raise MissingInput(
+            f"the face is too small: with what is around it {side} pixels wide, and {spec.size} are needed"
+        )
+    top, left = (start + (side - spec.size) // 2 for start in (top, left))
+    return to_tensor(np.ascontiguousarray(content.image[top : top + spec.size, left : left + spec.size]), spec)
+
+
+@input_tensor.register
+def _(spec: FramesSpec, content: Content) -> Tensor:
+    if not content.frames:
+        raise MissingInput(content.lacks.get("frames", STILL))
+    return torch.stack([to_tensor(content.frames[n], spec.image) for n in spec.numbers(content.seconds)])
+
+
+@input_tensor.register
+def _(spec: TimesSpec, content: Content) -> Tensor:
+    if not content.frames:
+        raise MissingInput(content.lacks.get("frames", STILL))
+    return torch.tensor([content.seconds[n] - content.seconds[0] for n in spec.numbers(content.seconds)])
+
+
+@input_tensor.register
+def _(spec: SoundSpec, content: Content) -> Tensor:
+    if content.audio is None:
+        raise MissingInput(content.lacks.get("sound", STILL))
+    heard = content.audio[: spec.shape[0]]
+    if np.abs(heard).max() < SILENT_BELOW:
+        raise MissingInput("its sound is silent")
+    return torch.from_numpy(heard)
+
+
+def input_tensors(
+    content: Content, inputs: Mapping[str, Input], with_views: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Give each input of a sample by its name, and why inputs are missing; the tensor of one that is missing is NaN.
+
+    with_views: (V, ...), V as many as the input with the most views has; one with fewer repeats its own in turn.
+    """
+    most = max(len(spec.views) for spec in inputs.values())
+    tensors, reasons = {}, {}
+    for name, spec in inputs.items():
+        try:
+            plain = input_tensor(spec, content)
+        except MissingInput as missing:
+            plain, reasons[name] = torch.full(spec.shape, torch.nan), str(missing)
+        views = [spec.views[i % len(spec.views)] for i in range(most)]
+        tensors[name] = _seen(plain, views) if with_views else plain
+    return tensors, reasons
+
+
+def _seen(plain: Tensor, views: Sequence[View]) -> Tensor:
+    return torch.stack([plain.flip(-1) if view == "flip" else plain for view in views])
+
+
+def degraded(sample: Sample, degrade: Degradation, rng: np.random.Generator) -> Sample:
+    """Degrade a sample's image and frames, each in the same way; the sound is left as it is."""
+    before = deepcopy(rng)
+    image, mask = degrade(sample.image, sample.mask, rng)
+    frames = sample.frames and [degrade(frame, None, deepcopy(before))[0] for frame in sample.frames]
+    face = sample.face and _moved(sample.face, sample.image, degrade, before)
+    return replace(sample, image=image, mask=mask, frames=frames, face=face)
+
+
+def _moved(face: Place, image: np.ndarray, degrade: Degradation, rng: np.random.Generator) -> Place:
+    """Give where a face lies in the degraded image: its box goes the way of a mask."""
+    box = FaceBox(x=face[0], y=face[1], width=face[2], height=face[3], score=1.0)
+    inside = box.clipped(*image.shape[:2])
+    assert inside is not None, "a crop shows its face"
+    mask = np.zeros(image.shape[:2], np.uint8)
+    mask[inside.y : inside.y + inside.height, inside.x : inside.x + inside.width] = 1
+    _, moved = degrade(image, mask, rng)
+    assert moved is not None
+    rows, columns = (np.flatnonzero(moved.any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
 
 
 def mask_cells(mask: np.ndarray, spec: InputSpec, grid: int) -> Tensor:
@@ -63,53 +176,78 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     targets: the class of each record, as the detector numbers them, which `labels` are; None = 0 real, 1 fake.
 
-    Each input is (3, S, S), or (V, 3, S, S) with `with_views`. mask_grid: also give `masks` (grid, grid), the forged
-    part of each cell of the first input, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
+    Each input has its spec's shape, or (V, ...) with `with_views`. mask_grid: also give `masks` (grid, grid), the
+    forged part of each cell of the image, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
     `EpochSampler` yields it; equal items are equal tensors on any worker. Raises ValueError when labels are unknown.
+
+    lacking: says of the reasons of missing inputs why an item cannot be used, as `Detector.lacking` does. A record is
+    then drawn again, DRAWS times for the epoch and as often for the first one; what is still not usable raises
+    ValueError. With `with_reasons` it is not drawn again: the item has that sentence, often empty, as `lacks`.
     """
 
     def __init__(
         self,
         source: Source,
         records: Sequence[Record],
-        inputs: Mapping[str, InputSpec],
+        inputs: Mapping[str, Input],
         degrade: Degradation | None = None,
         seed: int = 0,
         with_views: bool = False,
         mask_grid: int | None = None,
         targets: Sequence[int] | None = None,
+        lacking: Callable[[Mapping[str, str]], str] = all_reasons,
+        with_reasons: bool = False,
     ) -> None:
         unknown = [r.id for r in records if r.label is None]
         if unknown:
             raise ValueError(f"{len(unknown)} of {len(records)} records have no label (first: {unknown[0]}); add it.")
-        reserved = {"labels", "index", "masks"} & inputs.keys()
+        reserved = {"labels", "index", "masks", "lacks"} & inputs.keys()
         if reserved:
             raise ValueError(f"inputs: the name {sorted(reserved)[0]!r} is taken by the data set; rename the input.")
         self.source, self.records, self.inputs = source, tuple(records), dict(inputs)
         self.degrade, self.seed, self.with_views, self.mask_grid = degrade, seed, with_views, mask_grid
         self.targets = [int(r.label or REAL) for r in records] if targets is None else list(targets)
+        self.lacking, self.with_reasons = lacking, with_reasons
+        wants = wants_of(inputs)
+        self._load = source.load if wants is None else partial(source.load, wants=wants)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        record = self.records[index]
+        tensors, why = self._drawn(epoch, index)
+        if why and not self.with_reasons and epoch:
+            tensors, why = self._drawn(0, index)
+        if why and not self.with_reasons:
+            raise ValueError(f"{self.records[index].id!r} cannot be used: {why}; leave such records out.")
+        reasons = {"lacks": why} if self.with_reasons else {}
+        return {**tensors, **reasons, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
+
+    def why_unusable(self, index: int) -> str:
+        """Say why a record cannot be used in any epoch; empty when it can."""
+        return self._drawn(0, index)[1]
+
+    def _drawn(self, epoch: int, index: int) -> tuple[dict[str, Any], str]:
+        """Give the tensors of one draw of a record, and why they cannot be used."""
         rng = item_rng(self.seed, epoch, index)
-        sample = self.source.load(record, rng)
-        image, mask = sample.image, sample.mask
-        if self.degrade is not None:
-            image, mask = self.degrade(image, mask, rng)
-        prepare = view_tensors if self.with_views else to_tensor
-        tensors: dict[str, Any] = {name: prepare(image, spec) for name, spec in self.inputs.items()}
+        for _ in range(1 if self.with_reasons else DRAWS):
+            sample = self._load(self.records[index], rng)
+            if self.degrade is not None:
+                sample = degraded(sample, self.degrade, rng)
+            tensors, reasons = input_tensors(sample, self.inputs, self.with_views)
+            why = self.lacking(reasons) if reasons else ""
+            if not why:
+                break
         if self.mask_grid is not None:
-            tensors["masks"] = self._cells(mask, self.mask_grid)
-        return {**tensors, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
+            tensors["masks"] = self._cells(sample.mask, self.mask_grid)
+        return tensors, why
 
     def _cells(self, mask: np.ndarray | None, grid: int) -> Tensor:
-        if mask is None:
+        spec = next((spec for spec in self.inputs.values() if isinstance(spec, InputSpec)), None)
+        if mask is None or spec is None:
             return torch.full((grid, grid), UNKNOWN_CELL)
-        return mask_cells(mask, next(iter(self.inputs.values())), grid)
+        return mask_cells(mask, spec, grid)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Point: TypeAlias = tuple[float, float]
+Place: TypeAlias = tuple[int, int, int, int]  # x, y, width, height of a face in its crop, in pixels
 PYRAMID_STEP = 0.709  # between two scales: halves the area, as Zhang et al. do
 # In diagonals of the box; less than half of the least in 25 real portraits (0.24, 0.24).
 LEAST_EYE_DISTANCE, LEAST_MOUTH_DEPTH = 0.1, 0.1
@@ -29,6 +30,8 @@ SURE = 0.98
 # From this score on a face is upright: 462 of 517 portraits have it; of 173 upside down 34 are found as if upright, one
 # with it. Those below it are turned: 32 of these 33 were 9 times less unsure then or more, an upright one 1.3 times.
 UPRIGHT, MUCH_SURER = 0.999, 3.0
+# From this overlap (IoU) on, or this many longer sides apart, two boxes are the same face; so it is in `m2f2 detect`.
+OVERLAP, SHIFT = 0.3, 1.0
 AROUND = 0.6  # margin of what is turned around a face that may not be upright
 
 
@@ -264,6 +267,12 @@ def face_square(box: FaceBox, height: int, width: int, margin: float = 0.3) -> t
     left = min(max(round(box.x + box.width / 2 - side / 2), 0), width - side)
     top = min(max(round(box.y + box.height / 2 - side / 2), 0), height - side)
     return left, top, side
+
+
+def place_in_crop(box: FaceBox, height: int, width: int, margin: float = 0.3) -> Place:
+    """Give where a face lies in what `crop_face` cuts out of an image of that size."""
+    left, top, _ = face_square(box, height, width, margin)
+    return box.x - left, box.y - top, box.width, box.height
 
 
 def link_faces(frames: Sequence[Sequence[FaceBox]], overlap: float, shift: float) -> list[dict[int, int]]:

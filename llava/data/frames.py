@@ -1,10 +1,10 @@
-"""A clip to a few evenly spread frames, uint8 RGB and upright, with their times; never the whole clip in memory."""
+"""A clip to a few frames, uint8 RGB and upright, with their times, and its sound; never the whole clip in memory."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,6 +22,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from llava.core.input_specs import SAMPLE_RATE_HZ, SHORT_BY, MissingInput
 from llava.core.types import Record
 from llava.data.images import IMAGE_SUFFIXES, MAX_PIXELS, MEMBER_MARK, UnreadableImage, check_size, read_image
 from llava.data.sources import DataConfig
@@ -32,6 +33,8 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg"
 JUMP_FROM = 100
 # A clip that ends before this part of the length in its header is said to break off.
 WHOLE_FROM = 0.9
+# A decoder of sound needs a block or two before the first sound block; a jump is to earlier than what is wanted.
+LEAD_SECONDS = 0.5
 DRAWN = "*"  # instead of a frame's number: any frame of the clip
 
 
@@ -126,6 +129,43 @@ def read_numbers(clip: Clip, numbers: Iterable[int], threads: bool = True) -> It
             last = bisect_right(clip.stamps, stamp) - 1
             check_size((frame.width, frame.height), clip.name)
             yield Frame(pixels=_upright(frame), seconds=clip.seconds(last))
+
+
+def read_sound(clip: Clip, start: float, seconds: float) -> np.ndarray:
+    """Give mono sound, float32 (N,) in [-1, 1] at 16,000 Hz, from `start` seconds after the first frame on.
+
+    Up to SHORT_BY seconds that are lacking at either end are filled up with silence. Raises MissingInput.
+    """
+    begin = float(clip.stamps[0] * clip.time_base) + start
+    try:
+        first, heard = _heard(clip, begin, begin + seconds)
+    except UnreadableVideo as error:  # its pictures were read
+        raise MissingInput("its sound is damaged") from error
+    wanted, lead = round(seconds * SAMPLE_RATE_HZ), round((first - begin) * SAMPLE_RATE_HZ)
+    heard = heard[max(-lead, 0) :][: wanted - max(lead, 0)]
+    if wanted - len(heard) > round(SHORT_BY * SAMPLE_RATE_HZ) * (1 + (lead > 0)) or not len(heard):
+        raise MissingInput(f"its sound lacks a part of the {seconds:.2g} s from {start:.1f} s on")
+    return np.pad(heard, (max(lead, 0), wanted - len(heard) - max(lead, 0)))
+
+
+def _heard(clip: Clip, begin: float, end: float) -> tuple[float, np.ndarray]:
+    """Decode the sound between two times of the file; gives when what was decoded begins, which may be earlier."""
+    first, pieces = begin, []
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
+    with _opened(clip.source, clip.name) as (container, _):
+        stream = next((s for s in container.streams.audio if s.codec_context is not None), None)
+        if stream is None:
+            raise MissingInput("the clip has no sound")
+        container.seek(max(int((begin - LEAD_SECONDS) * av.time_base), 0))
+        for frame in container.decode(stream):
+            if frame.time is None or frame.time + frame.samples / frame.sample_rate <= begin:
+                continue
+            first = first if pieces else frame.time
+            pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+            if frame.time >= end:
+                break
+        pieces += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
+    return first, np.concatenate(pieces) if pieces else np.empty(0, np.float32)
 
 
 @contextmanager
@@ -233,14 +273,17 @@ def drawn_number(frames: int, rng: np.random.Generator | None) -> int:
 
 
 class FrameReader:
-    """Reads single frames. `count` evenly spread ones of a video file are decoded in one go, if asked for in order."""
+    """Reads single frames. `count` evenly spread ones of a video file are decoded in one go, if asked for in order.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    rate: frames per second of folders of frames; None = not known, so that nothing can be in step.
+    """
+
+    def __init__(self, count: int, rate: float | None = None) -> None:
+        self.count, self.rate = count, rate
         self._spread: _Spread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"count": self.count, "_spread": None}
+        return {"count": self.count, "rate": self.rate, "_spread": None}
 
     def frame_count(self, clip: str | Path) -> int:
         """Count the frames of a clip. Raises UnreadableVideo."""
@@ -261,6 +304,38 @@ class FrameReader:
         if self._spread is None or not self._spread.can_give(path, number):
             self._spread = _Spread(path, video, self.count)
         return self._spread.read(number)
+
+    def seconds(self, clip: str | Path) -> list[float]:
+        """Give when each frame is shown, from the first one on. Raises MissingInput, or UnreadableVideo."""
+        path = Path(clip)
+        if path.is_dir():
+            return even_seconds(len(frame_files(path)), self.rate)
+        video = _clip(path, path.stat().st_mtime_ns)
+        return [video.seconds(number) for number in range(len(video.stamps))]
+
+    def window(self, clip: str | Path, numbers: Sequence[int]) -> list[Frame]:
+        """Read frames by their rising numbers, fewer where they are damaged. Raises as `read` does."""
+        path = Path(clip)
+        if path.is_dir():
+            seconds = self.seconds(path)
+            return [Frame(pixels=self.read(path, number), seconds=seconds[number]) for number in numbers]
+        video = _clip(path, path.stat().st_mtime_ns)
+        frames = list(read_numbers(video, numbers, threads=False))
+        return frames or [_sound(None, video, numbers[0])]
+
+    def sound(self, clip: str | Path, start: float, seconds: float) -> np.ndarray:
+        """Give the sound of a video file, as `read_sound` does. Raises MissingInput."""
+        path = Path(clip)
+        if path.is_dir():
+            raise MissingInput("a folder of frames has no sound")
+        return read_sound(_clip(path, path.stat().st_mtime_ns), start, seconds)
+
+
+def even_seconds(count: int, rate: float | None) -> list[float]:
+    """Give when each of so many frames is shown at so many per second. Raises MissingInput where nobody knows."""
+    if rate is None:
+        raise MissingInput("nobody says when its frames were taken (--data.frame_rate)")
+    return [number / rate for number in range(count)]
 
 
 class _Spread:

@@ -20,7 +20,7 @@ from llava.core.runtime import Incomplete
 from llava.core.terminal import progress
 from llava.core.types import FAKE, LABEL_NAMES, REAL
 from llava.data.clips import HDF5_SUFFIXES, clips_in
-from llava.data.faces import crop_face, find_faces, link_faces
+from llava.data.faces import OVERLAP, SHIFT, crop_face, find_faces, link_faces
 from llava.data.frames import frame_files, open_clip, read_frames, spread_frames
 from llava.data.images import UnreadableImage, list_images, read_image
 from llava.data.inputs import VIDEO_SUFFIXES
@@ -29,8 +29,6 @@ from llava.data.sources import DataConfig
 
 log = logging.getLogger(__name__)
 
-# From this overlap (IoU) on, or this many longer sides apart, two boxes are the same face; so it is in `m2f2 detect`.
-OVERLAP, SHIFT = 0.3, 1.0
 ENCODED = {"jpeg": (".jpg", ".jpeg", ".jfif"), "png": (".png",)}
 SETTINGS = "settings"  # attribute of an unfinished file: how it is packed
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from llava.core.config import setting
+from llava.core.input_specs import Wants
 from llava.core.registry import nearest
 from llava.core.types import FAKE, REAL, Record, Sample
 from llava.data import SOURCES
@@ -26,8 +27,11 @@ class Source(Protocol):
     def records(self) -> Sequence[Record]:
         """Give every record; no pixel is read for it."""
 
-    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
-        """Read one record's content. `rng` serves sources that choose a frame at random."""
+    def load(self, record: Record, rng: np.random.Generator | None = None, wants: Wants | None = None) -> Sample:
+        """Read one record's content. `rng` serves sources that choose a frame at random.
+
+        wants: frames and sound of a clip, in step; what a record has not is None in the sample, which says why.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,9 @@ class DataConfig:
         "c40", "ffpp, hdf5 with splits: which videos, of files FF++_*_c23.h5 or FF++_*_c40.h5"
     )
     frames: int = setting(32, "videos: evenly spread frames of each clip outside the training split")
+    frame_rate: float | None = setting(
+        None, "frames per second of clips that tell no times (HDF5, folders of frames), for detectors that read several"
+    )
     allow_missing: bool = setting(
         False, "videos: leave out those that the splits name and the files lack, with a warning"
     )
@@ -68,6 +75,8 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.frame_rate is not None and self.frame_rate <= 0:
+            raise ValueError(f"frame_rate: {self.frame_rate} is not usable; allowed: above 0, such as 25.")
         if self.masks and self.face_crop:
             raise ValueError("masks: they belong to whole images, face_crop cuts them; leave one of the two off.")
 
@@ -93,9 +102,9 @@ class RenamedSource:
         """Give every record, renamed."""
         return self._records
 
-    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
+    def load(self, record: Record, rng: np.random.Generator | None = None, wants: Wants | None = None) -> Sample:
         """Read one record's content, as the source does."""
-        return self._source.load(record, rng)
+        return self._source.load(record, rng, wants)
 
 
 def split_of(source: Source, name: str) -> list[Record]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llava.core.input_specs import Wants
 from llava.core.registry import nearest
 from llava.core.types import LABEL_NAMES, REAL, Record, Sample
-from llava.data.faces import crop_face, find_faces
+from llava.data.faces import Place, crop_face, find_faces, place_in_crop
 from llava.data.images import (
     IMAGE_SUFFIXES,
     ImageStore,
@@ -42,7 +43,7 @@ class ImageSource:
         self.config = config
         self._records = tuple(records)
         self._store = store
-        self._cache: dict[str, tuple[np.ndarray, str]] = {}
+        self._cache: dict[str, tuple[np.ndarray, str, Place | None]] = {}
         self.face_counts: Counter[str] = Counter()
 
     @property
@@ -50,13 +51,16 @@ class ImageSource:
         """Give every record; no pixel is read for it."""
         return self._records
 
-    def load(self, record: Record, rng: np.random.Generator | None = None) -> Sample:
-        """Read the record's image, uint8 RGB (H, W, 3). Raises UnreadableImage naming the file."""
-        image, face = self._image(record)
+    def load(self, record: Record, rng: np.random.Generator | None = None, wants: Wants | None = None) -> Sample:
+        """Read the record's image, uint8 RGB (H, W, 3), which has no frames and no sound, whatever is wanted.
+
+        Raises UnreadableImage naming the file.
+        """
+        image, face, place = self._image(record)
         if face:
             record = replace(record, tags={**record.tags, "face": face})
         mask = self._mask(record, image) if self.config.masks else None
-        return Sample(record=record, image=image, mask=mask)
+        return Sample(record=record, image=image, mask=mask, face=place)
 
     def _mask(self, record: Record, image: np.ndarray) -> np.ndarray | None:
         """Read the mask of forged pixels that the record's tag names; nothing is forged in a real image."""
@@ -77,26 +81,26 @@ class ImageSource:
         """Read the pixels of one image, uint8 RGB (H, W, 3)."""
         return read_image(stored_image(where), name=where)
 
-    def _image(self, record: Record) -> tuple[np.ndarray, str]:
+    def _image(self, record: Record) -> tuple[np.ndarray, str, Place | None]:
         if record.where in self._cache:
             return self._cache[record.where]
-        image = self._read(record.where)
-        face = ""
+        image, face, place = self._read(record.where), "", None
         if self.config.face_crop:
-            image, face = _largest_face(image)
+            image, face, place = _largest_face(image)
             self.face_counts[face] += 1
         if self.config.cache:
             # Shared by every later sample, so nobody may write into it.
             image.setflags(write=False)
-            self._cache[record.where] = (image, face)
-        return image, face
+            self._cache[record.where] = (image, face, place)
+        return image, face, place
 
 
-def _largest_face(image: np.ndarray) -> tuple[np.ndarray, str]:
+def _largest_face(image: np.ndarray) -> tuple[np.ndarray, str, Place | None]:
     faces = find_faces(image)
     if not faces:
-        return image, "none"
-    return crop_face(image, faces[0]), "one" if len(faces) == 1 else "several"
+        return image, "none", None
+    count = "one" if len(faces) == 1 else "several"
+    return crop_face(image, faces[0]), count, place_in_crop(faces[0], *image.shape[:2])
 
 
 class FolderSource(ImageSource):

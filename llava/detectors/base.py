@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from llava.core.config import build, to_dict
+from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
-from llava.core.types import REAL, Decision, InputSpec, Record, VerdictLabel
+from llava.core.types import REAL, Decision, Record, VerdictLabel
 from llava.core.weights import load_strictly, read_config, save_module, sha256_of_tensors, without_random_weights
 from llava.detectors.fitted import FittedPart
 from llava.detectors.members import MEMBERS, read_members, read_tensors, read_trained_on, save_members, write_trained_on
@@ -66,7 +67,7 @@ class Detector(nn.Module):
         self.register_buffer("class_weights", torch.ones(len(self.classes)), persistent=False)
 
     @property
-    def inputs(self) -> dict[str, InputSpec]:
+    def inputs(self) -> Mapping[str, Input]:
         """Name each tensor of `forward` and say what it looks like."""
         raise NotImplementedError
 
@@ -81,11 +82,11 @@ class Detector(nn.Module):
         return None
 
     def lacking(self, reasons: Mapping[str, str]) -> str:
-        """Say why there is no verdict where these inputs, with the reason of each, are missing; empty = there is one.
+        """Say why there is no verdict where inputs are missing, by name with the reason of each; empty = there is.
 
-        Any of them, as long as a detector has nothing to put in their place. The tensor of a missing input is NaN.
+        By default all of them are needed. A missing input's tensor is NaN, so that nothing is made of it by accident.
         """
-        return "; ".join(dict.fromkeys(reasons.values()))
+        return all_reasons(reasons)
 
     def without_vision(self) -> Detector:
         """Give the same detector without its own vision tower, to live in a host that has the same one."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava.core.config import setting, to_dict
+from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
-from llava.core.types import InputSpec
 from llava.core.weights import read_config
 from llava.detectors.base import LEAST_ODDS, Detector, DetectorOutput, from_description, is_there, load
 from llava.detectors.fitted import LogisticFusion
@@ -80,7 +80,7 @@ class Ensemble(Detector):
         return LogisticFusion(len(self.members))
 
     @property
-    def inputs(self) -> dict[str, InputSpec]:
+    def inputs(self) -> dict[str, Input]:
         """Give the inputs of all members, see `joined`."""
         return self._inputs
 
@@ -99,13 +99,13 @@ class Ensemble(Detector):
 
     def lacking(self, reasons: Mapping[str, str]) -> str:
         """Say why there is no verdict: only when no member is left."""
-        found = []
+        found = {}
         for name, member in self.members.items():
             own = {own: reasons[shared] for own, shared in self._routes[name].items() if shared in reasons}
             if not (reason := member.lacking(own)):
                 return ""
-            found.append(reason)
-        return "; ".join(dict.fromkeys(found))
+            found[name] = reason
+        return all_reasons(found)
 
     def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
         """Put other values at p_fake and p_real; the members' p_fake move by as many log odds, so that they agree."""
@@ -205,13 +205,13 @@ def described(members: Mapping[str, str | dict[str, Any]]) -> tuple[dict[str, di
     return descriptions, folders
 
 
-def joined(members: Mapping[str, Detector]) -> tuple[dict[str, InputSpec], dict[str, dict[str, str]]]:
+def joined(members: Mapping[str, Detector]) -> tuple[dict[str, Input], dict[str, dict[str, str]]]:
     """Give the inputs of all members together, and for each member its own names with those they have here.
 
     An input on which all members that have it agree keeps its name and is prepared once; others become
     `<member>_<name>`. Raises ValueError where two would have one name.
     """
-    specs: dict[str, InputSpec] = {}
+    specs: dict[str, Input] = {}
     routes: dict[str, dict[str, str]] = {}
     of_members = {name: member.inputs for name, member in members.items()}
     for member, own in of_members.items():
