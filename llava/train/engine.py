@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from llava.core.runtime import last_checkpoint, write_json
 from llava.core.types import REAL
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
+from llava.data.splits import group_hashes
 from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions
@@ -251,8 +252,13 @@ class DetectorTrainer(Trainer):
 def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder: Path) -> None:
     """Train `detector` in place and leave it with its best weights, which are also written to `folder/best`.
 
-    Goes on from the last complete checkpoint in `folder`. Raises CollapseError.
+    Goes on from the last complete checkpoint in `folder`. Raises CollapseError, or ValueError for a detector that can
+    not be trained.
     """
+    if not any(p.requires_grad for p in detector.parameters()):
+        raise ValueError(f"Phase {phase.name!r}: every weight is frozen; freeze fewer, or fit parts (kind: fit).")
+    detector.require_fitted()
+    detector.trained_on |= group_hashes(r.group for r in data.train)
     balance_classes(detector, phase, list(map(detector.target, data.train)))
     detector.to(memory_format=torch.channels_last)
     args = training_arguments(phase, folder)
