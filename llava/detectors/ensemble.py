@@ -48,7 +48,10 @@ class EnsembleConfig:
         from llava.detectors.m2f2det import M2F2DetConfig  # here, because an ensemble of others does without
         from llava.detectors.vit3 import ViT3Config
 
-        members = {"clip": fresh("m2f2det", M2F2DetConfig.tiny()), "vit": fresh("vit3", ViT3Config.tiny())}
+        members: dict[str, str | dict[str, Any]] = {
+            "clip": fresh("m2f2det", M2F2DetConfig.tiny()),
+            "vit": fresh("vit3", ViT3Config.tiny()),
+        }
         return cls(members=members, freeze_members=False)
 
 
@@ -64,9 +67,9 @@ class Ensemble(Detector):
 
     def __init__(self, config: EnsembleConfig) -> None:
         """Build the members, without their weights; of one given by its folder only config.json is read."""
-        self_contained, folders = described(config.members)
-        super().__init__(replace(config, members=self_contained))
-        members = {name: from_description(description) for name, description in self_contained.items()}
+        descriptions, folders = described(config.members)
+        super().__init__(replace(config, members=dict(descriptions)))
+        members = {name: from_description(description) for name, description in descriptions.items()}
         self.members = cast("Mapping[str, Detector]", nn.ModuleDict(members))
         self._folders = folders
         self.trained_on = frozenset[str]().union(*map(read_trained_on, folders.values()))
