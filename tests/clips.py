@@ -23,13 +23,15 @@ def write_clip(
     codec: str = "libx264rgb",
     stamps: Sequence[int] | None = None,
     seconds_of_sound: float = 0.0,
+    sound: np.ndarray | None = None,
     rotation: int = 0,
     file_format: str | None = None,
     **options: str,
 ) -> Path:
     """Write frames as a video to a path or file object, without loss unless the codec or `options` say otherwise.
 
-    stamps: when each frame is shown, in 1/1000 s; default: one every 1/rate s.
+    stamps: when each frame is shown, in 1/1000 s; default: one every 1/rate s. sound: mono, 16,000 Hz, kept without
+    loss in a .mkv; seconds_of_sound: so much silence instead.
     """
     if codec == "libx264rgb":
         options = {"qp": "0", **options}
@@ -40,7 +42,9 @@ def write_clip(
         stream.pix_fmt = {"libx264rgb": "rgb24", "ffv1": "bgr0", "png": "rgb24"}.get(codec, "yuv420p")
         if rotation:
             stream.set_display_rotation(rotation)
-        sound = container.add_stream("aac", rate=16000, layout="mono") if seconds_of_sound else None
+        heard = np.zeros(round(16000 * seconds_of_sound), np.float32) if sound is None else sound
+        kind = "pcm_f32le" if str(target).endswith(".mkv") else "aac"
+        voice = container.add_stream(kind, rate=16000, layout="mono") if len(heard) else None
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, rate)
@@ -48,8 +52,8 @@ def write_clip(
                 frame.pts, frame.time_base = stamps[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-        if sound is not None:
-            write_silence(container, sound, seconds_of_sound)
+        if voice is not None:
+            write_samples(container, voice, heard)
     return target
 
 
@@ -66,17 +70,20 @@ def write_damaged(path: Path) -> list[np.ndarray]:
     return frames
 
 
-def write_silence(container: Any, stream: Any, seconds: float) -> None:
-    """Write sound in which nothing is heard."""
-    samples = np.zeros((1, round(16000 * seconds)), np.float32)
-    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-    frame.sample_rate, frame.pts = 16000, 0
-    container.mux(stream.encode(frame))
+def write_samples(container: Any, stream: Any, samples: np.ndarray) -> None:
+    """Write mono sound, float32 (N,) at 16,000 Hz."""
+    layout = "flt" if stream.codec_context.name.startswith("pcm") else "fltp"
+    for start in range(0, len(samples), 1024):
+        block = np.ascontiguousarray(samples[None, start : start + 1024])
+        frame = av.AudioFrame.from_ndarray(block, format=layout, layout="mono")
+        frame.sample_rate, frame.pts = 16000, start
+        container.mux(stream.encode(frame))
     container.mux(stream.encode())
 
 
 def write_sound(path: Path, seconds: float = 1.0) -> Path:
     """Write a file that holds sound alone."""
     with av.open(str(path), "w", format="mp4") as container:
-        write_silence(container, container.add_stream("aac", rate=16000, layout="mono"), seconds)
+        samples = np.zeros(round(16000 * seconds), np.float32)
+        write_samples(container, container.add_stream("aac", rate=16000, layout="mono"), samples)
     return path

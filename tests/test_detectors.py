@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 
+import clip_detectors
 import numpy as np
 import pytest
 import torch
@@ -33,15 +34,14 @@ DETECTORS.add("toy", "toy_detector:ToyDetector")
 DETECTORS.add("three_class", "toy_detector:ThreeClassDetector")
 DETECTORS.add("fitted_toy", "toy_detector:FittedToy")
 DETECTORS.add("two_toys", "toy_detector:TwoToys")
+clip_detectors.add_to_table()
 NAMES = list(DETECTORS)
 FUSIONS = ("similarity", "bridge", "none")
 
 
 def batch_for(detector, n=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    batch = {
-        name: torch.randn(n, 3, spec.size, spec.size, generator=generator) for name, spec in detector.inputs.items()
-    }
+    batch = {name: torch.randn(n, *spec.shape, generator=generator) for name, spec in detector.inputs.items()}
     return batch, torch.arange(n) % len(detector.classes)
 
 
@@ -319,7 +319,7 @@ def test_it_learns_to_tell_noise_from_flat(name):
     assert has_weights_to_train(detector), "tiny() must be able to learn"
     optimizer = torch.optim.Adam(detector.parameter_groups(1e-2))
     inputs, labels = batch_for(detector, n=16)
-    inputs = {k: x * labels.view(-1, 1, 1, 1) for k, x in inputs.items()}
+    inputs = {k: x * labels.view(-1, *[1] * (x.dim() - 1)) for k, x in inputs.items()}
     losses = []
     for _ in range(15 * (len(detector.classes) - 1)):
         loss = detector(**inputs, labels=labels).loss

@@ -17,6 +17,7 @@ SAMPLE_RATE_HZ = 16_000
 STILL = "it is a still image"
 # Loudest sample of what counts as silent, full scale = 1: 60 dB below it, where a codec's own noise lies.
 SILENT_BELOW = 1e-3
+CLOSE = 1e-6  # seconds; times that differ by less are the same
 SHORT_BY = 0.1  # seconds; sound may begin so much later or end so much earlier: a block of AAC at 16 kHz is 0.064 s
 
 
@@ -78,7 +79,7 @@ class TrackSpec:
         """
         numbers = [nearest(seconds, seconds[0] + moment) for moment in self.moments]
         off = max(abs(seconds[n] - seconds[0] - m) for n, m in zip(numbers, self.moments, strict=True))
-        if off * self.rate_hz > 0.5 or len(set(numbers)) < self.count:
+        if off > 0.5 / self.rate_hz + CLOSE or len(set(numbers)) < self.count:
             raise MissingInput(
                 f"too few frames: {self.count} of one face are needed, {1 / self.rate_hz:.2g} s from one to the next"
             )
@@ -136,21 +137,16 @@ Input: TypeAlias = InputSpec | NativeSpec | FramesSpec | TimesSpec | SoundSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Wants:
-    """What inputs need of a clip: frames at `moments`, in seconds from the first one on, and seconds of sound.
-
-    least_seconds: how much later than the first frame the clip's last one must be.
-    """
+    """What inputs need of a clip: frames at `moments`, in seconds from the first one on, and seconds of sound."""
 
     moments: tuple[float, ...] = (0.0,)
-    least_seconds: float = 0.0
     sound_seconds: float = 0.0
 
     def starts(self, seconds: Sequence[float]) -> list[int]:
         """List the frames, of those shown at `seconds`, from which on a clip has all of it; the first one if none."""
-        last = seconds[-1]
-        end = last + (last - seconds[0]) / max(len(seconds) - 1, 1)
-        heard = self.sound_seconds - SHORT_BY
-        return [n for n, s in enumerate(seconds) if last - s >= self.least_seconds and end - s >= heard] or [0]
+        step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
+        needed = max(self.moments[-1] - step / 2, self.sound_seconds - step)  # the last frame is shown for a step
+        return [n for n, start in enumerate(seconds) if seconds[-1] - start >= needed - CLOSE] or [0]
 
     def chosen(self, seconds: Sequence[float], start: int) -> list[int]:
         """Give the numbers, rising, of the frames nearest to the moments when frame `start` is the first."""
@@ -170,7 +166,6 @@ def wants_of(inputs: Mapping[str, Input]) -> Wants | None:
         return None
     return Wants(
         moments=tuple(sorted({0.0, *(moment for spec in tracks for moment in spec.moments)})),
-        least_seconds=max((spec.moments[-1] - 0.5 / spec.rate_hz for spec in tracks), default=0.0),
         sound_seconds=max(sounds, default=0.0),
     )
 

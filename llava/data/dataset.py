@@ -39,7 +39,7 @@ _RESAMPLING = {
 # `llava.ops.degrade.DegradeConfig` is one: settings that can be called on an image and its mask.
 Degradation = Callable[[np.ndarray, np.ndarray | None, np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
 UNKNOWN_CELL = -1.0
-DRAWS = 4  # of a clip's training window, when one lacks something, before the next record has its turn
+DRAWS = 4  # windows of a training clip that are drawn, as long as each lacks something
 
 
 def to_tensor(image: np.ndarray, spec: InputSpec | NativeSpec) -> Tensor:
@@ -132,11 +132,15 @@ def _seen(plain: Tensor, views: Sequence[View]) -> Tensor:
 
 
 def degraded(sample: Sample, degrade: Degradation, rng: np.random.Generator) -> Sample:
-    """Degrade a sample's image and frames, each in the same way; the sound is left as it is."""
+    """Degrade a sample's image and frames, each in the same way; the sound is left as it is.
+
+    Where the image's size changes, it is a crop whose face's place is no longer known.
+    """
     before = deepcopy(rng)
     image, mask = degrade(sample.image, sample.mask, rng)
     frames = sample.frames and [degrade(frame, None, deepcopy(before))[0] for frame in sample.frames]
-    face = sample.face and _moved(sample.face, sample.image, degrade, before)
+    is_same_size = image.shape == sample.image.shape
+    face = sample.face and _moved(sample.face, sample.image, degrade, before) if is_same_size else None
     return replace(sample, image=image, mask=mask, frames=frames, face=face)
 
 
@@ -180,9 +184,9 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     forged part of each cell of the image, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
     `EpochSampler` yields it; equal items are equal tensors on any worker. Raises ValueError when labels are unknown.
 
-    lacking: says of the reasons of missing inputs why an item cannot be used, as `Detector.lacking` does. A record is
-    then drawn again, DRAWS times for the epoch and as often for the first one; what is still not usable raises
-    ValueError. With `with_reasons` it is not drawn again: the item has that sentence, often empty, as `lacks`.
+    lacking: says of the reasons of missing inputs why an item cannot be used, as `Detector.lacking` does. Of a clip
+    another window is then drawn, at last the middle one; when that cannot be used either (`why_unusable`) it raises
+    ValueError. With `with_reasons` nothing is drawn again: the item has that sentence, often empty, as `lacks`.
     """
 
     def __init__(
@@ -216,32 +220,29 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        tensors, why = self._drawn(epoch, index)
-        if why and not self.with_reasons and epoch:
-            tensors, why = self._drawn(0, index)
+        rng = item_rng(self.seed, epoch, index)
+        for draw in range(1 if self.with_reasons else DRAWS + 1):
+            sample = self._load(self.records[index], None if draw == DRAWS else rng)
+            if self.degrade is not None:
+                sample = degraded(sample, self.degrade, rng)
+            tensors, why = self._read(sample)
+            if not why:
+                break
         if why and not self.with_reasons:
             raise ValueError(f"{self.records[index].id!r} cannot be used: {why}; leave such records out.")
-        reasons = {"lacks": why} if self.with_reasons else {}
-        return {**tensors, **reasons, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
+        others: dict[str, Any] = {"lacks": why} if self.with_reasons else {}
+        if self.mask_grid is not None:
+            others["masks"] = self._cells(sample.mask, self.mask_grid)
+        return {**tensors, **others, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
 
     def why_unusable(self, index: int) -> str:
         """Say why a record cannot be used in any epoch; empty when it can."""
-        return self._drawn(0, index)[1]
+        return self._read(self._load(self.records[index], None))[1]
 
-    def _drawn(self, epoch: int, index: int) -> tuple[dict[str, Any], str]:
-        """Give the tensors of one draw of a record, and why they cannot be used."""
-        rng = item_rng(self.seed, epoch, index)
-        for _ in range(1 if self.with_reasons else DRAWS):
-            sample = self._load(self.records[index], rng)
-            if self.degrade is not None:
-                sample = degraded(sample, self.degrade, rng)
-            tensors, reasons = input_tensors(sample, self.inputs, self.with_views)
-            why = self.lacking(reasons) if reasons else ""
-            if not why:
-                break
-        if self.mask_grid is not None:
-            tensors["masks"] = self._cells(sample.mask, self.mask_grid)
-        return tensors, why
+    def _read(self, sample: Sample) -> tuple[dict[str, Tensor], str]:
+        """Give the tensors of a sample, and why they cannot be used."""
+        tensors, reasons = input_tensors(sample, self.inputs, self.with_views)
+        return tensors, self.lacking(reasons) if reasons else ""
 
     def _cells(self, mask: np.ndarray | None, grid: int) -> Tensor:
         spec = next((spec for spec in self.inputs.values() if isinstance(spec, InputSpec)), None)

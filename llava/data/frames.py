@@ -33,7 +33,7 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg"
 JUMP_FROM = 100
 # A clip that ends before this part of the length in its header is said to break off.
 WHOLE_FROM = 0.9
-# A decoder of sound needs a block or two before the first sound block; a jump is to earlier than what is wanted.
+# A decoder of sound needs a block or two before the first that counts; a jump is to earlier than what is wanted.
 LEAD_SECONDS = 0.5
 DRAWN = "*"  # instead of a frame's number: any frame of the clip
 
@@ -137,26 +137,29 @@ def read_sound(clip: Clip, start: float, seconds: float) -> np.ndarray:
     Up to SHORT_BY seconds that are lacking at either end are filled up with silence. Raises MissingInput.
     """
     begin = float(clip.stamps[0] * clip.time_base) + start
-    try:
-        first, heard = _heard(clip, begin, begin + seconds)
-    except UnreadableVideo as error:  # its pictures were read
-        raise MissingInput("its sound is damaged") from error
-    wanted, lead = round(seconds * SAMPLE_RATE_HZ), round((first - begin) * SAMPLE_RATE_HZ)
-    heard = heard[max(-lead, 0) :][: wanted - max(lead, 0)]
-    if wanted - len(heard) > round(SHORT_BY * SAMPLE_RATE_HZ) * (1 + (lead > 0)) or not len(heard):
-        raise MissingInput(f"its sound lacks a part of the {seconds:.2g} s from {start:.1f} s on")
-    return np.pad(heard, (max(lead, 0), wanted - len(heard) - max(lead, 0)))
+    wanted, least = round(seconds * SAMPLE_RATE_HZ), round(SHORT_BY * SAMPLE_RATE_HZ)
+    for jump in (begin - LEAD_SECONDS, 0.0):  # where pictures and sound do not alternate, a jump may miss some
+        try:
+            first, heard = _heard(clip, jump, begin, begin + seconds)
+        except UnreadableVideo as error:  # its pictures were read
+            raise MissingInput("its sound is damaged") from error
+        lead = round((first - begin) * SAMPLE_RATE_HZ)
+        before, heard = max(lead, 0), heard[max(-lead, 0) :][:wanted]
+        after = max(wanted - before - len(heard), 0)
+        if before <= least and after <= least:
+            return np.pad(heard, (before, after))[:wanted]
+    raise MissingInput(f"its sound lacks a part of the {seconds:.2g} s from {start:.1f} s on")
 
 
-def _heard(clip: Clip, begin: float, end: float) -> tuple[float, np.ndarray]:
+def _heard(clip: Clip, jump: float, begin: float, end: float) -> tuple[float, np.ndarray]:
     """Decode the sound between two times of the file; gives when what was decoded begins, which may be earlier."""
-    first, pieces = begin, []
+    first, pieces = begin, list[np.ndarray]()
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
     with _opened(clip.source, clip.name) as (container, _):
         stream = next((s for s in container.streams.audio if s.codec_context is not None), None)
         if stream is None:
             raise MissingInput("the clip has no sound")
-        container.seek(max(int((begin - LEAD_SECONDS) * av.time_base), 0))
+        container.seek(max(int(jump * av.time_base), 0))
         for frame in container.decode(stream):
             if frame.time is None or frame.time + frame.samples / frame.sample_rate <= begin:
                 continue

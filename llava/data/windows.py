@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,15 +54,18 @@ def read_window(
         "frames": [frame.pixels for frame in frames],
         "seconds": [frame.seconds for frame in frames],
     }
-    return found | sound_fields(store, clip, frames[0].seconds, wants), face
+    return found | sound_fields(partial(store.sound, clip), frames[0].seconds, wants), face
 
 
-def sound_fields(store: ClipStore, clip: str, start: float, wants: Wants) -> dict[str, Any]:
-    """Read the sound that is wanted from `start` on, as fields of a Content: the sound, or why there is none."""
+def sound_fields(read: Callable[[float, float], np.ndarray], start: float, wants: Wants) -> dict[str, Any]:
+    """Read the sound that is wanted from `start` on, as fields of a Content: the sound, or why there is none.
+
+    read: gives the sound from a second on, for so many seconds. Raises MissingInput.
+    """
     if not wants.sound_seconds:
         return {}
     try:
-        return {"audio": store.sound(clip, start, wants.sound_seconds)}
+        return {"audio": read(start, wants.sound_seconds)}
     except MissingInput as missing:
         return {"lacks": {"sound": str(missing)}}
 

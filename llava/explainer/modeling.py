@@ -150,7 +150,8 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         shared = None
         if self.detector.shares_vision:
             views, spec = inputs["pixel_values"], self.detector.inputs["pixel_values"]
-            sees_the_same = views.shape[1] == 1 and spec.seen == 1 and spec.fit == "crop"
+            is_crop = isinstance(spec, InputSpec) and spec.seen == 1 and spec.fit == "crop"
+            sees_the_same = is_crop and views.shape[1] == 1
             shared = (features if sees_the_same else self.vision_features(views.flatten(0, 1))).to(dtype)
         with torch.autocast(features.device.type, enabled=False):
             return self.detector.over_views(inputs, shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llava.core.types import InputSpec, Turn
-from llava.data.dataset import to_tensor, view_tensors
+from llava.core.input_specs import Input, all_reasons
+from llava.core.types import Content, Turn
+from llava.data.dataset import input_tensors, to_tensor
 from llava.detectors.m2f2det_parts import CLIP_MEAN
 from llava.explainer.modeling import ForgeryLlavaConfig
 from llava.explainer.prompts import EVIDENCE_TAG, IMAGE_TAG, TAGS, lay_out
@@ -33,7 +34,7 @@ class ExplainerProcessor:
         self,
         tokenizer: PreTrainedTokenizerBase,
         config: ForgeryLlavaConfig,
-        detector_inputs: dict[str, InputSpec],
+        detector_inputs: Mapping[str, Input],
     ) -> None:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer needs a BOS and an EOS token; LLaVA's and the tiny base's have both.")
@@ -45,24 +46,26 @@ class ExplainerProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, config: ForgeryLlavaConfig, detector_inputs: dict[str, InputSpec]
+        cls, folder: str | Path, config: ForgeryLlavaConfig, detector_inputs: Mapping[str, Input]
     ) -> ExplainerProcessor:
         """Read the tokeniser beside the model."""
         return cls(read_tokenizer(folder), config, detector_inputs)
 
-    def pixels(self, image: np.ndarray) -> Pixels:
-        """Give pixel_values (3, S, S) and the detector's tensors (V, 3, S, S), one per view, from uint8 (H, W, 3)."""
+    def pixels(self, image: np.ndarray | Content) -> Pixels:
+        """Give pixel_values (3, S, S) and the detector's tensors (V, ...), one per view, from uint8 (H, W, 3).
+
+        `reasons`: why inputs of the detector are missing, by name; the tower reads the image of a Content.
+        """
+        content = Content(image=image) if isinstance(image, np.ndarray) else image
+        image = content.image
         canvas = _pad_to_square(image) if self.config.image_aspect_ratio == "pad" else image
         tower, inputs = self.config.vision_input, self.detector_inputs
         pixel_values = to_tensor(canvas, tower)
-        read_by_both = [name for name, spec in inputs.items() if canvas is image and spec == tower]
-        return {
-            "pixel_values": pixel_values,
-            "detector_inputs": {
-                name: pixel_values[None] if name in read_by_both else view_tensors(image, spec)
-                for name, spec in inputs.items()
-            },
-        }
+        (name, spec), *others = inputs.items()
+        if canvas is image and spec == tower and not others:  # read by both: prepared once
+            return {"pixel_values": pixel_values, "detector_inputs": {name: pixel_values[None]}, "reasons": {}}
+        tensors, reasons = input_tensors(content, inputs, with_views=True)
+        return {"pixel_values": pixel_values, "detector_inputs": tensors, "reasons": reasons}
 
     def encode(
         self, turns: Sequence[Turn], layout: str | None = None, evidence_words: str | None = None
@@ -82,7 +85,16 @@ class ExplainerProcessor:
         return ids, labels
 
     def collate(self, items: Sequence[dict[str, Any]], side: str = "right") -> dict[str, Any]:
-        """Pad ids (and labels) to one length and stack the pictures; `side` is left for generation."""
+        """Pad ids (and labels) to one length and stack the pictures; `side` is left for generation.
+
+        Raises ValueError for a picture that lacks what the detector reads.
+        """
+        reasons = next((item["reasons"] for item in items if item.get("reasons")), None)
+        if reasons:
+            raise ValueError(
+                f"An explainer is taught with pictures, and its detector judges none: {all_reasons(reasons)}. Merge "
+                "a detector that reads single images."
+            )
         batch: dict[str, Any] = {
             "input_ids": _padded([i["input_ids"] for i in items], self.pad_id, side),
             "attention_mask": _padded([[1] * len(i["input_ids"]) for i in items], 0, side),

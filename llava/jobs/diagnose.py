@@ -15,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.core.config import setting
+from llava.core.input_specs import FramesSpec, Input, NativeSpec
 from llava.core.runtime import Incomplete, pick_device, write_json, write_run
 from llava.core.terminal import aligned
-from llava.core.types import NORMALISATIONS
+from llava.core.types import NORMALISATIONS, InputSpec, Triple
 from llava.data.sources import DataConfig
 from llava.detectors.base import Detector, load
 from llava.detectors.published import ready_detector
@@ -25,7 +26,7 @@ from llava.evaluation.metrics import RankedScores, class_confusion
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.statistics import Interval, group_bootstraps
 from llava.train.evaluate import split_to_score
-from llava.train.scoring import probe_answers, score
+from llava.train.scoring import plain_text, probe_answers, score
 
 EVERYTHING = 0.98  # an answer with this share is given to everything,
 EXCUSED = 0.9  # unless so many of the records are of that class
@@ -128,8 +129,8 @@ def problem_of(own: Showing, truth: Mapping[str, float], others: Mapping[str, Sh
 
     own: on the data as they are; truth: share of each class there; others: on the data normalised in other ways.
     """
-    better = max(others, key=lambda name: others[name].balanced_accuracy.value)
-    is_better = others[better].balanced_accuracy.low > own.balanced_accuracy.high
+    better = max(others, key=lambda name: others[name].balanced_accuracy.value, default=None)
+    is_better = better is not None and others[better].balanced_accuracy.low > own.balanced_accuracy.high
     hint = f"is more often right with another normalisation ({better}) than with its own" if is_better else ""
     return ", and ".join(part for part in (_sickness(own, truth), hint) if part)
 
@@ -148,13 +149,21 @@ def _sickness(own: Showing, truth: Mapping[str, float]) -> str:
 
 
 def other_normalisations(detector: Detector) -> dict[str, dict[str, Any]]:
-    """Give the detector's inputs with each of NORMALISATIONS that none of them has."""
-    own = [(spec.mean, spec.std) for spec in detector.inputs.values()]
+    """Give the detector's inputs with each of NORMALISATIONS that none of them has; nothing where none is a picture."""
+    pictures = [spec.image if isinstance(spec, FramesSpec) else spec for spec in detector.inputs.values()]
+    own = [(spec.mean, spec.std) for spec in pictures if isinstance(spec, InputSpec | NativeSpec)]
     return {
-        name: {key: replace(spec, mean=mean, std=std) for key, spec in detector.inputs.items()}
+        name: {key: _normalised(spec, mean, std) for key, spec in detector.inputs.items()}
         for name, (mean, std) in NORMALISATIONS.items()
-        if (mean, std) not in own
+        if own and (mean, std) not in own
     }
+
+
+def _normalised(spec: Input, mean: Triple, std: Triple) -> Input:
+    """Give an input with another normalisation; times and sound have none and stay as they are."""
+    if isinstance(spec, FramesSpec):
+        return replace(spec, image=replace(spec.image, mean=mean, std=std))
+    return replace(spec, mean=mean, std=std) if isinstance(spec, InputSpec | NativeSpec) else spec
 
 
 def _shuffled(
@@ -175,7 +184,7 @@ def _lines(shown: Mapping[str, Showing], truth: Mapping[str, float], plain: Mapp
     rows = [["look", "balanced accuracy", "AUC", "spread of scores"]]
     rows += [[name, _text(s.balanced_accuracy), _text(s.auc), f"{s.spread:.3f}"] for name, s in shown.items()]
     yield from aligned(rows)
-    yield "p_fake of plain images: " + ", ".join(f"{name} {p:.2f}" for name, p in plain.items())
+    yield f"p_fake of plain images: {plain_text(plain)}"
 
 
 def _text(interval: Interval) -> str:

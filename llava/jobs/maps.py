@@ -75,12 +75,12 @@ def write_maps(settings: MapSettings) -> str:
     records = split_of(source, settings.split)
     pipeline = _begin(settings, settings.output, None)
     maps: list[np.ndarray] = []
-    seen = next(iter(pipeline.detector.inputs.values())).seen
     for batch in _with_progress(list(batched(records, settings.batch_size))):
         for finding in _look(pipeline, [source.load(record).image for record in batch]):
             if finding.evidence_map is None:
                 raise ValueError(f"{settings.model!r}: detector {pipeline.detector.name!r} has no map; give another.")
             maps.append(finding.evidence_map)
+            seen = finding.seen
     with atomic_path(settings.output) as staged, staged.open("wb") as file:
         np.savez_compressed(file, ids=np.array([record.id for record in records]), maps=np.stack(maps), seen=seen)
     return f"{len(maps)} maps of {maps[0].shape[0]} x {maps[0].shape[1]} cells are in {settings.output}"
@@ -173,10 +173,14 @@ def _begin(settings: ForgedSettings, output: str, seed: int | None) -> Pipeline:
 
 
 def _look(pipeline: Pipeline, images: Sequence[np.ndarray]) -> list[Finding]:
-    """Judge images whole: a forged image is a face crop already."""
+    """Judge images whole: a forged image is a face crop already. Raises ValueError where there is no verdict."""
     from llava.pipeline.crops import Face
 
-    return pipeline.look([Face(image="", pixels=image) for image in images])[0]
+    found = pipeline.look([Face(image="", pixels=image) for image in images])[0]
+    none = next((finding.verdict.reason for finding in found if finding.verdict.p_fake is None), None)
+    if none is not None:
+        raise ValueError(f"{pipeline.name!r} gives no verdict: {none}; give a model that judges single images.")
+    return found
 
 
 def _with_progress(work: Sequence[Any]) -> Iterable[Any]:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from llava.data.faces import SECOND_LOOK, FaceBox, crop_face, find_faces, lie_of_face, lying_faces, shrunk
+from llava.core.types import Content
+from llava.data.faces import (
+    SECOND_LOOK,
+    FaceBox,
+    Place,
+    crop_face,
+    find_faces,
+    lie_of_face,
+    lying_faces,
+    place_in_crop,
+    shrunk,
+)
 from llava.data.inputs import NamedImage
 from llava.ops.degrade import delivered
 from llava.pipeline.settings import FaceSettings
@@ -33,7 +43,9 @@ LEAST_INSIDE = 0.75  # share of a face's box that must lie in the image
 class Face:
     """One thing to judge: pixels uint8 (H, W, 3), or None and the reason; `box` is where it was found, if anywhere.
 
-    prepared: what the model reads of it and of its delivered versions; empty = to be made when it is looked at.
+    inner: where the face lies in the pixels; None = they are a face crop, or whole. clip: of a video, the pixels with
+    the frames and the sound from there on; None = a still image. prepared: what the model reads of it and of its
+    delivered versions; empty = to be made when it is looked at.
     """
 
     image: str
@@ -42,6 +54,8 @@ class Face:
     number: int = 1
     count: int = 1
     reason: str = ""
+    inner: Place | None = None
+    clip: Content | None = None
     prepared: tuple[Pixels, ...] = ()
 
     @property
@@ -53,10 +67,10 @@ class Face:
         return {"face_box": box, "face_landmarks": self.box.landmarks or None, "face_roll": self.box.roll}
 
     @property
-    def shown(self) -> np.ndarray | Pixels:
-        """Give what a model looks at. A face without pixels has nothing."""
+    def content(self) -> Content:
+        """Give what there is to look at. A face without pixels has nothing."""
         assert self.pixels is not None
-        return self.prepared[0] if self.prepared else self.pixels
+        return self.clip or Content(image=self.pixels, face=self.inner)
 
     @property
     def versions(self) -> Iterable[np.ndarray | Pixels]:
@@ -93,22 +107,25 @@ def faces_of(image: NamedImage, settings: FaceSettings) -> list[Face]:
     return faces
 
 
-def prepared(face: Face, read: Callable[[np.ndarray], Pixels], stability: bool) -> Face:
+def prepared(face: Face, read: Callable[[np.ndarray | Content], Pixels], stability: bool) -> Face:
     """Give the face with all that the model reads of it, so that looking at it only runs the model.
 
     read: makes an image ready, as `Pipeline.pixels` does.
     """
     if face.pixels is None:
         return face
-    images = chain([face.pixels], delivered(face.pixels) if stability else ())
-    return replace(face, prepared=tuple(map(read, images)))
+    versions = map(read, delivered(face.pixels) if stability else ())
+    return replace(face, prepared=(read(face.content), *versions))
 
 
 def _face(name: str, pixels: np.ndarray, box: FaceBox, settings: FaceSettings) -> Face:
     """Cut a face out, or say why it cannot be judged."""
     turns, box = lie_of_face(pixels, box)
     reason = TURNS[turns] if turns else _limit(box, pixels.shape[0], pixels.shape[1], settings.least_face)
-    return Face(image=name, pixels=None if reason else crop_face(pixels, box, settings.margin), box=box, reason=reason)
+    if reason:
+        return Face(image=name, pixels=None, box=box, reason=reason)
+    inner = place_in_crop(box, pixels.shape[0], pixels.shape[1], settings.margin)
+    return Face(image=name, pixels=crop_face(pixels, box, settings.margin), box=box, inner=inner)
 
 
 def _limit(box: FaceBox, height: int, width: int, least_face: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isnan
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llava.core.input_specs import image_of, wants_of
 from llava.core.runtime import batched, pick_device
 from llava.core.score_map import require_share
-from llava.core.types import Explanation, GenerationSettings, InputSpec, Turn, Verdict, VideoVerdict
+from llava.core.types import Content, Explanation, GenerationSettings, InputSpec, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config
 from llava.data.answer_texts import VERDICT_QUESTION
-from llava.data.dataset import view_tensors
+from llava.data.dataset import input_tensors
 from llava.data.inputs import Image, as_list, named
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
@@ -77,7 +78,9 @@ class Pipeline:
     """A detector, alone or inside an explainer, that is asked about images.
 
     prior: share of fakes expected, None = that of the calibration data. stability: whether `detect`, `explain` and
-    `chat` judge delivered versions of each face as well, and say UNCERTAIN where one turns the verdict round.
+    `chat` judge delivered versions of each face as well, and say UNCERTAIN where one turns the verdict round. The rule
+    is for detectors that read image crops alone: delivery resamples pixels, which tells nothing of native ones, and
+    what it does to frames and sound is not known here. It is off for all others, and no stability is told.
 
     An image is a path, an http(s) address, the bytes of a file, a uint8 RGB array (H, W, 3) or a NamedImage. One that
     cannot be read raises, except as a NamedImage with a problem, which becomes an INCONCLUSIVE verdict.
@@ -106,7 +109,7 @@ class Pipeline:
         self.name = name
         self.faces = faces or FaceSettings()
         self.batch_size = batch_size
-        self.stability = stability
+        self.stability = stability and all(isinstance(spec, InputSpec) for spec in detector.inputs.values())
 
     @classmethod
     def from_pretrained(
@@ -237,28 +240,52 @@ class Pipeline:
 
         stability: judge delivered versions of each face as well.
         """
+        faces = [self._read(face) for face in faces]
         shown = [face for face in faces if face.pixels is not None]
         if not shown:
-            return [Finding(verdict=judge(self.detector, face, None)) for face in faces], None
-        pixels = [face.shown for face in shown]
+            return [self._finding(face, None, None) for face in faces], None
+        pixels = [face.prepared[0] for face in shown]
         encoded = self.explainer.encode(pixels, self.prior) if self.explainer else None
         detection = encoded.detection if encoded else self._detection(pixels)
         scored = self._rows(detection)
         if stability:
             scored = [row | {"versions": p} for row, p in zip(scored, self._versions(shown), strict=True)]
         rows = iter(zip(scored, self._maps(detection, len(shown)), strict=True))
-        found, seen = [], next(iter(self.detector.inputs.values())).seen
-        for face in faces:
-            scores, evidence_map = (None, None) if face.pixels is None else next(rows)
-            verdict = judge(self.detector, face, scores, self.prior)
-            found.append(Finding(verdict=verdict, pixels=face.pixels, evidence_map=evidence_map, seen=seen))
-        return found, encoded
+        return [self._finding(face, *((None, None) if face.pixels is None else next(rows))) for face in faces], encoded
 
-    def pixels(self, image: np.ndarray) -> Pixels:
-        """Give what the model reads of an image, in the form that `look` takes instead of it."""
+    def _finding(self, face: Face, scores: Mapping[str, Any] | None, evidence_map: np.ndarray | None) -> Finding:
+        """Give the finding on a face that was made ready."""
+        spec = image_of(self.detector.inputs)
+        return Finding(
+            verdict=judge(self.detector, face, scores, self.prior),
+            pixels=face.pixels,
+            evidence_map=evidence_map,
+            seen=1.0 if spec is None else spec.seen,
+            lacks=face.reason if face.prepared else "",
+        )
+
+    def pixels(self, image: np.ndarray | Content) -> Pixels:
+        """Give what the model reads of an image, or of a face in a video, in the form that `look` takes instead of it.
+
+        `reasons` names the inputs that are missing, with the reason of each.
+        """
         if self.explainer is not None:
             return self.explainer.processor.pixels(image)
-        return {"detector_inputs": {name: view_tensors(image, spec) for name, spec in self.detector.inputs.items()}}
+        content = Content(image=image) if isinstance(image, np.ndarray) else image
+        tensors, reasons = input_tensors(content, self.detector.inputs, with_views=True)
+        return {"detector_inputs": tensors, "reasons": reasons}
+
+    def _read(self, face: Face) -> Face:
+        """Make a face ready, with the reason where inputs are missing, and without pixels when there is no verdict."""
+        if face.pixels is None:
+            return face
+        read = face.prepared or (self.pixels(face.content),)
+        reasons = read[0]["reasons"]
+        why = self.detector.lacking(reasons)
+        if why:
+            return replace(face, pixels=None, prepared=read, reason=why)
+        told = "; ".join(f"without {name}: {reason}" for name, reason in reasons.items())
+        return replace(face, prepared=read, reason=told)
 
     def face_of(self, image: Image) -> Face:
         """Give the largest face of an image, without pixels where there is none."""
@@ -279,24 +306,26 @@ class Pipeline:
             look=look or self.look,
             judge=lambda face, scores: judge(self.detector, face, scores, self.prior),
             batch_size=self.batch_size,
+            wants=wants_of(self.detector.inputs),
         )
 
     def _detection(self, images: Sequence[np.ndarray | Pixels]) -> DetectorOutput:
         """Run a detector on its own, averaged over the test-time views that it declares."""
         device = next(self.detector.parameters()).device
+        read = [self.pixels(image) if isinstance(image, np.ndarray) else image for image in images]
+        names = self.detector.inputs
         inputs = {
-            name: torch.stack([_views_of(image, name, spec) for image in images]).to(device)  # (B, V, 3, S, S)
-            for name, spec in self.detector.inputs.items()
-        }
+            n: torch.stack([each["detector_inputs"][n] for each in read]).to(device) for n in names
+        }  # (B, V, ...)
         return self.detector.over_views(inputs)
 
     def _maps(self, detection: DetectorOutput, count: int) -> list[np.ndarray | None]:
         """Give each image's evidence map as the image lies, also where the first view was mirrored."""
-        if detection.evidence_map is None:
+        spec = image_of(self.detector.inputs)
+        if detection.evidence_map is None or spec is None:
             return [None] * count
         maps = detection.evidence_map.float().cpu()
-        first_view = next(iter(self.detector.inputs.values())).views[0]
-        return list((maps.flip(-1) if first_view == "flip" else maps).numpy())
+        return list((maps.flip(-1) if spec.views[0] == "flip" else maps).numpy())
 
     def _versions(self, faces: Sequence[Face]) -> Iterator[dict[str, float]]:
         """Yield the raw p_fake of every delivered version of each face by its name.
@@ -337,7 +366,3 @@ def generation_settings(
     """Turn what a command line says of the words into the explainer's settings; None keeps the explainer's limit."""
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     return GenerationSettings(temperature=temperature, layout=layout, seed=seed, **limit)
-
-
-def _views_of(image: np.ndarray | Pixels, name: str, spec: InputSpec) -> torch.Tensor:
-    return view_tensors(image, spec) if isinstance(image, np.ndarray) else image["detector_inputs"][name]

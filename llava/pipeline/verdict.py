@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llava.detectors.base import Detector
 
 IN_THE_BAND = "real and forged faces both get such scores"
+NO_NUMBER = "the detector gives no number for it"
 CONTRADICTED = "the score alone would decide, but not with the share of forgeries expected"
 LABELS = {REAL: VerdictLabel.REAL, FAKE: VerdictLabel.FAKE}
 # Verbal scale of the ENFSI guideline for evaluative reporting in forensic science (2015).
@@ -52,7 +54,7 @@ class Finding:
     explanation: the verdict with its words, None where no words were asked for. pixels: the crop that was judged, uint8
     RGB (H, W, 3), None when there was nothing to judge. evidence_map: float32 (h, w) in [0, 1] over the crop's central
     square, which is what a detector sees; None for a detector without a map. seen: that square's side as a share of the
-    crop's shorter side.
+    crop's shorter side. lacks: which inputs of the detector are missing, and why.
     """
 
     verdict: Verdict
@@ -60,6 +62,7 @@ class Finding:
     pixels: np.ndarray | None = None
     evidence_map: np.ndarray | None = None
     seen: float = 1.0
+    lacks: str = ""
 
     @property
     def answer(self) -> Verdict | Explanation:
@@ -99,15 +102,19 @@ def _listed(names: list[str]) -> str:
 
 
 def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prior: float | None = None) -> Verdict:
-    """Give the verdict on a face from its p_fake, probabilities and evidence; without, INCONCLUSIVE.
+    """Give the verdict on a face from its p_fake, probabilities and evidence; without a number, INCONCLUSIVE.
 
-    scores may hold `versions`, raw p_fake of delivered versions by name: see `outlasting`.
+    scores may hold `versions`, raw p_fake of delivered versions by name: see `outlasting`. The face's reason stands
+    behind that of the score: of a face with a verdict it tells which inputs are missing.
 
     prior: share of fakes expected, for a calibrated detector; None = the calibration's own.
     """
-    found = _found(detector, scores["p_fake"], prior) if scores else _nothing(face.reason)
+    if scores and not isfinite(scores["p_fake"]):
+        scores, face = None, replace(face, reason=NO_NUMBER)
+    found = _found(detector, scores["p_fake"], prior) if scores else _nothing()
     if scores and scores.get("versions"):
         found |= outlasting(detector, found["label"], scores["versions"], prior)
+    found["reason"] = "; ".join(part for part in (found.get("reason", ""), face.reason) if part)
     return Verdict(
         **found,
         probabilities=scores["probabilities"] if scores else {},
@@ -120,8 +127,8 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
     )
 
 
-def _nothing(reason: str) -> dict[str, Any]:
-    return {"label": VerdictLabel.INCONCLUSIVE, "p_fake": None, "reason": reason}
+def _nothing() -> dict[str, Any]:
+    return {"label": VerdictLabel.INCONCLUSIVE, "p_fake": None}
 
 
 def _found(detector: Detector, raw: float, prior: float | None) -> dict[str, Any]:

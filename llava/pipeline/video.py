@@ -1,21 +1,24 @@
-"""Video to verdict and explanation: the frames of one face are scored, their trimmed mean is the clip's score."""
+"""Video to verdict and explanation: frames (or windows) of one face are scored, their trimmed mean is the score."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from llava.core.input_specs import Wants
 from llava.core.runtime import atomic_path, batched
-from llava.core.types import Explanation, FrameScore, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import Content, Explanation, FrameScore, Verdict, VerdictLabel, VideoVerdict
 from llava.data.faces import link_faces
-from llava.data.frames import open_clip, read_frames
+from llava.data.frames import Clip, open_clip, read_numbers, read_sound, spread_frames
 from llava.data.images import UnreadableImage
 from llava.data.inputs import NamedImage, NamedVideo, open_input
+from llava.data.windows import sound_fields
 from llava.pipeline.crops import Face, faces_of
 from llava.pipeline.settings import FaceSettings, VideoSettings
 from llava.pipeline.verdict import Finding, VideoFinding
@@ -31,21 +34,30 @@ NO_FRAME = "none of its frames can be decoded"
 NO_FACE = "no face found in any frame"
 UNFIT = "no face that can be judged in any frame; in {} of {} frames {}"
 TOO_FEW = "the face that is seen longest is in {} of {} frames; {} are needed (--video.least_frames)"
+NO_WINDOW = "the face is in no run of frames such as the detector reads"
 DAMAGED = "{} of {} frames are damaged: the next sound one is taken, or none"
 
 
 def watch(
-    video: Video, settings: VideoSettings, cut: FaceSettings, look: FaceJudge, judge: Judge, batch_size: int
+    video: Video,
+    settings: VideoSettings,
+    cut: FaceSettings,
+    look: FaceJudge,
+    judge: Judge,
+    batch_size: int,
+    wants: Wants | None = None,
 ) -> tuple[VideoFinding, Encoded | None]:
     """Give the verdict on the face that a video shows longest, and what the explainer made of its most telling frame.
 
     The score is the trimmed mean of the raw p_fake of the frames with this face; `judge` makes a verdict of it, as of
     a single image. look: judges `batch_size` faces at a time. INCONCLUSIVE with the reason where there is no face.
+    wants: what is judged is a window of so many frames of the face, and the sound, instead; its score and its time are
+    those of its first frame.
     """
     named = video if isinstance(video, NamedVideo) else open_input(str(video))
     if not isinstance(named, NamedVideo):
         raise ValueError(f"{str(video)!r} is not named like a video; `detect` and `explain` take images.")
-    seen = _faces_over_time(named, cut, settings.frames)
+    seen = _faces_over_time(named, cut, settings.frames, wants or Wants())
     tracks = _tracks(seen.faces, settings)
     total = len(seen.faces)
     needed = min(settings.least_frames, total)
@@ -53,15 +65,16 @@ def watch(
     followed = tracks[0] if tracks else {}
     none = _unfit(seen.unfit, total) if seen.unfit else NO_FACE
     reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else none
-    found, encoded = _looked_at(look, batch_size, followed if count else {})
-    alone = {number: finding.verdict for number, finding in found.items()}
+    found, encoded = _looked_at(look, batch_size, _shown(seen, followed, wants) if count else {})
+    alone = {number: finding.verdict for number, finding in found.items() if finding.verdict.raw_p_fake is not None}
+    limit = _limit(found) if found or not count else NO_WINDOW
     clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
     judged = judge(clip, _trimmed(list(alone.values()), settings.trim))
     telling = _most_telling(judged, alone)
     frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seen.seconds))
     scores = [_raw(verdict) for verdict in alone.values()]
     known = vars(judged) | {
-        "reason": "; ".join(part for part in (judged.reason, seen.limit) if part),
+        "reason": "; ".join(part for part in (judged.reason, limit, seen.limit) if part),
         **({} if telling is None else followed[telling].place),
         "spread": stdev(scores) if len(scores) > 1 else None,
     }
@@ -93,7 +106,8 @@ def write_timelines(folder: str | Path, answers: Sequence[Answer]) -> list[Path]
 class _Sightings(NamedTuple):
     """Times and faces of the frames, how many that were wanted are damaged, and what limits them, in words.
 
-    unfit: of each frame that shows only faces that cannot be judged, why the largest cannot.
+    unfit: of each frame that shows only faces that cannot be judged, why the largest cannot. windows: numbers of the
+    frames that are judged together; clip: what the sound is read from.
     """
 
     seconds: list[float]
@@ -101,21 +115,28 @@ class _Sightings(NamedTuple):
     damaged: int
     limit: str
     unfit: Sequence[str] = ()
+    windows: Sequence[Sequence[int]] = ()
+    clip: Clip | None = None
 
 
-def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int) -> _Sightings:
-    """Look for faces in the frames; the reason alone when there is no frame.
+def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int, wants: Wants) -> _Sightings:
+    """Look for faces in about `count` frames, in evenly spread windows; the reason alone when there is no frame.
 
     Of each frame only the faces are kept. A face is always cut out, however large it is (`whole_from` is for single
     images), so that all frames of a clip are cut alike.
     """
     if video.source is None:
         return _Sightings([], [], 0, video.problem)
-    seconds, faces, unfit = [], [], []
+    seconds, faces, unfit = [], [], list[str]()
     cut_out = replace(settings, whole_from=inf)
     try:
         clip = open_clip(video.source, video.name)
-        for frame in read_frames(clip, count):
+        times = [clip.seconds(number) for number in range(len(clip.stamps))]
+        starts = wants.starts(times)
+        chosen = [starts[n] for n in spread_frames(len(starts), max(count // len(wants.moments), 1))]
+        windows = [wants.chosen(times, start) for start in chosen]
+        numbers = sorted({number for window in windows for number in window})
+        for frame in read_numbers(clip, numbers):
             image = NamedImage(name=video.name, pixels=frame.pixels)
             seconds.append(frame.seconds)
             found = faces_of(image, cut_out)
@@ -123,10 +144,41 @@ def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int) -> _
             unfit += [found[0].reason] if not faces[-1] and found[0].box is not None else []
     except UnreadableImage as error:
         return _Sightings([], [], 0, str(error).removeprefix(f"{video.name}: "))
-    wanted = {clip.seconds(number) for number in clip.chosen(count)}
-    missing = len(wanted.difference(seconds))
-    damage = "" if not missing else DAMAGED.format(missing, len(wanted)) if faces else NO_FRAME
-    return _Sightings(seconds, faces, missing, "; ".join(part for part in (damage, clip.note) if part), unfit)
+    places = {time: place for place, time in enumerate(seconds)}
+    read = [[places[times[n]] for n in window if times[n] in places] for window in windows]
+    missing = len({times[number] for number in numbers}.difference(seconds))
+    damage = "" if not missing else DAMAGED.format(missing, len(numbers)) if faces else NO_FRAME
+    limit = "; ".join(part for part in (damage, clip.note) if part)
+    return _Sightings(seconds, faces, missing, limit, unfit, read, clip)
+
+
+def _shown(seen: _Sightings, followed: Mapping[int, Face], wants: Wants | None) -> Mapping[int, Face]:
+    """Give what is judged by the number of its frame: the followed face, with the frames and sound from there on."""
+    if wants is None:
+        return followed
+    assert seen.clip is not None
+    shown = {}
+    for window in seen.windows:
+        track = [(seen.seconds[number], followed[number]) for number in window if number in followed]
+        if track and window[0] in followed:
+            clip = Content(
+                image=track[0][1].content.image,
+                face=track[0][1].inner,
+                frames=[face.content.image for _, face in track],
+                seconds=[time for time, _ in track],
+                **sound_fields(partial(read_sound, seen.clip), track[0][0], wants),
+            )
+            shown[window[0]] = replace(track[0][1], clip=clip)
+    return shown
+
+
+def _limit(found: Mapping[int, Finding]) -> str:
+    """Say why windows have no verdict, or lack inputs: the reason of most of them, and of how many."""
+    without = [each for each in found.values() if each.lacks or each.verdict.p_fake is None]
+    if not without:
+        return ""
+    ((reason, count),) = Counter(each.lacks or each.verdict.reason for each in without).most_common(1)
+    return reason if count == len(found) else f"in {count} of {len(found)} windows {reason}"
 
 
 def _unfit(reasons: Sequence[str], total: int) -> str:
@@ -155,7 +207,8 @@ def _looked_at(
         findings, together = look([faces[number] for number in numbers])
         found.update(zip(numbers, findings, strict=True))
         if together is not None:
-            encoded.update({number: together.take([row]) for row, number in enumerate(numbers)})
+            judged = [number for number in numbers if found[number].pixels is not None]
+            encoded.update({number: together.take([row]) for row, number in enumerate(judged)})
     return found, encoded
 
 

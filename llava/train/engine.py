@@ -34,7 +34,7 @@ from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions
 from llava.train.recipe import Best, CollapseConfig, OptimConfig, PhaseConfig, PhaseData
-from llava.train.scoring import answers_of, predictions_of, probe_answers
+from llava.train.scoring import answers_of, plain_text, predictions_of, probe_answers, usable_data
 
 log = logging.getLogger(__name__)
 HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
@@ -72,10 +72,10 @@ def check_collapse(
     if metrics["eval_sd_p_fake"] < config.min_sd:
         problems.append(f"sd(p_fake) is {metrics['eval_sd_p_fake']:.4f}, under {config.min_sd}")
     if problems:
-        beside = ", ".join(f"{name} {p:.2f}" for name, p in answers().items())
         raise CollapseError(
             f"The detector has collapsed: on validation, {' and '.join(problems)}. p_fake of plain images: "
-            f"{beside}. Use --loss.class_balance sampling, another --optim.lr, or more --collapse.grace_epochs."
+            f"{plain_text(answers())}. Use --loss.class_balance sampling, another --optim.lr, or more "
+            "--collapse.grace_epochs."
         )
 
 
@@ -178,8 +178,9 @@ class DetectorTrainer(Trainer):
             phase.seed,
             mask_grid=detector.mask_grid,
             targets=list(map(detector.target, data.train)),
+            lacking=detector.lacking,
         )
-        val_set = DetectionDataset(data.source, data.val, detector.inputs, with_views=True)
+        val_set = DetectionDataset(data.source, data.val, detector.inputs, with_views=True, lacking=detector.lacking)
         config, detector.config = detector.config, None  # Trainer writes `use_cache` into any config that it finds
         super().__init__(
             model=detector,
@@ -258,6 +259,7 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
     if not any(p.requires_grad for p in detector.parameters()):
         raise ValueError(f"Phase {phase.name!r}: every weight is frozen; freeze fewer, or fit parts (kind: fit).")
     detector.require_fitted()
+    data = usable_data(detector, data)
     detector.trained_on |= group_hashes(r.group for r in data.train)
     balance_classes(detector, phase, list(map(detector.target, data.train)))
     detector.to(memory_format=torch.channels_last)

@@ -62,7 +62,13 @@ def write_robustness(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write robustness.json and robustness.png into `folder` and give the report."""
+    """Write robustness.json and robustness.png into `folder` and give the report.
+
+    Raises ValueError where a change takes away what the detector reads: a face may get too small for it.
+    """
+    for change, p_fake in degraded.items():
+        if len(p_fake) != len(predictions):
+            raise ValueError(f"robustness: {change} leaves {len(p_fake)} of {len(predictions)} images to be scored.")
     calibration = detector.calibration
     by = f"threshold {detector.decision.threshold:.3f}, not calibrated" if calibration is None else str(calibration)
     report = {"verdicts": by, **robustness_report(predictions, degraded, detector.labels, n_boot, seed)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from llava.core.input_specs import FramesSpec, Input, wants_of
 from llava.core.score_map import Calibration
-from llava.core.types import InputSpec, Record
-from llava.data.dataset import Degradation, DetectionDataset, collate, view_tensors
+from llava.core.types import Content, InputSpec, Record
+from llava.data.dataset import Degradation, DetectionDataset, collate, input_tensors
 from llava.data.sources import Source
+from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector
 from llava.evaluation.predictions import Predictions, from_records
 from llava.evaluation.reliability import calibration_report, share_of_fakes
+from llava.train.recipe import PhaseData
 
 log = logging.getLogger(__name__)
 
@@ -42,17 +46,19 @@ def score(
     workers: int = 0,
     degrade: Degradation | None = None,
     seed: int = 0,
-    inputs: Mapping[str, InputSpec] | None = None,
+    inputs: Mapping[str, Input] | None = None,
 ) -> Predictions:
     """Give p_fake and class scores of every record, averaged over the views that the detector declares, in fp32.
 
     degrade: changes each image first, random only through (seed, index). inputs: how images are prepared, by the names
-    of the detector's inputs; None = as it declares.
+    of the detector's inputs; None = as it declares. Records that lack an input are left out, with a warning; raises
+    ValueError when all do, or when the detector gives no number.
     """
     detector.require_fitted()
     answer = partial(answers_of, detector)
     run = (device, batch_size, workers, answer, degrade, seed, inputs)
     kept, (p_fake, scores) = answers_over(detector, source, records, *run)
+    require_numbers(p_fake, kept)
     return predictions_of(detector, kept, p_fake.numpy(), scores.numpy())
 
 
@@ -66,20 +72,71 @@ def answers_over(
     answer: Callable[[dict[str, Tensor]], tuple[Tensor, ...]],
     degrade: Degradation | None = None,
     seed: int = 0,
-    inputs: Mapping[str, InputSpec] | None = None,
+    inputs: Mapping[str, Input] | None = None,
 ) -> tuple[list[Record], tuple[Tensor, ...]]:
     """Ask a detector in eval mode about records: those that it could be asked, and what `answer` gives, put together.
 
     answer: tensors (B, ...) of inputs (B, V, ...). degrade, seed, inputs: as for `score`.
     """
-    dataset = DetectionDataset(source, records, inputs or detector.inputs, degrade, seed, with_views=True)
+    dataset = DetectionDataset(
+        source,
+        records,
+        inputs or detector.inputs,
+        degrade,
+        seed,
+        with_views=True,
+        lacking=detector.lacking,
+        with_reasons=True,
+    )
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    answers = []
+    answers, reasons = [], []
     with evaluating(detector, device):
         for batch in loader:
-            tensors = {name: batch[name].to(device) for name in detector.inputs}
-            answers.append([tensor.cpu() for tensor in answer(tensors)])
-    return list(records), tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+            whole = torch.tensor([not why for why in batch["lacks"]])
+            reasons += batch["lacks"]
+            if whole.any():
+                tensors = {name: batch[name][whole].to(device) for name in detector.inputs}
+                answers.append([tensor.cpu() for tensor in answer(tensors)])
+    kept = without_lacking(records, reasons, "scored")
+    return kept, tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+
+
+def usable_data(detector: Detector, data: PhaseData) -> PhaseData:
+    """Leave out the training and validation records that lack an input, with a warning.
+
+    Each record is read once, of a detector that reads more than an image crop. Raises ValueError when none is left, or
+    not both real and fake.
+    """
+    if all(isinstance(spec, InputSpec) for spec in detector.inputs.values()):
+        return data
+    kept = []
+    for use, records in (("trained on", data.train), ("validated on", data.val)):
+        dataset = DetectionDataset(data.source, records, detector.inputs, lacking=detector.lacking)
+        kept.append(without_lacking(records, [dataset.why_unusable(i) for i in range(len(dataset))], use))
+        require_both_classes(kept[-1], f"What can be {use}")
+    return replace(data, train=kept[0], val=kept[1])
+
+
+def without_lacking(records: Sequence[Record], reasons: Sequence[str], use: str) -> list[Record]:
+    """Give the records without a reason against them, and warn of the others. Raises ValueError when none is left."""
+    lacking = [(record, why) for record, why in zip(records, reasons, strict=True) if why]
+    if lacking:
+        record, why = lacking[0]
+        told = f"{len(lacking)} of {len(records)} records cannot be {use} (first: {record.id!r}: {why})"
+        if len(lacking) == len(records):
+            raise ValueError(f"{told}; give data that have what the detector reads.")
+        log.warning("%s; they are left out", told)
+    return [record for record, why in zip(records, reasons, strict=True) if not why]
+
+
+def require_numbers(p_fake: Tensor, records: Sequence[Record]) -> None:
+    """Refuse scores that are no numbers. Raises ValueError naming the first record."""
+    wrong = [record.id for record, is_number in zip(records, p_fake.isfinite().tolist(), strict=True) if not is_number]
+    if wrong:
+        raise ValueError(
+            f"The detector gives no number for {len(wrong)} of {len(records)} records (first: {wrong[0]!r}); its "
+            "weights are broken, or it reads an input that is missing."
+        )
 
 
 def predictions_of(
@@ -90,21 +147,37 @@ def predictions_of(
 
 
 def probe_answers(detector: Detector, device: torch.device, seed: int = 0) -> dict[str, float]:
-    """Give p_fake of plain colours and of noise, where a sound detector knows nothing."""
-    side = max(spec.shortest_edge for spec in detector.inputs.values())
+    """Give p_fake of plain colours and of noise, where a sound detector knows nothing.
+
+    They are still: every frame is the same. They make no sound: a detector that cannot do without gives no answers.
+    """
+    side = max(_side(spec) for spec in detector.inputs.values())
     images = {name: np.full((side, side, 3), colour, np.uint8) for name, colour in PLAIN_COLOURS.items()}
     images["noise"] = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
-    inputs = {
-        name: torch.stack([view_tensors(image, spec) for image in images.values()]).to(device)
-        for name, spec in detector.inputs.items()
-    }
+    wants = wants_of(detector.inputs)
+    seconds = () if wants is None else wants.moments
+    contents = [Content(image=image, frames=[image] * len(seconds), seconds=seconds) for image in images.values()]
+    read, reasons = zip(*(input_tensors(each, detector.inputs, with_views=True) for each in contents), strict=True)
+    if reasons[0] and detector.lacking(reasons[0]):
+        return {}
     with evaluating(detector, device):
-        scores, _ = answers_of(detector, inputs)
+        scores, _ = answers_of(detector, {n: t.to(device) for n, t in collate(read).items()})
     return {name: round(p, 4) for name, p in zip(images, scores.tolist(), strict=True)}
 
 
+def plain_text(answers: Mapping[str, float]) -> str:
+    """Write what `probe_answers` gave."""
+    return ", ".join(f"{name} {p:.2f}" for name, p in answers.items()) or "none, it needs sound"
+
+
+def _side(spec: Input) -> int:
+    """Give the least side of an image that an input can be made of."""
+    image = spec.image if isinstance(spec, FramesSpec) else spec
+    return image.shortest_edge if isinstance(image, InputSpec) else getattr(image, "size", 1)
+
+
 def answers_of(detector: Detector, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Give p_fake (B,) and class scores (B, K), averaged over the views of inputs (B, V, 3, S, S)."""
+    """Give p_fake (B,) and class scores (B, K), averaged over the views of inputs (B, V, ...)."""
     logits = detector.over_views(inputs).logits
     assert logits is not None
     return detector.p_fake(logits), detector.class_scores(logits)

@@ -37,7 +37,7 @@ from llava.train.recipe import (
     report_near_duplicates,
     validation_fold,
 )
-from llava.train.scoring import measured, probe_answers, score
+from llava.train.scoring import measured, plain_text, probe_answers, score
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
@@ -225,8 +225,7 @@ def log_results(results: dict[str, Any], folder: Path) -> None:
             log.info("%s", describe_level(f"{split} {level}", results[split][level]))
         for line in multiclass_lines(results.get(split, {})):
             log.info("%s", line)
-    plain = ", ".join(f"{name} {p:.2f}" for name, p in results["plain_images"].items())
-    log.info("p_fake of plain images: %s", plain)
+    log.info("p_fake of plain images: %s", plain_text(results["plain_images"]))
     decision = results["decision"]
     log.info("threshold %.3f, chosen on %s", decision["threshold"], decision["chosen_on"])
     log.info("%.1f minutes; detector and numbers are in %s", results["minutes"], folder)
