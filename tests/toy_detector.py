@@ -11,9 +11,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava.core.types import InputSpec
-from llava.detectors.base import Detector, DetectorOutput
+from llava.core.types import NORMALISATIONS, InputSpec
+from llava.detectors.base import Detector, DetectorOutput, SharedTower
 from llava.detectors.ensemble import Ensemble, EnsembleConfig, fresh
 from llava.detectors.fitted import FittedPart
 
@@ -155,3 +156,70 @@ class HandMadeDetector(Detector):
         score = self.steepness * (seen.mean(dim=(1, 2, 3)) - self.config.turning_point)
         logits = torch.stack([torch.zeros_like(score), score], dim=1)
         return DetectorOutput(logits=logits, evidence=logits.softmax(-1))
+
+
+class LookalikeDetector(ToyDetector):
+    """The toy with a layer that is called like M2F2-Det's tower, and is none."""
+
+    name = "lookalike"
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.vision_encoder = nn.Conv2d(3, 3, 1)
+
+    def forward(self, raw: Tensor, labels: Tensor | None = None) -> DetectorOutput:
+        return super().forward(self.vision_encoder(raw), labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EyeConfig:
+    has_eye: bool = True
+    layer: int = -1
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls()
+
+
+class EyeDetector(Detector):
+    """Read one hidden state of a CLIP tower that is called `eye`, and may be a host's."""
+
+    name = "eye"
+    Config = EyeConfig
+    config: EyeConfig
+
+    def __init__(self, config: EyeConfig) -> None:
+        super().__init__(config)
+        self.eye = CLIPVisionModel(self.shared_tower().config) if config.has_eye else None
+        if self.eye is not None:
+            self.eye.post_layernorm.requires_grad_(False)  # behind every hidden state
+        self.vision_encoder = nn.Linear(16, 16)
+        self.classifier = nn.Linear(16, 2)
+
+    @property
+    def inputs(self) -> dict[str, InputSpec]:
+        mean, std = NORMALISATIONS["clip"]
+        return {"seen": InputSpec(size=32, mean=mean, std=std)}
+
+    def shared_tower(self) -> SharedTower:
+        sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 32}
+        config = CLIPVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+        return SharedTower(prefix="eye.", config=config, select_layer=self.config.layer, input="seen")
+
+    @property
+    def shares_vision(self) -> bool:
+        return self.eye is None
+
+    def without_vision(self) -> Detector:
+        guest = EyeDetector(EyeConfig(has_eye=False, layer=self.config.layer))
+        guest.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("eye.")})
+        return guest.train(self.training)
+
+    def forward(
+        self, seen: Tensor, clip_features: Tensor | None = None, labels: Tensor | None = None
+    ) -> DetectorOutput:
+        if clip_features is None:
+            clip_features = self.eye(seen, output_hidden_states=True).hidden_states[self.config.layer]
+        logits = self.classifier(self.vision_encoder(clip_features[:, 0]))
+        loss = None if labels is None else F.cross_entropy(logits, labels, weight=self.class_weights)
+        return DetectorOutput(loss=loss, logits=logits, evidence=logits.float().softmax(-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from llava.core.config import build, to_dict
@@ -23,7 +24,6 @@ from llava.detectors.fitted import FittedPart
 from llava.detectors.members import MEMBERS, read_members, read_tensors, read_trained_on, save_members, write_trained_on
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
-VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
 
 
 @dataclass
@@ -35,6 +35,21 @@ class DetectorOutput(ModelOutput):
     evidence: Tensor | None = None
     evidence_map: Tensor | None = None
     losses: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedTower:
+    """A CLIP vision tower that a host with the same weights may run for a detector.
+
+    prefix: how the names of its tensors begin in the detector's state dict, what follows are those of transformers'
+    CLIPVisionModel; config: that model's; select_layer: the hidden state that is read; input: the detector's input that
+    the tower sees.
+    """
+
+    prefix: str
+    config: PreTrainedConfig
+    select_layer: int
+    input: str = "pixel_values"
 
 
 class Detector(nn.Module):
@@ -71,9 +86,21 @@ class Detector(nn.Module):
         """Name each tensor of `forward` and say what it looks like."""
         raise NotImplementedError
 
+    def shared_tower(self) -> SharedTower | None:
+        """Declare the vision tower that a host may run for this detector, there or not; None = it shares none."""
+        return None
+
+    def tower_tensors(self) -> dict[str, Tensor]:
+        """Give the tensors of the shared tower by their names in a CLIPVisionModel; none where it is not there."""
+        tower = self.shared_tower()
+        if tower is None:
+            return {}
+        named = self.state_dict().items()
+        return {name.removeprefix(tower.prefix): t for name, t in named if name.startswith(tower.prefix)}
+
     @property
     def shares_vision(self) -> bool:
-        """Say whether `forward` needs a host's vision features as `clip_features`."""
+        """Say whether the shared tower is not there: `forward` needs a host's features of it as `clip_features`."""
         return False
 
     @property
@@ -192,19 +219,41 @@ class Detector(nn.Module):
             p_words = (torch.logit(p_fake, LEAST_ODDS) - torch.logit(threshold, LEAST_ODDS)).sigmoid()
         return self.with_p_fake(output.evidence, p_words)
 
-    def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
+    def with_p_fake(self, evidence: Tensor, p_fake: Tensor, shares: Tensor | None = None) -> Tensor:
         """Put other values (B,) in [0, 1] at p_fake, and what is left of 1 at p_real, of the evidence (B, E).
 
         The classes that are not real keep their shares of p_fake (equal ones, where it was 0), so that none is above
-        it and all of them sum to it.
+        it and all of them sum to it. shares (B, kinds), in the order of `kinds`: what replaces their shares; a row of
+        zeros replaces nothing.
         """
         columns = dict(zip(self.evidence_names, evidence.unbind(dim=1), strict=True))
         p_fake, before = p_fake.to(evidence), columns["p_fake"]
         even = torch.full_like(before, 1 / (len(self.classes) - 1))
-        for name in self._kinds:
-            columns[name] = p_fake * torch.where(before > 0, columns[name] / before, even)
+        for number, name in enumerate(self._kinds):
+            share = torch.where(before > 0, columns[name] / before, even)
+            if shares is not None:
+                share = torch.where(shares.any(dim=1), shares[:, number].to(share), share)
+            columns[name] = p_fake * share
         columns |= {"p_real": 1 - p_fake, "p_fake": p_fake}
         return torch.stack([columns[name] for name in self.evidence_names], dim=1)
+
+    def with_class(self, evidence: Tensor, class_name: str, p: float) -> Tensor:
+        """Set the evidence (B, E) by hand to one class: `p` is its probability, all others share the rest evenly.
+
+        Raises ValueError for a class that the evidence does not tell, and for a p that is not above all others.
+        """
+        sides = {"real": 1 - p, "fake": p} if "fake" in self.classes else {"real": 1 - p}
+        if class_name not in (*sides, *self.kinds) or not 1 / len(self.classes) < p <= 1:
+            raise ValueError(
+                f"{class_name!r} with p = {p}: the evidence of {self.name!r} tells {', '.join((*sides, *self.kinds))}, "
+                f"each with a p above {1 / len(self.classes):.2f} and at most 1."
+            )
+        if class_name in sides:
+            return self.with_p_fake(evidence, torch.full((len(evidence),), sides[class_name]))
+        rest = (1 - p) / len(self.kinds)  # of p_real, and of each other kind
+        kinds = torch.tensor([p if name == class_name else rest for name in self.kinds])
+        shares = (kinds / (1 - rest)).expand(len(evidence), -1)
+        return self.with_p_fake(evidence, torch.full((len(evidence),), 1 - rest), shares)
 
     def soften(self, evidence: Tensor, exponent: Tensor) -> Tensor:
         """Make the evidence (B, E) beside p_real and p_fake less sure, the more so the smaller the exponents (B,).
@@ -220,10 +269,14 @@ class Detector(nn.Module):
         return torch.stack([columns[name] for name in self.evidence_names], dim=1)
 
     @property
+    def kinds(self) -> list[str]:
+        """Name the classes that are one kind of fake among several, and have their probability in the evidence."""
+        kinds = {f"p_{name}": name for name in self.classes if name not in ("real", "fake")}
+        return [kinds[name] for name in self.evidence_names if name in kinds]
+
+    @property
     def _kinds(self) -> list[str]:
-        """Name the evidence that is the probability of one kind of fake among several."""
-        kinds = [f"p_{name}" for name in self.classes if name not in ("real", "fake")]
-        return [name for name in self.evidence_names if name in kinds]
+        return [f"p_{name}" for name in self.kinds]
 
     def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:
         """Run on inputs (B, V, ...) and average probabilities and evidence over the V views of each image.
@@ -275,18 +328,26 @@ class Detector(nn.Module):
             member.decision, member.calibration, member.trained_on = own.decision, own.calibration, own.trained_on
 
     def fingerprint(self) -> str:
-        """Give one SHA-256 of the weights, the same alone and inside a host: without a CLIP vision tower."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(VISION_TOWER)}
-        return sha256_of_tensors(own)
+        """Give one SHA-256 of every tensor. Raises ValueError when those of a host's tower are missing."""
+        if self.shares_vision:
+            raise ValueError(
+                f"{self.name!r} computes its scores with a host's vision tower and has no fingerprint of its own; "
+                "llava.explainer.delta.detector_fingerprint gives it for the host's folder."
+            )
+        return sha256_of_tensors(self.state_dict())
 
-    def load_calibration(self, folder: str | Path) -> None:
-        """Take the calibration.json of `folder`, if any. Raises ValueError when it is of other weights."""
+    def load_calibration(self, folder: str | Path, fingerprint: Callable[[], str] | None = None) -> None:
+        """Take the calibration.json of `folder`, if any. Raises ValueError when it is of other weights.
+
+        fingerprint: gives that of the detector inside a host; None = its own.
+        """
         calibration = read_calibration(folder)
-        if calibration is not None and calibration.weights_sha256 != (own := self.fingerprint()):
+        if calibration is not None and calibration.weights_sha256 != (own := (fingerprint or self.fingerprint)()):
             raise ValueError(
                 f"{str(Path(folder) / CALIBRATION_NAME)!r} was fitted for other weights (sha256 "
                 f"{calibration.weights_sha256[:12]}, these are {own[:12]}); score the validation split again and run "
-                "eval/calibrate.py, or remove the file to go without calibration."
+                "eval/calibrate.py (for an explainer, merge the detector with its calibration again), or remove the "
+                "file to go without calibration."
             )
         self.calibration = calibration
 

@@ -110,11 +110,11 @@ class Ensemble(Detector):
             found[name] = reason
         return all_reasons(found)
 
-    def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
+    def with_p_fake(self, evidence: Tensor, p_fake: Tensor, shares: Tensor | None = None) -> Tensor:
         """Put other values at p_fake and p_real; the members' p_fake move by as many log odds, so that they agree."""
         moved = torch.logit(p_fake.to(evidence), LEAST_ODDS) - torch.logit(evidence[:, 1], LEAST_ODDS)
         members = (torch.logit(evidence[:, 2:], LEAST_ODDS) + moved[:, None]).sigmoid()
-        return torch.cat([super().with_p_fake(evidence, p_fake)[:, :2], members], dim=1)
+        return torch.cat([super().with_p_fake(evidence, p_fake, shares)[:, :2], members], dim=1)
 
     def evidence_for_words(self, output: DetectorOutput, prior: float | None = None) -> Tensor:
         """Give the evidence that words rest on; of a member that has not judged, what the others say."""
