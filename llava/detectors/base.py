@@ -19,9 +19,8 @@ from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.types import REAL, Decision, Record, VerdictLabel
-from llava.core.weights import load_strictly, read_config, save_module, sha256_of_tensors, without_random_weights
-from llava.detectors.fitted import FittedPart
-from llava.detectors.members import MEMBERS, read_members, read_tensors, read_trained_on, save_members, write_trained_on
+from llava.core.weights import read_config, save_module, sha256_of_tensors, without_random_weights
+from llava.detectors.members import MEMBERS, Composite, read_members, save_members, write_trained_on
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
 
@@ -52,22 +51,19 @@ class SharedTower:
     input: str = "pixel_values"
 
 
-class Detector(nn.Module):
+class Detector(Composite):
     """Base of all detectors.
 
     A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
     writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
     `p_fake` are always there, and what is called `p_<class>` is the probability of that class.
 
-    It may have `members`, detectors by name that are saved in folders of their own, and parts that are fitted instead
-    of trained (`FittedPart`). trained_on: SHA-256 of the names of all groups that it, or a member, was trained on.
+    What it may be made of: see `Composite`.
     """
 
-    name: ClassVar[str]
     Config: ClassVar[type]
     accepts_loss_kwargs: ClassVar[bool] = False  # Trainer asks: it is to divide the loss of accumulated batches itself
     class_weights: Tensor
-    members: Mapping[str, Detector]
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
 
@@ -76,8 +72,6 @@ class Detector(nn.Module):
         self.config = config
         self.decision = Decision()
         self.calibration: Calibration | None = None
-        self.members = {}
-        self.trained_on: frozenset[str] = frozenset()
         self._frozen_by_name: set[str] = set()
         self.register_buffer("class_weights", torch.ones(len(self.classes)), persistent=False)
 
@@ -148,23 +142,9 @@ class Detector(nn.Module):
     def load_pretrained(self) -> None:
         """Load the published initial weights that the config names; there are none by default."""
 
-    def fitted_parts(self) -> dict[str, FittedPart]:
-        """Give the parts that a phase of kind `fit` makes, by name in the order of fitting; not those of members."""
-        parts = {name: module for name, module in self.named_modules() if isinstance(module, FittedPart)}
-        return {name: part for name, part in parts.items() if not name.startswith(f"{MEMBERS}.")}
-
     def observe(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
         """Give what a fitted part is fitted on, (B, F), of inputs (B, V, ...)."""
         raise NotImplementedError
-
-    def require_fitted(self) -> None:
-        """Refuse a detector with parts that are still to be fitted. Raises ValueError that names them and the step."""
-        missing = [name for name, part in self.fitted_parts().items() if not part.is_fitted]
-        if missing:
-            raise ValueError(
-                f"Detector {self.name!r} gives no verdicts yet, nor can it be trained: {', '.join(missing)} must be "
-                "fitted first; add a phase `kind: fit` to its recipe (docs/training.md)."
-            )
 
     def target(self, record: Record) -> int:
         """Give the number of the class that is right for a record.
@@ -313,19 +293,6 @@ class Detector(nn.Module):
             (Path(folder) / CALIBRATION_NAME).unlink(missing_ok=True)  # of weights that were there before
         else:
             write_calibration(folder, self.calibration)
-
-    def load_weights(self, folder: str | Path) -> None:
-        """Load the weights of a saved folder, members included, strictly. Raises ValueError or FileNotFoundError."""
-        load_strictly(self, read_tensors(folder, self.members), str(folder))
-        self.trained_on = read_trained_on(folder)
-
-    def take_over(self, other: Detector, what: str) -> None:
-        """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError."""
-        load_strictly(self, other.state_dict(), what)
-        self.trained_on = other.trained_on
-        for name, member in self.members.items():
-            own = other.members[name]
-            member.decision, member.calibration, member.trained_on = own.decision, own.calibration, own.trained_on
 
     def fingerprint(self) -> str:
         """Give one SHA-256 of every tensor. Raises ValueError when those of a host's tower are missing."""

@@ -25,7 +25,8 @@ from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import LEVELS, detection_report
 from llava.evaluation.predictions import write_csv
 from llava.evaluation.tables import multiclass_lines
-from llava.train.engine import BEST, CollapseError, train_phase
+from llava.train.callbacks import CollapseError
+from llava.train.engine import BEST, train_phase
 from llava.train.fit_phase import check_phases, fit_phase, settle
 from llava.train.recipe import (
     Fold,
