@@ -64,7 +64,7 @@ class ExplainerProcessor:
         if canvas is image and list(inputs.values()) == [tower]:  # read by both: prepared once
             return {
                 "pixel_values": pixel_values,
-                "detector_inputs": {name: pixel_values[None] for name in inputs},
+                "detector_inputs": dict.fromkeys(inputs, pixel_values[None]),
                 "reasons": {},
             }
         tensors, reasons = input_tensors(content, inputs, with_views=True)
