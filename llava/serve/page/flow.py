@@ -31,13 +31,14 @@ OTHER_WORDS = 0.7  # temperature of an answer that is asked for again
 class Screen:
     """What changes on the page; None leaves a part as it is.
 
-    faces: how many there are to choose from. notice: a sentence on what went wrong; say: what is spoken to people who
-    hear the page. is_open: whether there is a verdict to show; has_words: whether there is somebody to ask about it;
-    is_busy: whether something is written.
+    faces: how many there are to choose from; face: which one is talked about. notice: a sentence on what went wrong;
+    say: what is spoken to people who hear the page. is_open: whether there is a verdict to show; has_words: whether
+    there is somebody to ask about it; is_busy: whether something is written.
     """
 
     photo: Markup | None = None
     faces: int | None = None
+    face: int | None = None
     card: Markup | None = None
     words: Markup | None = None
     heatmap: Markup | None = None
@@ -83,7 +84,7 @@ class Flow:
         """
         self._visits.drop(page)
         yield Screen(notice="", say="Looking at your file.", is_busy=True)
-        visit = self._seen(self._engine(model), *read())
+        visit = replace(self._seen(self._engine(model), *read()), model=(model or "") if len(self._engines) > 1 else "")
         self._visits.put(page, visit)
         yield from self._shown(visit)
 
@@ -171,18 +172,19 @@ class Flow:
     def _shown(self, visit: Visit, is_new: bool = True) -> Iterator[Screen]:
         """Show the verdict on the chosen face, and explain it unless that was done before.
 
-        is_new: the choice of faces is made anew. Where a person chose, it stays: made anew it would lose the mark.
+        is_new: the choice of faces is made anew. Where a person chose, its mark alone is set.
         """
-        verdict, has_words = visit.finding.verdict, visit.engine.has_words
+        verdict, has_words = visit.finding.verdict, bool(visit.engine.has_words)
         is_asked = has_words and visit.finding.pixels is not None and not visit.answers
         note = views.NO_WORDS if visit.finding.pixels is None else "" if has_words else WORDLESS
         yield Screen(
             photo=views.photo(visit),
             faces=len(visit.findings) if is_new else None,
-            card=views.card(visit.finding, visit.source.name),
+            face=visit.chosen,
+            card=views.card(visit.finding, visit.source.name, visit.model),
             words=views.words(visit.answers, note),
             heatmap=views.heatmap(visit.finding),
-            say=views.announcement(verdict),
+            say=views.announcement(verdict, visit.model),
             notice="",
             is_open=True,
             has_words=has_words,
