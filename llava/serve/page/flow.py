@@ -17,7 +17,7 @@ from llava.core.types import Explanation, GenerationSettings, Turn
 from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.inputs import NamedImage
 from llava.jobs.case_file import case_about, entry_of, render_case
-from llava.serve.engine import WORDLESS, Answer, Engine, Question, Refusal
+from llava.serve.engine import Answer, Engine, Question, Refusal
 from llava.serve.page import views
 from llava.serve.page.visits import Visit, Visits
 from llava.serve.uploads import UploadLimits, read_upload
@@ -161,6 +161,11 @@ class Flow:
         except (KeyError, ConnectionError):
             raise Refusal(503, views.NO_MODEL) from None
 
+    def _wordless_note(self) -> str:
+        """Say that a model has no words, and which of those that are always here have some."""
+        known = self._engines if isinstance(self._engines, dict) else {}
+        return views.wordless_note([name for name, engine in known.items() if engine.has_words])
+
     def _seen(self, engine: Engine, content: bytes, name: str) -> Visit:
         """Read what was sent and find its faces. Raises Refusal, or ValueError where an engine takes no videos."""
         source = read_upload(content, name, self._uploads)
@@ -176,7 +181,7 @@ class Flow:
         """
         verdict, has_words = visit.finding.verdict, bool(visit.engine.has_words)
         is_asked = has_words and visit.finding.pixels is not None and not visit.answers
-        note = views.NO_WORDS if visit.finding.pixels is None else "" if has_words else WORDLESS
+        note = views.NO_WORDS if visit.finding.pixels is None else "" if has_words else self._wordless_note()
         yield Screen(
             photo=views.photo(visit),
             faces=len(visit.findings) if is_new else None,
@@ -204,7 +209,7 @@ class Flow:
         """Write an answer after those `before`, piece by piece, unless the person goes on to something else."""
         finding, stop = visit.finding, visit.begin()
         if finding.pixels is None or not visit.engine.has_words:
-            raise Refusal(400, views.NO_WORDS if finding.pixels is None else WORDLESS)
+            raise Refusal(400, views.NO_WORDS if finding.pixels is None else self._wordless_note())
         picture: np.ndarray | None = finding.pixels
         is_crop = True
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):

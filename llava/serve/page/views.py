@@ -19,6 +19,7 @@ from llava.evaluation.pictures import timeline_png
 from llava.jobs.case_file import fill, overlay, png_bytes, png_uri, shrink
 from llava.pipeline.settings import DEMO_MODEL
 from llava.pipeline.verdict import LIMITS, WORDS_LIMIT, Finding, band_in_words, meaning, regions_in_words
+from llava.serve.engine import WORDLESS
 from llava.serve.page.visits import Visit
 
 TITLE = "Is this face real or forged?"
@@ -62,6 +63,7 @@ LOCKED = "Your key is no longer valid; log out at the end of the page, and log i
 NO_FACE = (
     "No face was found, and only faces are judged. Take a picture in which a face is larger and seen from the front."
 )
+NO_WRITER = "This model gives verdicts and no words."
 NO_WORDS = "There is nothing to explain without a verdict."
 BROKEN_OFF = "The answer broke off and is not kept; ask again."
 AGAIN = "Writing the answer again, in other words."
@@ -125,6 +127,11 @@ def lead(can_write: Collection[bool | None]) -> str:
 def limits(can_write: Collection[bool | None]) -> list[str]:
     """List what the page can not tell; of words only where a model may write some, see `lead`."""
     return [*LIMITS, WORDS_LIMIT] if set(can_write) != {False} else [*LIMITS]
+
+
+def wordless_note(writers: Sequence[str]) -> str:
+    """Say that a model has no words, and which others have some."""
+    return f"{NO_WRITER} For reasons in words, clear this and choose {' or '.join(writers)}." if writers else WORDLESS
 
 
 def model_label(name: str, can_write: bool | None) -> str:
