@@ -1,11 +1,12 @@
 """A second detector, to show that one file and one table line are enough: the average high-pass energy, learned.
 
-And one that is made by hand, whose every score can be foreseen.
+The same with three classes, with a fitted part, and twice in an ensemble. And one that is made by hand, whose every
+score can be foreseen.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.core.types import NORMALISATIONS, InputSpec
 from llava.detectors.base import Detector, DetectorOutput, SharedTower
+from llava.detectors.ensemble import Ensemble, EnsembleConfig, fresh
+from llava.detectors.fitted import FittedPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,7 @@ class ToyDetector(Detector):
         return {"raw": InputSpec(size=self.config.size, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")}
 
     def forward(self, raw: Tensor, labels: Tensor | None = None) -> DetectorOutput:
-        high_pass = raw - F.avg_pool2d(raw, 5, stride=1, padding=2, count_include_pad=False)
-        energy = self.filters(high_pass).square().mean(dim=(2, 3))
+        energy = self.energy(raw)
         logits = self.classifier(self.norm((energy + 1e-6).log()))
         loss = None if labels is None else F.cross_entropy(logits, labels, weight=self.class_weights)
         p_fake, scores = self.p_fake(logits), self.class_scores(logits)
@@ -54,6 +56,69 @@ class ToyDetector(Detector):
         )
         evidence = torch.stack([known[name] for name in self.evidence_names], dim=1)
         return DetectorOutput(loss=loss, logits=logits, evidence=evidence)
+
+    def energy(self, raw: Tensor) -> Tensor:
+        high_pass = raw - F.avg_pool2d(raw, 5, stride=1, padding=2, count_include_pad=False)
+        return self.filters(high_pass).square().mean(dim=(2, 3))
+
+
+class Standardiser(FittedPart):
+    """Mean and deviation of each of F features; without them there is nothing to standardise by."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((features,), torch.nan))
+        self.register_buffer("deviation", torch.full((features,), torch.nan))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.deviation
+
+    def fit(self, observed: Tensor, targets: Tensor) -> None:
+        self.mean.copy_(observed.mean(dim=0))
+        self.deviation.copy_(observed.std(dim=0))
+
+
+class FittedToy(ToyDetector):
+    """The same with a fitted standardisation instead of batch statistics."""
+
+    name = "fitted_toy"
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.norm = Standardiser(config.filters)
+
+    def observe(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        views = inputs["raw"].shape[1]
+        return (self.energy(inputs["raw"].flatten(0, 1)) + 1e-6).log().unflatten(0, (-1, views)).mean(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoToysConfig(EnsembleConfig):
+    @classmethod
+    def tiny(cls) -> Self:
+        toy = fresh("toy", ToyConfig.tiny())
+        return cls(members={"first": toy, "second": toy})
+
+
+class TrainedFusion(nn.Sequential):
+    def __init__(self, members: int) -> None:
+        super().__init__(nn.Linear(members, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, log_odds: Tensor) -> Tensor:
+        return super().forward(log_odds.nan_to_num().to(self[0].weight)).squeeze(1)
+
+
+class TwoToys(Ensemble):
+    """Two frozen members, which agree on their input, under weights that are trained."""
+
+    name = "two_toys"
+    Config = TwoToysConfig
+
+    def make_fusion(self) -> nn.Module:
+        return TrainedFusion(len(self.members))
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        return super().parameter_groups(3 * lr)  # log odds are more than a sixteenth of a network
 
 
 class ThreeClassDetector(ToyDetector):

@@ -170,12 +170,6 @@ def wants_of(inputs: Mapping[str, Input]) -> Wants | None:
     )
 
 
-def image_of(inputs: Mapping[str, Input]) -> InputSpec | None:
-    """Give how the first input that shows whole faces prepares them; None where none does."""
-    specs = (spec.image if isinstance(spec, FramesSpec) else spec for spec in inputs.values())
-    return next((spec for spec in specs if isinstance(spec, InputSpec)), None)
-
-
 def nearest(seconds: Sequence[float], moment: float) -> int:
     """Give the number of the value, of rising ones, that is nearest to a moment; of two the earlier."""
     after = bisect_left(seconds, moment)

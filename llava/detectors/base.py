@@ -19,7 +19,8 @@ from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.types import REAL, Decision, Record, VerdictLabel
-from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors, without_random_weights
+from llava.core.weights import read_config, save_module, sha256_of_tensors, without_random_weights
+from llava.detectors.members import MEMBERS, Composite, read_members, save_members, write_trained_on
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
 
@@ -50,17 +51,19 @@ class SharedTower:
     input: str = "pixel_values"
 
 
-class Detector(nn.Module):
+class Detector(Composite):
     """Base of all detectors.
 
     A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
     writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
     `p_fake` are always there, and what is called `p_<class>` is the probability of that class; what other evidence is,
     `own_meanings` says in a few words.
+
+    What it may be made of: see `Composite`.
     """
 
-    name: ClassVar[str]
     Config: ClassVar[type]
+    accepts_loss_kwargs: ClassVar[bool] = False  # Trainer asks: it is to divide the loss of accumulated batches itself
     class_weights: Tensor
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
@@ -147,6 +150,10 @@ class Detector(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the published initial weights that the config names; there are none by default."""
+
+    def observe(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Give what a fitted part is fitted on, (B, F), of inputs (B, V, ...)."""
+        raise NotImplementedError
 
     def target(self, record: Record) -> int:
         """Give the number of the class that is right for a record.
@@ -288,8 +295,13 @@ class Detector(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, if it is calibrated, calibration.json into `folder`."""
-        save_module(folder, self, self.describe())
+        """Write config.json, model.safetensors and, if it is calibrated, calibration.json into `folder`.
+
+        Members go into its sub-folders; what is known of the groups that it was trained on into trained_on.json.
+        """
+        members = {MEMBERS: sha256} if (sha256 := save_members(folder, self.members)) else {}
+        save_module(folder, self, self.describe() | members, apart=f"{MEMBERS}.")
+        write_trained_on(folder, self.trained_on)
         if self.calibration is None:
             (Path(folder) / CALIBRATION_NAME).unlink(missing_ok=True)  # of weights that were there before
         else:
@@ -348,9 +360,10 @@ def load(folder: str | Path, expected: str | None = None, description: Mapping[s
     """Load a saved detector with its calibration, in eval mode.
 
     description: what its config.json says, where that was read already. Raises ValueError when the folder holds
-    another kind of model, or a calibration of other weights.
+    another kind of model, a calibration of other weights, or a detector with parts that are still to be fitted.
     """
     detector = load_uncalibrated(folder, expected, description)
+    detector.require_fitted()
     detector.load_calibration(folder)
     return detector
 
@@ -358,7 +371,7 @@ def load(folder: str | Path, expected: str | None = None, description: Mapping[s
 def load_uncalibrated(
     folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None
 ) -> Detector:
-    """Load a saved detector in eval mode, without its calibration. Raises ValueError as `load` does."""
+    """Load a saved detector in eval mode, fitted or not, without its calibration. Raises ValueError as `load` does."""
     description = read_config(folder) if description is None else description
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):
@@ -367,5 +380,6 @@ def load_uncalibrated(
         raise ValueError(f"{str(folder)!r} holds {found}, not {wanted}; give another folder.")
     with without_random_weights():
         detector = from_description(description)
-    load_module(folder, detector)
+    detector.load_weights(folder)
+    read_members(folder, detector.members, description.get(MEMBERS, {}))
     return detector.eval()

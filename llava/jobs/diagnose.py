@@ -78,7 +78,7 @@ def diagnose(config: DiagnoseConfig) -> Iterator[str]:
     source, records = split_to_score(config.data, config.split, folder)
     detector, device = load(folder), pick_device(config.device)
     write_run(Path(config.output_dir), asdict(config), config.seed)
-    options = {"batch_size": config.batch_size, "workers": config.workers, "seed": config.seed}
+    options: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers, "seed": config.seed}
     look = partial(showing, detector, n_boot=config.resamples, seed=config.seed)
     predictions = score(detector, source, records, device, **options)
     run = partial(score, detector, source, scored_records(records, predictions), device, **options)

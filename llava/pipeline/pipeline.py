@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from llava.core.input_specs import image_of, wants_of
+from llava.core.input_specs import wants_of
 from llava.core.runtime import batched, pick_device
 from llava.core.score_map import require_share
 from llava.core.types import Content, Explanation, GenerationSettings, InputSpec, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config
 from llava.data.answer_texts import VERDICT_QUESTION
-from llava.data.dataset import input_tensors
+from llava.data.dataset import image_of, input_tensors
 from llava.data.inputs import Image, as_list, named
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector
@@ -280,7 +281,7 @@ class Pipeline:
             return face
         read = face.prepared or (self.pixels(face.content),)
         reasons = read[0]["reasons"]
-        why = self.detector.lacking(reasons)
+        why = self.detector.lacking(reasons) if reasons else ""
         if why:
             return replace(face, pixels=None, prepared=read, reason=why)
         told = "; ".join(f"without {name}: {reason}" for name, reason in reasons.items())
@@ -342,7 +343,7 @@ class Pipeline:
         return (dict(zip(VERSIONS, part, strict=True)) for part in batched(scores, len(VERSIONS)))
 
     def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
-        """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""
+        """Name the numbers: one dictionary of p_fake, probabilities and the evidence that there is, per image."""
         assert detection.logits is not None and detection.evidence is not None
         probabilities = self.detector.class_scores(detection.logits)
         columns = torch.cat([self.detector.p_fake(detection.logits)[:, None], probabilities, detection.evidence], dim=1)
@@ -353,7 +354,7 @@ class Pipeline:
             {
                 "p_fake": row[0],
                 "probabilities": dict(zip(names[first:last], row[first:last], strict=True)),
-                "evidence": dict(zip(names[last:], row[last:], strict=True)),
+                "evidence": {n: value for n, value in zip(names[last:], row[last:], strict=True) if not isnan(value)},
             }
             for row in columns.float().tolist()
         ]

@@ -58,17 +58,11 @@ def watch(
     if not isinstance(named, NamedVideo):
         raise ValueError(f"{str(video)!r} is not named like a video; `detect` and `explain` take images.")
     seen = _faces_over_time(named, cut, settings.frames, wants or Wants())
-    tracks = _tracks(seen.faces, settings)
-    total = len(seen.faces)
-    needed = min(settings.least_frames, total)
-    count = sum(len(track) >= needed for track in tracks)
-    followed = tracks[0] if tracks else {}
-    none = _unfit(seen.unfit, total) if seen.unfit else NO_FACE
-    reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else none
+    followed, count, reason = _followed(seen, settings)
     found, encoded = _looked_at(look, batch_size, _shown(seen, followed, wants) if count else {})
     alone = {number: finding.verdict for number, finding in found.items() if finding.verdict.raw_p_fake is not None}
     limit = _limit(found) if found or not count else NO_WINDOW
-    clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
+    clip = Face(image=named.name, pixels=None, count=count, reason=reason)
     judged = judge(clip, _trimmed(list(alone.values()), settings.trim))
     telling = _most_telling(judged, alone)
     frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seen.seconds))
@@ -152,6 +146,18 @@ def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int, want
     return _Sightings(seconds, faces, missing, limit, unfit, read, clip)
 
 
+def _followed(seen: _Sightings, settings: VideoSettings) -> tuple[dict[int, Face], int, str]:
+    """Give the face that is seen longest, how many are in enough frames, and why none is; no reason without a frame."""
+    tracks, total = _tracks(seen.faces, settings), len(seen.faces)
+    needed = min(settings.least_frames, total)
+    count = sum(len(track) >= needed for track in tracks)
+    followed = tracks[0] if tracks else {}
+    if count or not total:
+        return followed, count, ""
+    none = _unfit(seen.unfit, total) if seen.unfit else NO_FACE
+    return followed, count, TOO_FEW.format(len(followed), total, needed) if followed else none
+
+
 def _shown(seen: _Sightings, followed: Mapping[int, Face], wants: Wants | None) -> Mapping[int, Face]:
     """Give what is judged by the number of its frame: the followed face, with the frames and sound from there on."""
     if wants is None:
@@ -220,7 +226,8 @@ def _trimmed(verdicts: Sequence[Verdict], trim: float) -> dict[str, Any] | None:
         return None
 
     def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        return {name: float(trim_mean([row[name] for row in rows], trim)) for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)  # what a frame lacks, others may have
+        return {name: float(trim_mean([row[name] for row in rows if name in row], trim)) for name in names}
 
     p_fake = float(trim_mean([_raw(v) for v in verdicts], trim))
     evidence, probabilities = means([v.evidence for v in verdicts]), means([v.probabilities for v in verdicts])

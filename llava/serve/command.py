@@ -1,4 +1,4 @@
-"""`m2f2 serve`: one model, its page, its API and documentation, in one process or on Ray."""
+"""`m2f2 serve`: one model or several, their page, API and documentation, in one process or on Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -64,11 +64,13 @@ def _interrupt(*_: Any) -> None:
 
 def _require_room(settings: ServeSettings) -> None:
     """Raise ValueError where replicas would wait for ever for a place on this machine."""
-    room, fewest = settings.cluster.room(), settings.replica_range[0]
+    count = len(settings.models)
+    room, fewest = settings.cluster.room(), settings.replica_range[0] * count
     if settings.cluster.is_private and fewest > room:
+        of_all = f" of all {count} models" if count > 1 else ""
         raise ValueError(
-            f"replicas: {fewest} do not fit here, {room} do; give fewer, or other --cluster.cpus, --cluster.model_cpus "
-            "or --cluster.model_gpus."
+            f"replicas: {fewest}{of_all} do not fit here, {room} do; give fewer, or other --cluster.cpus, "
+            "--cluster.model_cpus or --cluster.model_gpus."
         )
 
 
@@ -79,19 +81,23 @@ def _free_port(host: str) -> int:
 
 
 def serve(settings: ServeSettings) -> Iterator[str]:
-    """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    """Load the models and serve them until told to stop; yields where. Raises ValueError or FileNotFoundError."""
     if not settings.ray or settings.cluster.is_private:  # a cluster may have its own proxy there
         require_free(settings.host, settings.port)
     if settings.keys:
         read_keys(Path(settings.keys))  # before the model, which takes minutes
     if settings.model_path is None:
         yield from _trained_demo()
-    yield from _with_ray(settings) if settings.ray else _here(settings)
+    _require_models(settings)
+    yield from serve_with_ray(settings) if settings.ray else _here(settings)
 
 
-def _with_ray(settings: ServeSettings) -> Iterator[str]:
+def _require_models(settings: ServeSettings) -> None:
+    """Raise FileNotFoundError or ValueError for a model that is not there, before another one is loaded."""
+    from llava.detectors.published import ready_detector  # here, because it needs PyTorch
 
-    return serve_with_ray(settings)
+    for path in settings.models.values():
+        ready_detector(path)
 
 
 def _here(settings: ServeSettings) -> Iterator[str]:
@@ -102,16 +108,18 @@ def _here(settings: ServeSettings) -> Iterator[str]:
 
     if settings.log_json:
         log_json()
-    engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
-    server = server_of(build(settings, engine), settings.host, settings.port, settings.trusted_proxies)
-    listener = server.config.bind_socket()
-    listener.listen()  # so that who reads the ready line can connect
-    host, port = listener.getsockname()[:2]
-    yield settings.ready_line(host, port)
-    try:
+    config = BatchConfig(rows=settings.rows)
+    with ExitStack() as open_engines:
+        engines = {
+            name: open_engines.enter_context(closing(BatchingEngine(load(settings, path), config, name)))
+            for name, path in settings.models.items()
+        }
+        server = server_of(build(settings, engines), settings.host, settings.port, settings.trusted_proxies)
+        listener = server.config.bind_socket()
+        listener.listen()  # so that who reads the ready line can connect
+        host, port = listener.getsockname()[:2]
+        yield settings.ready_line(host, port)
         server.run(sockets=[listener])
-    finally:
-        engine.close()
 
 
 def _trained_demo() -> Iterator[str]:
