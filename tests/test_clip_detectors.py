@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import clip_detectors
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from clips import write_clip
+from fastapi.testclient import TestClient
 from PIL import Image
+from test_serve_api import png
 
 from llava.core.config import build
-from llava.core.input_specs import wants_of
-from llava.core.types import Record, VerdictLabel
+from llava.core.input_specs import STILL, wants_of
+from llava.core.types import GenerationSettings, Record, Turn, VerdictLabel
 from llava.data.sources import open_source, split_of
 from llava.detectors.base import create, is_there, load
 from llava.evaluation.predictions import read_csv
@@ -26,6 +29,10 @@ from llava.pipeline import Pipeline
 from llava.pipeline.crops import Face, prepared
 from llava.pipeline.settings import FaceSettings, VideoSettings
 from llava.pipeline.video import NO_WINDOW
+from llava.serve.api import Service, build_app
+from llava.serve.batching import BatchingEngine
+from llava.serve.engine import Question
+from llava.serve.guard import RequestLimits
 from llava.train import stage_1
 from llava.train.recipe import Recipe
 from llava.train.scoring import probe_answers, score, without_lacking
@@ -78,8 +85,8 @@ def recipe(clips: Path, out: Path, detector: str, **changes: Any) -> Recipe:
         "detector": detector,
         "data": {"source": "dfdc", "path": str(clips), "frames": 2},
         "output_dir": str(out),
-        "epochs": 15,
-        "eval_steps": 15,
+        "epochs": 8,
+        "eval_steps": 12,
         "batch_size": 4,
         "workers": 0,
         "precision": "fp32",
@@ -171,11 +178,31 @@ def test_a_still_image_has_no_verdict_and_says_why(trained) -> None:
     assert not pipeline.stability
     image = frames_of(True, 0)[0]
     verdict, other = pipeline.detect([image, image])
-    assert (verdict.label, verdict.p_fake, verdict.reason) == ("INCONCLUSIVE", None, "it is a still image")
+    assert (verdict.label, verdict.p_fake, verdict.reason) == ("INCONCLUSIVE", None, STILL)
     assert other.reason == verdict.reason
     ready = prepared(Face(image="x", pixels=image), pipeline.pixels, pipeline.stability)  # as the server does
     (finding,), encoded = pipeline.look([ready])
-    assert finding.verdict.reason == "it is a still image" and finding.pixels is None and encoded is None
+    assert finding.verdict.reason == STILL and finding.pixels is None and encoded is None
+
+
+def test_the_server_s_doors_say_the_same(trained, clips: Path) -> None:
+    """API, question (as on the page) and video come through the engine, whose thread owns the model."""
+    _, out, _, _ = trained
+    pipeline = Pipeline.from_pretrained(out, device="cpu", faces=WHOLE)
+    engine = BatchingEngine(pipeline)
+    image, clip = png(frames_of(True, 0)[0]), (clips / "test" / "t03.mkv").read_bytes()
+    service = Service(engine=engine, model="toy", limits=RequestLimits(requests_per_minute=1000))
+    with TestClient(build_app(service)) as client:
+        files = [("files", ("a.png", image, "image/png")), ("files", ("t03.mkv", clip, "video/x-matroska"))]
+        still, video = client.post("/v1/detect", files=files).json()["verdicts"]
+    assert (still["label"], still["p_fake"], still["reason"]) == ("INCONCLUSIVE", None, STILL)
+    wanted = pipeline.detect_video(clips / "test" / "t03.mkv")
+    assert video["label"] == wanted.label == "FAKE" and video["p_fake"] == pytest.approx(wanted.p_fake, abs=1e-6)
+    turns = [Turn(role="human", text="Why?")]
+    asked = Question(image=frames_of(True, 0)[0], turns=turns, settings=GenerationSettings())
+    first, said = engine.ask(asked, Event())
+    assert first.verdict.reason == STILL and said.text == f"There is no verdict: {STILL}."
+    engine.close()
 
 
 def test_a_clip_that_is_too_short_says_what_is_needed(trained, clips: Path) -> None:
@@ -210,7 +237,7 @@ def test_a_detector_with_alternatives_goes_on_with_what_is_there(clips: Path) ->
     scores = [frame.raw_p_fake for frame in silent.frames if frame.raw_p_fake is not None]
     assert len(scores) == 8 and np.isfinite(scores).all() and silent.p_fake is not None
     still = pipeline.detect([frames_of(True, 0)[0]])[0]
-    assert (still.label, still.reason) == ("INCONCLUSIVE", "it is a still image")
+    assert (still.label, still.reason) == ("INCONCLUSIVE", STILL)
 
 
 def test_a_score_that_is_no_number_never_leaves_as_one(class_folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 from llava.core.types import InputSpec, Triple, View
 
 SAMPLE_RATE_HZ = 16_000
-STILL = "it is a still image"
+STILL = "it is a still image, not a video"
 # Loudest sample of what counts as silent, full scale = 1: 60 dB below it, where a codec's own noise lies.
 SILENT_BELOW = 1e-3
 CLOSE = 1e-6  # seconds; times that differ by less are the same
@@ -168,12 +168,6 @@ def wants_of(inputs: Mapping[str, Input]) -> Wants | None:
         moments=tuple(sorted({0.0, *(moment for spec in tracks for moment in spec.moments)})),
         sound_seconds=max(sounds, default=0.0),
     )
-
-
-def image_of(inputs: Mapping[str, Input]) -> InputSpec | None:
-    """Give how the first input that shows whole faces prepares them; None where none does."""
-    specs = (spec.image if isinstance(spec, FramesSpec) else spec for spec in inputs.values())
-    return next((spec for spec in specs if isinstance(spec, InputSpec)), None)
 
 
 def nearest(seconds: Sequence[float], moment: float) -> int:

@@ -127,6 +127,12 @@ def input_tensors(
     return tensors, reasons
 
 
+def image_of(inputs: Mapping[str, Input]) -> InputSpec | None:
+    """Give how the first input that shows whole faces prepares them; None where none does."""
+    specs = (spec.image if isinstance(spec, FramesSpec) else spec for spec in inputs.values())
+    return next((spec for spec in specs if isinstance(spec, InputSpec)), None)
+
+
 def _seen(plain: Tensor, views: Sequence[View]) -> Tensor:
     return torch.stack([plain.flip(-1) if view == "flip" else plain for view in views])
 

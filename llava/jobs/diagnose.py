@@ -26,7 +26,7 @@ from llava.evaluation.metrics import RankedScores, class_confusion
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.statistics import Interval, group_bootstraps
 from llava.train.evaluate import split_to_score
-from llava.train.scoring import plain_text, probe_answers, score
+from llava.train.scoring import plain_text, probe_answers, score, scored_records
 
 EVERYTHING = 0.98  # an answer with this share is given to everything,
 EXCUSED = 0.9  # unless so many of the records are of that class
@@ -78,22 +78,23 @@ def diagnose(config: DiagnoseConfig) -> Iterator[str]:
     source, records = split_to_score(config.data, config.split, folder)
     detector, device = load(folder), pick_device(config.device)
     write_run(Path(config.output_dir), asdict(config), config.seed)
-    run = partial(score, detector, source, records, device, config.batch_size, config.workers, seed=config.seed)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers, "seed": config.seed}
     look = partial(showing, detector, n_boot=config.resamples, seed=config.seed)
-    predictions = run()
+    predictions = score(detector, source, records, device, **options)
+    run = partial(score, detector, source, scored_records(records, predictions), device, **options)
     own, shuffled = look(predictions), look(run(degrade=_shuffled))
     others = {name: look(run(inputs=inputs)) for name, inputs in other_normalisations(detector).items()}
     truth = {name: float((predictions.targets == n).mean()) for n, name in enumerate(detector.classes)}
     problem = problem_of(own, truth, others)
     plain = probe_answers(detector, device, config.seed)
-    report = {"verdict": problem or "healthy", "is_healthy": not problem, "images": len(records), "truth": truth}
+    report = {"verdict": problem or "healthy", "is_healthy": not problem, "images": len(predictions), "truth": truth}
     shown = {"as it is": own, "pixels shuffled": shuffled, **{f"normalised: {n}": each for n, each in others.items()}}
     write_json(
         Path(config.output_dir) / "diagnosis.json",
         {**report, "plain_images": plain, "looks": {name: each.to_dict() for name, each in shown.items()}},
     )
     yield from (f"{line}\n" for line in _lines(shown, truth, plain))
-    sentence = f"{config.model}: {problem or 'healthy'} ({len(records)} images, split {config.split!r})"
+    sentence = f"{config.model}: {problem or 'healthy'} ({len(predictions)} images, split {config.split!r})"
     if problem:
         raise Incomplete(sentence)
     yield f"{sentence}\n"

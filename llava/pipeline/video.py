@@ -58,17 +58,11 @@ def watch(
     if not isinstance(named, NamedVideo):
         raise ValueError(f"{str(video)!r} is not named like a video; `detect` and `explain` take images.")
     seen = _faces_over_time(named, cut, settings.frames, wants or Wants())
-    tracks = _tracks(seen.faces, settings)
-    total = len(seen.faces)
-    needed = min(settings.least_frames, total)
-    count = sum(len(track) >= needed for track in tracks)
-    followed = tracks[0] if tracks else {}
-    none = _unfit(seen.unfit, total) if seen.unfit else NO_FACE
-    reason = "" if count else TOO_FEW.format(len(followed), total, needed) if followed else none
+    followed, count, reason = _followed(seen, settings)
     found, encoded = _looked_at(look, batch_size, _shown(seen, followed, wants) if count else {})
     alone = {number: finding.verdict for number, finding in found.items() if finding.verdict.raw_p_fake is not None}
     limit = _limit(found) if found or not count else NO_WINDOW
-    clip = Face(image=named.name, pixels=None, count=count, reason=reason if total else "")
+    clip = Face(image=named.name, pixels=None, count=count, reason=reason)
     judged = judge(clip, _trimmed(list(alone.values()), settings.trim))
     telling = _most_telling(judged, alone)
     frames = tuple(_frame(time, followed.get(n), alone.get(n)) for n, time in enumerate(seen.seconds))
@@ -150,6 +144,18 @@ def _faces_over_time(video: NamedVideo, settings: FaceSettings, count: int, want
     damage = "" if not missing else DAMAGED.format(missing, len(numbers)) if faces else NO_FRAME
     limit = "; ".join(part for part in (damage, clip.note) if part)
     return _Sightings(seconds, faces, missing, limit, unfit, read, clip)
+
+
+def _followed(seen: _Sightings, settings: VideoSettings) -> tuple[dict[int, Face], int, str]:
+    """Give the face that is seen longest, how many are in enough frames, and why none is; no reason without a frame."""
+    tracks, total = _tracks(seen.faces, settings), len(seen.faces)
+    needed = min(settings.least_frames, total)
+    count = sum(len(track) >= needed for track in tracks)
+    followed = tracks[0] if tracks else {}
+    if count or not total:
+        return followed, count, ""
+    none = _unfit(seen.unfit, total) if seen.unfit else NO_FACE
+    return followed, count, TOO_FEW.format(len(followed), total, needed) if followed else none
 
 
 def _shown(seen: _Sightings, followed: Mapping[int, Face], wants: Wants | None) -> Mapping[int, Face]:

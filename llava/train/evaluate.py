@@ -30,7 +30,7 @@ from llava.evaluation.published_csv import published_ids, write_published
 from llava.evaluation.robustness import robustness_report
 from llava.evaluation.tables import multiclass_lines
 from llava.ops.degrade import Change, every_change
-from llava.train.scoring import measured, score
+from llava.train.scoring import measured, score, scored_records
 from llava.train.stage_1 import describe_level
 
 log = logging.getLogger(__name__)
@@ -141,8 +141,8 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     detector = load(folder)
     output = Path(config.output_dir)
     write_run(output, asdict(config), config.seed)
-    scope = (detector, source, records, pick_device(config.device), config.batch_size, config.workers)
-    predictions = score(*scope)
+    device, batches = pick_device(config.device), (config.batch_size, config.workers)
+    predictions = score(detector, source, records, device, *batches)
     report = {
         "model": config.model,
         "detector": detector.name,
@@ -160,7 +160,8 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     if "multiclass" in report:
         draw_class_confusion(output / "confusion.png", report)
     if config.robustness:
-        degraded = degraded_scores(partial(score, *scope, seed=config.seed))
+        kept = scored_records(records, predictions)
+        degraded = degraded_scores(partial(score, detector, source, kept, device, *batches, seed=config.seed))
         settings = (config.resamples, config.seed)
         report["robustness"] = write_robustness(output, detector, predictions, degraded, *settings)
     return report

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -102,7 +101,7 @@ def answers_over(
 
 
 def usable_data(detector: Detector, data: PhaseData) -> PhaseData:
-    """Leave out the training and validation records that lack an input, with a warning.
+    """Leave out the records of each split that lack an input, with a warning, before any training.
 
     Each record is read once, of a detector that reads more than an image crop. Raises ValueError when none is left, or
     not both real and fake.
@@ -110,11 +109,12 @@ def usable_data(detector: Detector, data: PhaseData) -> PhaseData:
     if all(isinstance(spec, InputSpec) for spec in detector.inputs.values()):
         return data
     kept = []
-    for use, records in (("trained on", data.train), ("validated on", data.val)):
+    for use, records in (("trained on", data.train), ("validated on", data.val), ("tested on", data.test)):
         dataset = DetectionDataset(data.source, records, detector.inputs, lacking=detector.lacking)
         kept.append(without_lacking(records, [dataset.why_unusable(i) for i in range(len(dataset))], use))
-        require_both_classes(kept[-1], f"What can be {use}")
-    return replace(data, train=kept[0], val=kept[1])
+        if records:
+            require_both_classes(kept[-1], f"What can be {use}")
+    return PhaseData(data.source, *kept)
 
 
 def without_lacking(records: Sequence[Record], reasons: Sequence[str], use: str) -> list[Record]:
@@ -127,6 +127,12 @@ def without_lacking(records: Sequence[Record], reasons: Sequence[str], use: str)
             raise ValueError(f"{told}; give data that have what the detector reads.")
         log.warning("%s; they are left out", told)
     return [record for record, why in zip(records, reasons, strict=True) if not why]
+
+
+def scored_records(records: Sequence[Record], predictions: Predictions) -> list[Record]:
+    """Give the records that a score was made of, so that those that were left out are told of once."""
+    scored = {prediction.id for prediction in predictions}
+    return [record for record in records if record.id in scored]
 
 
 def require_numbers(p_fake: Tensor, records: Sequence[Record]) -> None:
