@@ -134,6 +134,7 @@ def ready_address(server: Process, seconds: float = 180.0) -> str:
     """Wait until `m2f2 serve` says that it is ready; gives its address."""
 
     def said() -> list[str]:
+        assert server.is_running, server.log.read_text()
         return [line.split()[1] for line in server.log.read_text().splitlines() if line.startswith("ready: ")]
 
     wait_for(said, seconds)

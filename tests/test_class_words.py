@@ -18,6 +18,7 @@ from llava.data.conversations import VerdictConfig, build_verdicts, open_convers
 from llava.data.dataset import to_tensor
 from llava.data.sources import DataConfig
 from llava.detectors import DETECTORS
+from llava.detectors.base import load
 from llava.detectors.vit3 import ViT3, ViT3Config
 from llava.evaluation.text import parse_verdict
 from llava.explainer.generation import load_model, load_processor
@@ -124,6 +125,14 @@ def test_the_command_measures_every_class(
     assert "ai_generated" in printed.out
     assert ("the words follow the evidence" in printed.out) == (code == 0)
     assert ("do not follow the evidence when told" in printed.err) == (code == 1)
+
+
+def test_the_base_remembers_its_detector(world: Path, tmp_path: Path) -> None:
+    settings = json.loads((world / "base/model/config.json").read_text())
+    assert settings["deepfake_model_sha256"] == load(world / "detector").fingerprint()
+    train_vit(tmp_path / "detector", steps=1)
+    with pytest.raises(ValueError, match=r"was made for the detector .*make a base for this one"):
+        merge_detector(str(world / "base/model"), str(tmp_path / "detector"), tmp_path / "start")
 
 
 # ---- files ------------------------------------------------------------------------------------------------------

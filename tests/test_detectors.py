@@ -207,6 +207,8 @@ def test_p_real_and_p_fake_are_evidence_and_say_what_the_logits_say(detector):
     with torch.no_grad():
         output = detector(**inputs)
     evidence = dict(zip(detector.evidence_names, output.evidence.unbind(dim=1), strict=True))
+    assert tuple(detector.evidence_meanings) == detector.evidence_names
+    assert len(set(detector.evidence_meanings.values())) == len(detector.evidence_names), "each is something else"
     torch.testing.assert_close(evidence["p_fake"], detector.p_fake(output.logits))
     torch.testing.assert_close(evidence["p_real"], 1 - evidence["p_fake"])
     scores = detector.class_scores(output.logits)
@@ -545,6 +547,7 @@ def test_regions_are_named_evidence_of_the_verdict():
     inputs, _ = batch_for(detector)
     output = detector(**inputs)
     assert detector.evidence_names == ("p_real", "p_fake", *REGIONS)
+    assert detector.evidence_meanings["nose"] == "Share of the map: nose"
     assert output.evidence.shape == (4, 7) and output.evidence.min() >= 0
     torch.testing.assert_close(output.evidence[:, 2:].sum(dim=1), torch.ones(4))
     assert M2F2Det.evidence_names == ("p_real", "p_fake"), "the class is left as it is"

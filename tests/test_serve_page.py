@@ -96,7 +96,7 @@ def test_a_photo_gets_the_verdict_and_the_words_of_the_api(answered: Browser, ad
     assert answered.find("#card .verdict").get_attribute("data-label") == verdict["label"]
     card = answered.text("card")
     assert f"Score {verdict['p_fake']:.3f} of 1" in card and "not calibrated" in card
-    assert f"{verdict['evidence']['p_fake']:.3f}" in card and "Speaks for fake" in card
+    assert f"{verdict['evidence']['p_fake']:.3f}" in card and "Score for fake" in card
     assert answers(answered) == [wanted["text"]]
     remark = Explanation(**{**wanted, "verdict": Verdict(**verdict)}).remark.strip("[]")
     assert answered.value("document.querySelector('#words .remark')?.textContent ?? ''") == remark

@@ -6,7 +6,7 @@ score can be foreseen.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class ToyDetector(Detector):
     name = "toy"
     Config = ToyConfig
     evidence_names: tuple[str, ...] = ("energy", "p_real", "p_fake")
+    own_meanings: ClassVar[Mapping[str, str]] = {"energy": "Energy of fine detail"}
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)

@@ -56,7 +56,8 @@ class Detector(Composite):
 
     A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
     writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
-    `p_fake` are always there, and what is called `p_<class>` is the probability of that class.
+    `p_fake` are always there, and what is called `p_<class>` is the probability of that class; what other evidence is,
+    `own_meanings` says in a few words.
 
     What it may be made of: see `Composite`.
     """
@@ -66,6 +67,7 @@ class Detector(Composite):
     class_weights: Tensor
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
+    own_meanings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -91,6 +93,13 @@ class Detector(Composite):
             return {}
         named = self.state_dict().items()
         return {name.removeprefix(tower.prefix): t for name, t in named if name.startswith(tower.prefix)}
+
+    @property
+    def evidence_meanings(self) -> dict[str, str]:
+        """Say of each piece of evidence what it is, for people who see its value."""
+        kinds = {f"p_{name}": f"Score for {name.replace('_', ' ')}" for name in self.classes}
+        known = {"p_real": "Score for real", "p_fake": "Score for fake", **kinds, **self.own_meanings}
+        return {name: known[name] for name in self.evidence_names}
 
     @property
     def shares_vision(self) -> bool:
@@ -222,14 +231,13 @@ class Detector(Composite):
 
         Raises ValueError for a class that the evidence does not tell, and for a p that is not above all others.
         """
-        sides = {"real": 1 - p, "fake": p} if "fake" in self.classes else {"real": 1 - p}
-        if class_name not in (*sides, *self.kinds) or not 1 / len(self.classes) < p <= 1:
+        if class_name not in self.told_classes or not 1 / len(self.classes) < p <= 1:
             raise ValueError(
-                f"{class_name!r} with p = {p}: the evidence of {self.name!r} tells {', '.join((*sides, *self.kinds))}, "
+                f"{class_name!r} with p = {p}: the evidence of {self.name!r} tells {', '.join(self.told_classes)}, "
                 f"each with a p above {1 / len(self.classes):.2f} and at most 1."
             )
-        if class_name in sides:
-            return self.with_p_fake(evidence, torch.full((len(evidence),), sides[class_name]))
+        if class_name not in self.kinds:
+            return self.with_p_fake(evidence, torch.full((len(evidence),), 1 - p if class_name == "real" else p))
         rest = (1 - p) / len(self.kinds)  # of p_real, and of each other kind
         kinds = torch.tensor([p if name == class_name else rest for name in self.kinds])
         shares = (kinds / (1 - rest)).expand(len(evidence), -1)
@@ -247,6 +255,11 @@ class Detector(Composite):
             softer = softer / softer.sum(dim=1, keepdim=True) * kinds.sum(dim=1, keepdim=True)
             columns |= dict(zip(self._kinds, softer.unbind(dim=1), strict=True))
         return torch.stack([columns[name] for name in self.evidence_names], dim=1)
+
+    @property
+    def told_classes(self) -> list[str]:
+        """Name the classes that the evidence tells: real, fake where the detector has that class, and its kinds."""
+        return ["real", *(["fake"] if "fake" in self.classes else []), *self.kinds]
 
     @property
     def kinds(self) -> list[str]:

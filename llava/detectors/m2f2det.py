@@ -7,8 +7,9 @@ vision tower are really frozen, the prompt vector is kept in eval mode only, `fu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,7 @@ class M2F2Det(Detector):
     name = "m2f2det"
     Config = M2F2DetConfig
     config: M2F2DetConfig
+    own_meanings: ClassVar[Mapping[str, str]] = {name: f"Share of the map: {name}" for name in REGIONS}
 
     def __init__(self, config: M2F2DetConfig) -> None:
         super().__init__(config)

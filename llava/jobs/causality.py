@@ -23,7 +23,6 @@ from llava.evaluation.statistics import wilson
 from llava.evaluation.text import parse_verdict
 
 if TYPE_CHECKING:
-    from llava.detectors.base import Detector
     from llava.pipeline.pipeline import Pipeline
 
 FOLLOWED = 0.9  # share of texts that must say the class that was told
@@ -59,7 +58,7 @@ def causality(config: CausalityConfig) -> Iterator[str]:
     pipeline = Pipeline.from_pretrained(config.model, config.device)
     pipeline.needed_explainer()
     write_run(Path(config.output_dir), asdict(config), None)
-    texts: dict[str, list[str]] = {name: [] for name in told_classes(pipeline.detector)}
+    texts: dict[str, list[str]] = {name: [] for name in pipeline.detector.told_classes}
     for batch in progress(list(batched(chosen, config.batch_size)), "asking"):
         pictures = [source.load(record).image for record in batch]
         for name, said in told_texts(pipeline, pictures, config.question, config.p).items():
@@ -76,18 +75,13 @@ def causality(config: CausalityConfig) -> Iterator[str]:
     yield f"{config.model}: the words follow the evidence ({len(chosen)} images, split {config.split!r})\n"
 
 
-def told_classes(detector: Detector) -> list[str]:
-    """List the classes that a detector's evidence can tell."""
-    return ["real", *(["fake"] if "fake" in detector.classes else []), *detector.kinds]
-
-
 def told_texts(pipeline: Pipeline, images: Sequence[np.ndarray], question: str, p: float) -> dict[str, list[str]]:
     """Ask about each image once for each class, whose probability the words are told to be `p`; gives the texts."""
     explainer, detector = pipeline.needed_explainer(), pipeline.detector
     encoded, turns = explainer.encode(images), [[Turn(role="human", text=question)]] * len(images)
     return {
         name: explainer.answer(encoded, turns, evidence=detector.with_class(encoded.evidence, name, p))
-        for name in told_classes(detector)
+        for name in detector.told_classes
     }
 
 

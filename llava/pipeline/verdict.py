@@ -119,6 +119,7 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
         **found,
         probabilities=scores["probabilities"] if scores else {},
         evidence=scores["evidence"] if scores else {},
+        meanings=detector.evidence_meanings if scores else {},
         detector=detector.name,
         **face.place,
         image=face.image,

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from llava.core.types import REGIONS, Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import Explanation, Verdict, VerdictLabel, VideoVerdict
 from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.inputs import NamedImage
 from llava.evaluation.pictures import timeline_png
@@ -45,7 +45,6 @@ HEADLINES = {
     VerdictLabel.INCONCLUSIVE: "No verdict",
 }
 UNCALIBRATED = {VerdictLabel.FAKE: "Looks fake", VerdictLabel.REAL: "Looks real"}
-EVIDENCE = {"p_real": "Speaks for real", "p_fake": "Speaks for fake"}
 
 NO_MODEL = "This model is not there now; try again in a minute, or load the page again."
 GONE = "There is no picture here any more; drop it again."
@@ -84,11 +83,6 @@ def headline(verdict: Verdict) -> str:
     """Give the verdict in a word or two; without calibration nobody knows how often it is right."""
     known = HEADLINES if verdict.is_calibrated else HEADLINES | UNCALIBRATED
     return known[verdict.label]
-
-
-def evidence_name(name: str) -> str:
-    """Give the name of a piece of evidence in plain words."""
-    return f"Map: {name}" if name in REGIONS else EVIDENCE.get(name, name.replace("_", " ").capitalize())
 
 
 def announcement(verdict: Verdict) -> str:
@@ -135,7 +129,7 @@ def card(finding: Finding, name: str) -> Markup:
         meaning=NO_FACE if is_faceless else meaning(verdict),
         band=band_in_words(verdict),
         regions=regions_in_words(verdict),
-        evidence=[(evidence_name(key), value) for key, value in verdict.evidence.items()],
+        evidence=[(verdict.meanings.get(name, name), value) for name, value in verdict.evidence.items()],
         video=video,
         timeline="" if video is None or video.p_fake is None else png_uri(timeline_png(video)),
     )
