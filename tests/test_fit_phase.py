@@ -201,6 +201,7 @@ def test_what_a_detector_starts_from_was_trained_on_counts(images: Path, toys: P
     changes = {"model": TOY, "data": data, "init_from": str(toys / "a")}
     with pytest.raises(LeakError, match="has 80 groups that the detector, or a part of it, is trained on"):
         stage_1.train(recipe(images, tmp_path / "out", "toy", [], **changes))
+    assert not (tmp_path / "out").exists(), "it is seen before hours of training"
 
 
 def test_the_fit_itself_refuses_groups_that_were_trained_on(images: Path, toys: Path, tmp_path: Path) -> None:
@@ -326,11 +327,15 @@ def test_a_member_that_lacks_its_input_is_left_out_and_nothing_is_said_of_it() -
     ensemble, inputs = spread_ensemble()
     inputs["a_raw"][1:] = torch.nan
     inputs["b_raw"][2] = torch.nan
+    fed: list[torch.Tensor] = []
+    for member in ensemble.members.values():
+        member.register_forward_pre_hook(lambda _, given, by_name: fed.append(by_name["raw"]), with_kwargs=True)
     with torch.no_grad():
         output = ensemble(**inputs)
         seen = ensemble.over_views({name: tensor[:, None] for name, tensor in inputs.items()})
         b = ensemble.members["b"]
         alone = b.p_fake(b(raw=inputs["b_raw"][1:2]).logits)
+    assert [len(rows) for rows in fed[:2]] == [1, 2] and not any(rows.isnan().any() for rows in fed)
     torch.testing.assert_close(seen.logits, output.logits, equal_nan=True)
     p_fake = ensemble.p_fake(output.logits)
     assert p_fake.isnan().tolist() == [False, False, True]

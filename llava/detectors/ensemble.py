@@ -87,6 +87,12 @@ class Ensemble(Detector):
         """Give the inputs of all members, see `joined`."""
         return self._inputs
 
+    @property
+    def evidence_meanings(self) -> dict[str, str]:
+        """Say of each piece of evidence what it is."""
+        members = {f"p_fake_{name}": f"Score for fake by the member {name}" for name in self.members}
+        return {"p_real": "Score for real", "p_fake": "Score for fake", **members}
+
     def forward(self, *, labels: Tensor | None = None, **inputs: Tensor) -> DetectorOutput:
         """Judge inputs by name; labels (B,) are places in `classes`."""
         return self._judge(inputs, labels, lambda member, own: member(**own))
