@@ -197,7 +197,7 @@ def test_the_server_s_doors_say_the_same(trained, clips: Path) -> None:
     pipeline = Pipeline.from_pretrained(out, device="cpu", faces=WHOLE)
     engine = BatchingEngine(pipeline)
     image, clip = png(frames_of(True, 0)[0]), (clips / "test" / "t03.mkv").read_bytes()
-    service = Service(engine=engine, model="toy", limits=RequestLimits(requests_per_minute=1000))
+    service = Service(engines={"toy": engine}, limits=RequestLimits(requests_per_minute=1000))
     with TestClient(build_app(service)) as client:
         files = [("files", ("a.png", image, "image/png")), ("files", ("t03.mkv", clip, "video/x-matroska"))]
         still, video = client.post("/v1/detect", files=files).json()["verdicts"]
