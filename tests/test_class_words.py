@@ -165,6 +165,23 @@ def test_every_class_is_read_as_a_verdict_and_as_itself(name: str) -> None:
     assert stated_class(class_sentence("real") + class_sentence(name), (*CLASSES, "fake")) in (None, "real")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("The image is real.", {"real"}),
+        ("The image is a deepfake. The nose shows a grid.", {"fake", "deepfake"}),
+        ("The image is AI-generated.", {"fake", "ai_generated"}),
+        ("The image is fake.", {"fake"}),
+        ("The image is a deepfake. The image is AI-generated.", {"fake"}),
+        ("The image is not a deepfake.", {"real"}),
+        ("The nose.", set()),
+    ],
+)
+def test_a_text_says_a_kind_only_by_its_own_sentence(text: str, said: set[str]) -> None:
+    classes = (*CLASSES, "fake")
+    assert {name for name in classes if says(text, name, classes)} == said
+
+
 # ---- evidence ---------------------------------------------------------------------------------------------------
 
 

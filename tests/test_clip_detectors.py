@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -20,15 +21,19 @@ from test_serve_api import png
 
 from llava.core.config import build
 from llava.core.input_specs import STILL, wants_of
-from llava.core.types import GenerationSettings, Record, Turn, VerdictLabel
+from llava.core.types import Content, GenerationSettings, Record, Turn, VerdictLabel
 from llava.data.sources import open_source, split_of
-from llava.detectors.base import create, is_there, load
+from llava.detectors.base import DetectorOutput, create, is_there, load
 from llava.evaluation.predictions import read_csv
+from llava.explainer.modeling import Encoded, ForgeryLlavaConfig
+from llava.explainer.processing import ExplainerProcessor
+from llava.jobs import maps
 from llava.jobs.diagnose import other_normalisations
 from llava.pipeline import Pipeline
 from llava.pipeline.crops import Face, prepared
 from llava.pipeline.settings import FaceSettings, VideoSettings
-from llava.pipeline.video import NO_WINDOW
+from llava.pipeline.verdict import Finding
+from llava.pipeline.video import NO_WINDOW, _looked_at
 from llava.serve.api import Service, build_app
 from llava.serve.batching import BatchingEngine
 from llava.serve.engine import Question
@@ -36,6 +41,7 @@ from llava.serve.guard import RequestLimits
 from llava.train import stage_1
 from llava.train.recipe import Recipe
 from llava.train.scoring import probe_answers, score, without_lacking
+from llava.train.tiny_base import train_tokenizer
 
 clip_detectors.add_to_table()
 WHOLE = FaceSettings(face="off")
@@ -282,6 +288,51 @@ def test_a_face_that_is_in_no_whole_window_has_a_reason(tmp_path: Path, monkeypa
     monkeypatch.setattr("llava.pipeline.video.faces_of", every_second)
     verdict = pipeline.detect_video(path, VideoSettings(frames=2, least_frames=1))
     assert (verdict.label, verdict.reason) == ("INCONCLUSIVE", NO_WINDOW)
+
+
+def test_what_is_made_ready_is_what_is_looked_at() -> None:
+    """Also for the server, which makes faces ready before the model runs: the face's place in its crop counts."""
+    pipeline = Pipeline(create("native", {"size": 8}).eval(), None, "x", faces=WHOLE)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    face = Face(image="x", pixels=image, inner=(4, 6, 10, 9))
+    ready = prepared(face, pipeline.pixels, pipeline.stability)
+    assert len(ready.prepared) == 1
+    (cut,) = ready.prepared[0]["detector_inputs"]["pixels"]
+    assert np.array_equal((cut * 255).round().permute(1, 2, 0).numpy(), image[6:14, 5:13])
+    (one,), (other,) = (pipeline.look([each])[0] for each in (face, ready))
+    assert one.verdict == other.verdict and one.verdict.p_fake is not None
+
+
+def test_windows_without_a_verdict_have_no_row_of_the_explainer() -> None:
+    faces = {number: Face(image="x", pixels=frames_of(True, 0)[0]) for number in (3, 5, 8)}
+    verdict = Pipeline(create("native", {"size": 8}).eval(), None, "x", faces=WHOLE).look([faces[3]])[0][0].verdict
+
+    def look(batch: Sequence[Face]) -> tuple[list[Finding], Encoded]:
+        findings = [Finding(verdict=verdict, pixels=None if n == 1 else face.pixels) for n, face in enumerate(batch)]
+        rows = torch.arange(2.0)[:, None]
+        return findings, Encoded(image_features=rows, evidence=rows, detection=DetectorOutput(logits=rows))
+
+    _, encoded = _looked_at(look, 8, faces)
+    assert {number: each.evidence.item() for number, each in encoded.items()} == {3: 0.0, 8: 1.0}
+
+
+def test_an_explainer_of_pictures_refuses_a_detector_of_clips() -> None:
+    config = ForgeryLlavaConfig(detector={}, vision_config={"image_size": 16, "patch_size": 8})
+    tokenizer = train_tokenizer(iter(["The image is real."]), 300)
+    detector = create("two_frame", {"size": 8}).eval()
+    processor = ExplainerProcessor(tokenizer, config, detector.inputs)
+    item = {"input_ids": [1], **processor.pixels(frames_of(True, 0)[0])}
+    with pytest.raises(ValueError, match=f"its detector judges none: {STILL}"):
+        processor.collate([item])
+    image = frames_of(True, 0)[0]
+    whole = processor.pixels(Content(image=image, frames=[image, image], seconds=(0.0, 0.2)))
+    batch = processor.collate([{"input_ids": [1], **whole}] * 2)
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    assert {n: tuple(t.shape) for n, t in batch["detector_inputs"].items()} == {
+        name: (2, 1, *spec.shape) for name, spec in detector.inputs.items()
+    }
+    with pytest.raises(ValueError, match=f"'clips' gives no verdict: {STILL}"):
+        maps._look(Pipeline(detector, None, "clips", faces=WHOLE), [image])
 
 
 def test_looks_at_plain_and_renormalised_images_fit_every_input() -> None:

@@ -96,6 +96,14 @@ def test_frames_at_other_rates_are_the_nearest(tmp_path: Path) -> None:
     assert not reasons and tensors["times"].tolist() == pytest.approx([0, 0.24])
 
 
+def test_no_frame_stands_for_two_moments() -> None:
+    spec = TimesSpec(count=3, rate_hz=10)
+    assert spec.numbers([1.0, 1.04, 1.12, 1.22]) == [0, 2, 3]
+    for seconds in ([0.0, 0.15], [0.0, 0.1]):
+        with pytest.raises(MissingInput, match="3 of one face are needed"):
+            spec.numbers(seconds)
+
+
 def test_hdf5_clips_have_frames_where_their_rate_is_known_and_no_sound(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("one", data=np.stack([grey(i * 10, 16, 16) for i in range(20)])).attrs["label"] = "real"

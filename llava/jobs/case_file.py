@@ -26,6 +26,7 @@ from llava.data.inputs import NamedImage, NamedInput
 from llava.evaluation.pictures import timeline_png
 from llava.pipeline.verdict import (
     LIMITS,
+    WORDS_LIMIT,
     Finding,
     band_in_words,
     meaning,
@@ -201,7 +202,7 @@ def case_about(model: Facts, entries: Sequence[Facts], settings: Mapping[str, An
         "model": model,
         "software": {"m2f2": __version__, **software()},
         "settings": dict(settings or {}),
-        "limits": list(LIMITS),
+        "limits": [*LIMITS, *([WORDS_LIMIT] if any(entry["explanation"] for entry in entries) else [])],
         "entries": list(entries),
     }
 
