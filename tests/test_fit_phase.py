@@ -280,6 +280,18 @@ def test_members_stay_as_they_were_and_speak_in_the_evidence(
         assert verdict.evidence[f"p_fake_{name}"] == pytest.approx(alone.raw_p_fake, abs=1e-5)
 
 
+def test_a_next_phase_takes_over_all_that_is_known_of_members(toys: Path) -> None:
+    before, after = (create("ensemble", both(toys)) for _ in range(2))
+    before.load_pretrained()
+    before.trained_on = frozenset(["x"])
+    after.take_over(before, "the phase before")
+    assert after.fingerprint() == before.fingerprint() and after.trained_on == {"x"}
+    for name, member in after.members.items():
+        alone = load(toys / name)
+        assert member.calibration == alone.calibration is not None
+        assert (member.decision, member.trained_on) == (alone.decision, alone.trained_on)
+
+
 def test_free_members_train_together_and_are_then_fused(images: Path, tmp_path: Path) -> None:
     """Train, then fit, from nothing; and a fusion that is trained over members that are not."""
     fresh = {"detector": "toy", "config": TOY}
