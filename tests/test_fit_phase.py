@@ -359,6 +359,8 @@ def test_a_member_that_lacks_its_input_is_left_out_and_nothing_is_said_of_it() -
     assert ensemble.lacking(dict.fromkeys(inputs, "it is too small")) == "it is too small"
     row = whole_image(ensemble)._rows(output)[1]
     assert set(row["evidence"]) == {"p_real", "p_fake", "p_fake_b"}
+    ensemble.optional_evidence = ()
+    assert len(whole_image(ensemble)._rows(output)[1]["evidence"]) == 4, "what may not be missing is not hidden"
 
 
 def test_told_members_agree_with_the_told_whole() -> None:

@@ -67,6 +67,7 @@ class Detector(Composite):
     class_weights: Tensor
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
+    optional_evidence: tuple[str, ...] = ()  # NaN, and left out of a verdict, where what it rests on is missing
     own_meanings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
