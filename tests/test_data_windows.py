@@ -116,6 +116,7 @@ def test_hdf5_clips_have_frames_where_their_rate_is_known_and_no_sound(tmp_path:
     unknown = open_source(DataConfig(source="hdf5", path=path, class_names={"x": "y"}))
     _, reasons = input_tensors(unknown.load(unknown.records[5], None, wants), ALL)
     assert set(reasons) == {"frames", "times", "sound"} and "--data.frame_rate" in reasons["frames"]
+    assert reasons["sound"] == "clips in HDF5 files have no sound"
     with pytest.raises(ValueError, match="frame_rate: 0"):
         DataConfig(path=path, frame_rate=0)
 

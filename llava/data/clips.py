@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from llava.data.public_sets import (
 )
 from llava.data.sources import DataConfig, parse_label
 from llava.data.stills import ImageSource
-from llava.data.windows import ClipStore, read_window
+from llava.data.windows import ClipStore, read_window, sound_fields
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ class ClipSource(ImageSource):
             seconds = self._clips.seconds(clip)
         except MissingInput as missing:
             lacks = dict.fromkeys(("frames", "sound"), str(missing))
-            return replace(self.load(record, rng), lacks=lacks)
+            silent = sound_fields(partial(self._clips.sound, clip), 0.0, wants).get("lacks", {})
+            return replace(self.load(record, rng), lacks=lacks | silent)
         starts = wants.starts(seconds)
         start = starts[drawn_number(len(starts), rng) if frame == DRAWN else int(frame) * len(starts) // count]
         found, face = read_window(self._clips, clip, wants.chosen(seconds, start), wants, self.config.face_crop)

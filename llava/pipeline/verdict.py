@@ -113,7 +113,8 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
 
     prior: share of fakes expected, for a calibrated detector; None = the calibration's own.
     """
-    if scores and not isfinite(scores["p_fake"]):
+    numbers = (scores["p_fake"], *scores["probabilities"].values(), *scores["evidence"].values()) if scores else ()
+    if not all(map(isfinite, numbers)):
         scores, face = None, replace(face, reason=NO_NUMBER)
     found = _found(detector, scores["p_fake"], prior) if scores else _nothing()
     if scores and scores.get("versions"):

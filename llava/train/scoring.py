@@ -18,7 +18,6 @@ from llava.core.score_map import Calibration
 from llava.core.types import Content, InputSpec, Record
 from llava.data.dataset import Degradation, DetectionDataset, collate, input_tensors
 from llava.data.sources import Source
-from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector
 from llava.evaluation.predictions import Predictions, from_records
 from llava.evaluation.reliability import calibration_report, share_of_fakes
@@ -104,7 +103,7 @@ def usable_data(detector: Detector, data: PhaseData) -> PhaseData:
     """Leave out the records of each split that lack an input, with a warning, before any training.
 
     Each record is read once, of a detector that reads more than an image crop. Raises ValueError when none is left, or
-    not both real and fake.
+    none of a class.
     """
     if all(isinstance(spec, InputSpec) for spec in detector.inputs.values()):
         return data
@@ -112,8 +111,9 @@ def usable_data(detector: Detector, data: PhaseData) -> PhaseData:
     for use, records in (("trained on", data.train), ("validated on", data.val), ("tested on", data.test)):
         dataset = DetectionDataset(data.source, records, detector.inputs, lacking=detector.lacking)
         kept.append(without_lacking(records, [dataset.why_unusable(i) for i in range(len(dataset))], use))
-        if records:
-            require_both_classes(kept[-1], f"What can be {use}")
+        gone = set(map(detector.target, records)) - set(map(detector.target, kept[-1]))
+        if gone:
+            raise ValueError(f"No record that can be {use} is {detector.classes[min(gone)]!r}; add some to that split.")
     return PhaseData(data.source, *kept)
 
 
