@@ -11,7 +11,7 @@ import pytest
 from clips import grey, write_clip, write_damaged, write_sound
 
 from llava.data import frames as reading
-from llava.data.frames import UnreadableVideo, open_clip, read_frames
+from llava.data.frames import UnreadableVideo, open_clip, read_frames, read_numbers
 from llava.data.images import UnreadableImage
 from llava.data.inputs import NamedImage, NamedVideo, expand, is_video, open_input
 
@@ -188,3 +188,13 @@ def test_damage_spreads_to_the_next_keyframe(tmp_path: Path) -> None:
     assert seconds(path, 30) == pytest.approx([i / 25 for i in range(30) if not 13 <= i < 20])
     for frame in read_frames(open_clip(path), 30):
         assert np.array_equal(frame.pixels, frames[round(frame.seconds * 25)])
+
+
+def test_a_frame_of_an_old_x264_s_444_is_the_same_after_a_jump(shared_data: Path) -> None:
+    clip = open_clip(shared_data / "video" / "real" / "ffpp_c23_519.mp4")
+    assert len(clip.key_stamps) > 2 and clip.stamps.index(clip.key_stamps[1]) == 250
+    for threads in (True, False):
+        (alone,) = read_numbers(clip, [262], threads)
+        *_, passed = read_numbers(clip, [90, 180, 262], threads)  # each within the reach of the one before
+        assert alone.seconds == passed.seconds == clip.seconds(262)
+        assert np.array_equal(alone.pixels, passed.pixels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -121,6 +121,8 @@ def read_numbers(clip: Clip, numbers: Iterable[int], threads: bool = True) -> It
                 continue
             key = bisect_right(clip.key_stamps, clip.stamps[number]) - 1
             if key >= 0 and bisect_left(clip.stamps, clip.key_stamps[key]) - last > JUMP_FROM:
+                if last < 0:
+                    _read_head(container, stream)
                 container.seek(clip.stamps[number], stream=stream)
                 decoded = _decoded(container, stream)
             stamp, frame = next((pair for pair in decoded if pair[0] >= clip.stamps[number]), (None, None))
@@ -230,6 +232,16 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[i
             is_sound = not frame.is_corrupt and (is_sound or frame.key_frame)
             if is_sound and frame.pts is not None:
                 yield frame.pts, frame
+
+
+def _read_head(container: InputContainer, stream: VideoStream) -> None:
+    """Decode the first packet, before a jump away from it.
+
+    Old x264 writes 4:4:4 (FaceForensics++ c23) against the standard and names itself in the first packet alone; without
+    that, FFmpeg decodes every frame after the jump wrongly and calls it corrupt.
+    """
+    with suppress(av.FFmpegError):
+        stream.decode(next(container.demux(stream)))
 
 
 def _until_damage(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
