@@ -211,19 +211,29 @@ def brightness(colour: str) -> float:
     return float(np.mean([float(part) for part in colour.strip("rgba()").split(",")[:3]]))
 
 
-def test_one_of_several_faces_is_chosen(browser: Browser, address: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a picture of two people."""
     pictures = [Image.open(path).convert("RGB").resize((360, 360)) for path in (PHOTO, FACES / "portrait_cc0_1.png")]
-    both = Image.new("RGB", (720, 360))
-    for number, picture in enumerate(pictures):
-        both.paste(picture, (360 * number, 0))
-    both.save(tmp_path / "both.png")
-    content = (tmp_path / "both.png").read_bytes()
+    path = tmp_path_factory.mktemp("both") / "both.png"
+    Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1)).save(path)
+    return path
+
+
+def press(browser: Browser, key: str, number: int) -> None:
+    """Choose another face by a key, and wait until its card is there."""
+    browser.find("#faces input:checked").send_keys(key)  # as in every group of radio buttons
+    browser.wait(f"document.getElementById('card').innerText.includes('on face {number} of')")
+
+
+def test_one_of_several_faces_is_chosen(browser: Browser, address: str, both: Path) -> None:
+    content = both.read_bytes()
     verdicts = httpx.post(f"{address}/v1/detect", files=[("files", ("both.png", content))], timeout=120).json()[
         "verdicts"
     ]
     assert len(verdicts) > 1
     browser.open(address)
-    browser.drop(tmp_path / "both.png")
+    browser.drop(both)
     browser.wait_for_answer()
     assert browser.value("document.querySelectorAll('#photo .box b').length") == len(verdicts)
     assert f"on face 1 of {len(verdicts)}" in browser.text("card")
@@ -231,11 +241,8 @@ def test_one_of_several_faces_is_chosen(browser: Browser, address: str, tmp_path
     assert set(browser.value(names)) == {"faces"}, "else arrow keys do not move between them"
     browser.value("document.querySelector(\"#faces input[value='0']\").name = 'radio-7'")  # as Gradio does at any time
     assert set(browser.value(names)) == {"faces"}
-    for number, key in ((2, Keys.ARROW_RIGHT), (1, Keys.ARROW_LEFT)) * 3:  # while words about the one before come
-        browser.find("#faces input:checked").send_keys(key)  # as in every group of radio buttons
-        browser.wait(f"document.getElementById('card').innerText.includes('on face {number} of')")
-    browser.find("#faces input:checked").send_keys(Keys.ARROW_RIGHT)
-    browser.wait("document.getElementById('card').innerText.includes('on face 2 of')")
+    for number, key in (*((2, Keys.ARROW_RIGHT), (1, Keys.ARROW_LEFT)) * 3, (2, Keys.ARROW_RIGHT)):
+        press(browser, key, number)
     browser.wait_for_answer()
     assert f"Score {verdicts[1]['p_fake']:.3f} of 1" in browser.text("card")
     assert browser.find("#card .verdict").get_attribute("data-label") == verdicts[1]["label"]
@@ -271,13 +278,20 @@ def test_an_example_is_explained_and_nothing_was_asked_of_anybody_else(browser: 
 
 
 def test_stop_keeps_what_is_written_and_clear_forgets_it(
-    browser: Browser, tiny_explainer: Path, monkeypatch: pytest.MonkeyPatch
+    browser: Browser, tiny_explainer: Path, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = BatchingEngine(Pipeline.from_pretrained(tiny_explainer, stability=False))
     write = engine.decoder.step
     monkeypatch.setattr(engine.decoder, "step", lambda: (time.sleep(0.5), write())[1])
     with running(build_app(Service(engines={"m": engine}, page=open_page({"m": engine})))) as address:
         browser.open(address)
+        browser.drop(both)
+        browser.wait("document.querySelector('#words .answer')")
+        press(browser, Keys.ARROW_RIGHT, 2)
+        press(browser, Keys.ARROW_LEFT, 1)  # while words about the second are written
+        browser.click("Clear, take another")
+        browser.wait("!document.querySelector('#card .verdict')")
+        wait_for(lambda: not engine._active)
         browser.drop(PHOTO)
         browser.wait("document.querySelector('#words .answer')?.textContent.trim()")
         (job,) = engine._active
