@@ -16,6 +16,7 @@ from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Predictions, read_csv, refuse_shared_groups
 from llava.evaluation.reliability import calibration_report, share_of_fakes
 from llava.evaluation.tables import calibration_tables, run_script
+from llava.train.fit_phase import calibrate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Settings(CalibrationConfig):
     predictions: str = setting(help="csv of the validation split, raw scores of this very detector")
     detector: str | None = setting(None, "folder of the detector; calibration.json is written there; none = only show")
     data: str | None = setting(None, "name of the data, shown with every verdict; default: folder and name of the csv")
+    allow_leaks: bool = setting(False, "only warn of groups that the detector was trained on")
     test: str | None = setting(None, "csv of other groups, to measure on; without it nothing is measured")
     n_boot: int = setting(2000, "resamples of the group bootstrap")
     json: str | None = setting(None, "write the report on --test to this file as well")
@@ -42,8 +44,11 @@ def main() -> None:
     if test is not None:
         refuse_shared_groups(validation, test)
     folder = ready_detector(settings.detector) if settings.detector else None
-    weights = load_uncalibrated(folder).fingerprint() if folder else ""
-    calibration = fit_calibration(validation, settings, settings.data or f"{path.parent.name}/{path.name}", weights)
+    data = settings.data or f"{path.parent.name}/{path.name}"
+    if folder:
+        calibration = calibrate(load_uncalibrated(folder), validation, settings, data, settings.allow_leaks)
+    else:
+        calibration = fit_calibration(validation, settings, data, weights_sha256="")
     print(describe(calibration))
     if folder:
         write_calibration(folder, calibration)

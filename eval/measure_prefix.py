@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, set_seed
+from transformers import LlamaConfig, LlavaConfig, set_seed
 
 from llava.core.config import parse, setting
 from llava.core.runtime import software, write_json
@@ -85,9 +85,8 @@ def make_pipeline(settings: Settings) -> Pipeline:
         num_key_value_heads=settings.heads,
         max_position_embeddings=4096,
     )
-    sizes = {name: size for name, size in detector.config.vision.__dict__.items() if name != "select_layer"}
     base = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes),
+        vision_config=detector.shared_tower().config,
         text_config=text,
         image_token_index=SPECIAL_TOKENS.index("<image>"),
     )

@@ -52,6 +52,9 @@ COMMANDS = {
     "keys create": Command("llava.serve.keys:create_key", "make an API key for a server and show it, once"),
     "keys list": Command("llava.serve.keys:list_keys", "list the API keys by name, without the keys"),
     "keys revoke": Command("llava.serve.keys:revoke_key", "withdraw an API key; a running server follows at once"),
+    "causality": Command(
+        "llava.jobs.causality:causality", "say whether an explainer's words follow its evidence, class by class"
+    ),
     "tiny-base": Command(
         "llava.train.tiny_base:make_tiny_base", "make a tiny LLaVA from training data, for two CPU cores"
     ),

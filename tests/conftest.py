@@ -29,6 +29,7 @@ LONGEST = [
     "test_serve_page.py",
     "test_score.py",
     "test_three_classes.py",
+    "test_class_words.py",
     "test_serve_verdicts.py",
     "test_parity_vit3.py",
     "test_serve_load.py",

@@ -116,7 +116,7 @@ def question_to_words(images: Iterable[Path], explainer: Path) -> Iterator[Calla
         assert reply["choices"][0]["message"]["content"] and reply["verdict"]["label"]
 
     with closing(BatchingEngine(Pipeline.from_pretrained(explainer))) as engine:
-        service = Service(engine=MeasuredEngine(engine, measures), measures=measures, model="tiny")
+        service = Service(engines={"tiny": MeasuredEngine(engine, measures, "tiny")}, measures=measures)
         with TestClient(build_app(service)) as client:
             yield ask
 

@@ -41,9 +41,9 @@ def wait_for(is_so: Callable[[], object], seconds: float = 300.0) -> None:
 
 
 @contextmanager
-def running(app: FastAPI, proxies: Sequence[str] = ()) -> Iterator[str]:
-    """Run an app in a thread; gives its address. proxies: as in `server_of`."""
-    port = free_port()
+def running(app: FastAPI, proxies: Sequence[str] = (), port: int | None = None) -> Iterator[str]:
+    """Run an app in a thread; gives its address. proxies: as in `server_of`. port: None = any free one."""
+    port = free_port() if port is None else port
     server = server_of(app, "127.0.0.1", port, proxies)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -134,6 +134,7 @@ def ready_address(server: Process, seconds: float = 180.0) -> str:
     """Wait until `m2f2 serve` says that it is ready; gives its address."""
 
     def said() -> list[str]:
+        assert server.is_running, server.log.read_text()
         return [line.split()[1] for line in server.log.read_text().splitlines() if line.startswith("ready: ")]
 
     wait_for(said, seconds)

@@ -39,8 +39,8 @@ from llava.serve.batching import BatchingEngine
 from llava.serve.engine import Question
 from llava.serve.guard import RequestLimits
 from llava.train import stage_1
-from llava.train.recipe import Recipe
-from llava.train.scoring import probe_answers, score, without_lacking
+from llava.train.recipe import Recipe, open_data
+from llava.train.scoring import probe_answers, score, usable_data, without_lacking
 from llava.train.tiny_base import train_tokenizer
 
 clip_detectors.add_to_table()
@@ -197,7 +197,7 @@ def test_the_server_s_doors_say_the_same(trained, clips: Path) -> None:
     pipeline = Pipeline.from_pretrained(out, device="cpu", faces=WHOLE)
     engine = BatchingEngine(pipeline)
     image, clip = png(frames_of(True, 0)[0]), (clips / "test" / "t03.mkv").read_bytes()
-    service = Service(engine=engine, model="toy", limits=RequestLimits(requests_per_minute=1000))
+    service = Service(engines={"toy": engine}, limits=RequestLimits(requests_per_minute=1000))
     with TestClient(build_app(service)) as client:
         files = [("files", ("a.png", image, "image/png")), ("files", ("t03.mkv", clip, "video/x-matroska"))]
         still, video = client.post("/v1/detect", files=files).json()["verdicts"]
@@ -230,6 +230,17 @@ def test_training_without_a_usable_record_is_refused(clips: Path, tmp_path: Path
             write_clip(tmp_path / part / file.name, frames_of(False, 0, 8), codec="ffv1")
     with pytest.raises(ValueError, match=r"14 of 14 records cannot be trained on .*has no sound\); give data"):
         stage_1.train(recipe(tmp_path, tmp_path / "out", "sound"))
+
+
+def test_no_class_vanishes_with_what_cannot_be_used(clips: Path) -> None:
+    detector = create("sound", {"size": 8})
+    data = open_data(recipe(clips, clips, "sound").data, seed=0)
+    whole = usable_data(detector, data)
+    assert [len(data.train), len(data.val), len(data.test)] == [14, 16, 16]
+    assert [len(whole.train), len(whole.val), len(whole.test)] == [12, 12, 12]
+    no_sound = [r for r in data.val if r.label == 0 or r.video == "validation/v01"]
+    with pytest.raises(ValueError, match="No record that can be validated on is 'fake'; add some"):
+        usable_data(detector, replace(data, val=no_sound))
 
 
 def test_a_detector_with_alternatives_goes_on_with_what_is_there(clips: Path) -> None:

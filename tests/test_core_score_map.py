@@ -158,12 +158,32 @@ def test_a_calibration_of_other_weights_is_refused(tmp_path):
     assert load_uncalibrated(tmp_path).calibration is None
 
 
-def test_the_fingerprint_is_that_of_the_detector_inside_a_host(tmp_path):
+def test_the_fingerprint_sees_every_tensor(tmp_path):
     detector = M2F2Det(M2F2DetConfig.tiny()).eval()
-    assert detector.without_vision().fingerprint() == detector.fingerprint()
+    own = detector.fingerprint()
     detector.save(tmp_path)
-    assert load(tmp_path).fingerprint() == detector.fingerprint()
-    assert M2F2Det(M2F2DetConfig.tiny()).fingerprint() != detector.fingerprint()
+    assert load(tmp_path).fingerprint() == own
+    assert M2F2Det(M2F2DetConfig.tiny()).fingerprint() != own
+    for tensor in detector.state_dict().values():
+        before = tensor.clone()
+        tensor.add_(1)
+        assert detector.fingerprint() != own
+        tensor.copy_(before)
+    assert detector.fingerprint() == own
+
+
+def test_a_calibration_of_another_tower_is_refused(tmp_path):
+    detector = M2F2Det(M2F2DetConfig.tiny())
+    detector.calibration = calibration(weights_sha256=detector.fingerprint())
+    detector.tower_tensors()["embeddings.class_embedding"].add_(1e-3)
+    detector.save(tmp_path)
+    with pytest.raises(ValueError, match=r"fitted for other weights.*score the validation split again"):
+        load(tmp_path)
+
+
+def test_a_detector_without_the_tower_it_needs_has_no_fingerprint_of_its_own():
+    with pytest.raises(ValueError, match="computes its scores with a host's vision tower"):
+        M2F2Det(M2F2DetConfig.tiny()).without_vision().fingerprint()
 
 
 def test_the_hash_sees_names_types_shapes_and_values():

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from llava.core.weights import (
-    load_module,
     load_strictly,
     read_config,
+    read_weights,
     resolve,
     save_module,
     sha256_of,
@@ -44,7 +44,7 @@ def test_a_saved_module_comes_back_with_every_tensor(tmp_path: Path) -> None:
     assert read_config(tmp_path / "m") == {"width": 3}
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
     copy = network()
-    load_module(tmp_path / "m", copy)
+    load_strictly(copy, read_weights(tmp_path / "m"), "the file")
     for name, tensor in original.state_dict().items():
         torch.testing.assert_close(copy.state_dict()[name], tensor, rtol=0, atol=0)
 
@@ -84,13 +84,13 @@ def test_an_empty_or_damaged_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no config.json; give the folder that training wrote"):
         read_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no model.safetensors"):
-        load_module(tmp_path, network())
+        read_weights(tmp_path)
     save_module(tmp_path, network(), {})
     whole = (tmp_path / "model.safetensors").read_bytes()
     for length in (0, 5, len(whole) - 4):
         (tmp_path / "model.safetensors").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"model.safetensors' is damaged or incomplete .* copy the folder again"):
-            load_module(tmp_path, network())
+            read_weights(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json' is not JSON"):
         read_config(tmp_path)

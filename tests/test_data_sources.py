@@ -164,7 +164,7 @@ def test_csv_mistakes_are_named(tmp_path: Path, rows: list[dict], settings: dict
 def test_missing_files_are_counted_in_one_error(tmp_path: Path) -> None:
     picture(tmp_path / "0.png")
     path = table(tmp_path / "t.csv", [{"file": f"{i}.png", "label": "real"} for i in range(9)])
-    with pytest.raises(FileNotFoundError, match=r"8 of 9 image files are missing .first: 1.png, 2.png.*5.png."):
+    with pytest.raises(FileNotFoundError, match=r"8 of 9 files are missing .first: 1.png, 2.png.*5.png."):
         CsvSource(DataConfig(source="csv", path=str(path)))
     with pytest.raises(FileNotFoundError, match=r"other.csv"):
         CsvSource(DataConfig(source="csv", path=str(tmp_path / "other.csv")))
@@ -275,7 +275,7 @@ def test_conversation_mistakes_name_the_record(tmp_path: Path, item: Any, messag
 
 
 def test_conversation_files_and_images_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 image files are missing .first: gone.png"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 files are missing .first: gone.png"):
         conversations(tmp_path, [talk(), talk(image="gone.png")])
     with pytest.raises(FileNotFoundError, match="ddvqa"):
         ConversationSource(DataConfig(source="conversations", path=str(tmp_path / "no.json")))

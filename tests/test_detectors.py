@@ -3,12 +3,14 @@
 import copy
 import inspect
 import math
+import shutil
 from dataclasses import replace
 
 import clip_detectors
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import ndimage
 from torch import nn
 
@@ -24,12 +26,14 @@ from llava.detectors.backbones import (
     make_backbone,
     stage_channels,
 )
-from llava.detectors.base import create, is_there, load
+from llava.detectors.base import create, is_there, load, load_uncalibrated
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.detectors.m2f2det_parts import PromptEncoder, RegionPool, VisionEncoder, load_clip, map_loss
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 DETECTORS.add("three_class", "toy_detector:ThreeClassDetector")
+DETECTORS.add("fitted_toy", "toy_detector:FittedToy")
+DETECTORS.add("two_toys", "toy_detector:TwoToys")
 clip_detectors.add_to_table()
 NAMES = list(DETECTORS)
 FUSIONS = ("similarity", "bridge", "none")
@@ -41,10 +45,26 @@ def batch_for(detector, n=4, seed=0):
     return batch, torch.arange(n) % len(detector.classes)
 
 
-def tiny(name):
+def tiny(name, **changes):
+    """Build a detector; parts that it can not do without are fitted on noise."""
     torch.manual_seed(0)
     detector_class = DETECTORS.get(name)
-    return detector_class(detector_class.Config.tiny())
+    detector = detector_class(replace(detector_class.Config.tiny(), **changes))
+    for part in detector.fitted_parts():
+        if not detector.fitted_parts()[part].is_fitted:
+            fit_on_noise(detector, part)
+    return detector
+
+
+@torch.no_grad()
+def fit_on_noise(detector, part, seed=7):
+    inputs, targets = batch_for(detector, n=16, seed=seed)
+    observed = detector.eval().observe(part, {name: tensor[:, None] for name, tensor in inputs.items()})
+    detector.fitted_parts()[part].fit(observed, targets)
+
+
+def has_weights_to_train(detector):
+    return any(p.requires_grad for p in detector.parameters())
 
 
 def m2f2(**changes):
@@ -56,7 +76,13 @@ def m2f2(**changes):
 
 
 @pytest.fixture(
-    params=[*NAMES, *(f"m2f2det/{fusion}" for fusion in FUSIONS[1:]), "m2f2det/trained_towers", "m2f2det/grounded"]
+    params=[
+        *NAMES,
+        *(f"m2f2det/{fusion}" for fusion in FUSIONS[1:]),
+        "m2f2det/trained_towers",
+        "m2f2det/grounded",
+        "ensemble/frozen",
+    ]
 )
 def detector(request):
     name, _, variant = request.param.partition("/")
@@ -64,6 +90,8 @@ def detector(request):
         return m2f2(freeze_text=False, freeze_vision=False)
     if variant == "grounded":
         return m2f2(local_features=True, region_evidence=True, resize_size=48)
+    if variant == "frozen":
+        return tiny(name, freeze_members=True)
     return m2f2(fusion=variant) if variant else tiny(name)
 
 
@@ -81,7 +109,10 @@ def test_forward_gives_logits_loss_and_named_evidence(detector):
 
 def test_every_trainable_weight_learns_and_no_frozen_one_does(detector):
     inputs, labels = batch_for(detector)
-    detector.train()(**inputs, labels=labels).loss.backward()
+    loss = detector.train()(**inputs, labels=labels).loss
+    assert loss.requires_grad == has_weights_to_train(detector)
+    if loss.requires_grad:
+        loss.backward()
     without = [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     assert not [n for n, p in detector.named_parameters() if not p.requires_grad and p.grad is not None]
@@ -121,10 +152,11 @@ def test_frozen_parts_stay_in_eval_mode(detector, also_norms):
     moved = {name for name, tensor in tensors_of(detector) if not torch.equal(before[name], tensor)}
     expected = {n for n, p in detector.named_parameters() if p.requires_grad} - without_gradient
     expected |= {n for n, b in detector.named_buffers() if id(b) in statistics - kept}
-    assert moved == expected and moved & {name for name, _ in detector.named_parameters()}
+    assert moved == expected
+    assert bool(moved & {name for name, _ in detector.named_parameters()}) == has_weights_to_train(detector)
     assert not {name for name, tensor in tensors_of(detector) if id(tensor) in kept} & moved
     has_drifted = bool(statistics & {id(b) for n, b in detector.named_buffers() if n in moved})
-    assert has_drifted == (bool(statistics) and not also_norms)
+    assert has_drifted == bool(statistics - kept)
     detector.freeze(["*"])
     before = copy.deepcopy(detector.state_dict())
     inputs, labels = batch_for(detector)
@@ -142,8 +174,10 @@ def tensors_of(detector):
 
 def take_steps(detector, steps=2):
     """Train a little; gives the names of weights whose gradient was zero throughout, which therefore stay."""
-    optimiser = torch.optim.Adam(detector.parameter_groups(0.01))
     still = {name for name, p in detector.named_parameters() if p.requires_grad}
+    if not still:
+        return still  # all that could learn is declared frozen
+    optimiser = torch.optim.Adam(detector.parameter_groups(0.01))
     for seed in range(steps):
         inputs, labels = batch_for(detector, seed=seed)
         optimiser.zero_grad()
@@ -173,6 +207,8 @@ def test_p_real_and_p_fake_are_evidence_and_say_what_the_logits_say(detector):
     with torch.no_grad():
         output = detector(**inputs)
     evidence = dict(zip(detector.evidence_names, output.evidence.unbind(dim=1), strict=True))
+    assert tuple(detector.evidence_meanings) == detector.evidence_names
+    assert len(set(detector.evidence_meanings.values())) == len(detector.evidence_names), "each is something else"
     torch.testing.assert_close(evidence["p_fake"], detector.p_fake(output.logits))
     torch.testing.assert_close(evidence["p_real"], 1 - evidence["p_fake"])
     scores = detector.class_scores(output.logits)
@@ -233,10 +269,15 @@ def test_a_binary_detector_covers_every_kind_of_fake():
     assert [detector.target(record(*name)) for name in [(0, "original"), (1, "FaceSwap"), (1, "fake")]] == [0, 1, 1]
 
 
-def test_forward_lists_its_inputs(detector):
-    parameters = inspect.signature(type(detector).forward).parameters
-    assert all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    assert set(detector.inputs) <= set(parameters) and "labels" in parameters
+def test_forward_takes_its_inputs_and_labels_by_name_and_nothing_else(detector):
+    inputs, labels = batch_for(detector)
+    inspect.signature(detector.forward).bind(**inputs, labels=labels)
+    assert not detector.accepts_loss_kwargs, "Trainer would leave the loss of accumulated batches undivided"
+    for name in inputs:
+        with pytest.raises(TypeError, match=name):
+            detector(**{other: tensor for other, tensor in inputs.items() if other != name})
+    with pytest.raises(TypeError, match="num_items_in_batch"):
+        detector(**inputs, num_items_in_batch=4)
 
 
 def test_eval_is_deterministic_and_samples_are_independent(detector):
@@ -277,6 +318,7 @@ def test_class_weights_enter_the_loss(detector):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_to_tell_noise_from_flat(name):
     detector = tiny(name).train()
+    assert has_weights_to_train(detector), "tiny() must be able to learn"
     optimizer = torch.optim.Adam(detector.parameter_groups(1e-2))
     inputs, labels = batch_for(detector, n=16)
     inputs = {k: x * labels.view(-1, *[1] * (x.dim() - 1)) for k, x in inputs.items()}
@@ -303,6 +345,54 @@ def test_another_detectors_checkpoint_is_refused(tmp_path):
     tiny("toy").save(tmp_path)
     with pytest.raises(ValueError, match="holds detector 'toy', not detector 'm2f2det'"):
         load(tmp_path, expected="m2f2det")
+
+
+def test_fitted_parts_are_saved_strictly_and_asked_for_by_name(detector, tmp_path):
+    for name, part in detector.fitted_parts().items():
+        before, sha256 = copy.deepcopy(part.state_dict()), detector.fingerprint()
+        fit_on_noise(detector, name, seed=1)
+        assert part.is_fitted and detector.fingerprint() != sha256
+        detector.save(tmp_path / name)
+        loaded = load(tmp_path / name).fitted_parts()[name].state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in part.state_dict().items())
+        assert any(not torch.equal(before[key], tensor) for key, tensor in loaded.items())
+        part.load_state_dict({key: torch.full_like(tensor, torch.nan) for key, tensor in loaded.items()})
+        detector.save(tmp_path / name)
+        with pytest.raises(
+            ValueError, match=rf"no verdicts yet.*: {name} must be fitted first; add a phase `kind: fit`"
+        ):
+            load(tmp_path / name)
+        assert list(load_uncalibrated(tmp_path / name).fitted_parts()) == list(detector.fitted_parts())
+        part.load_state_dict(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_without_a_default_is_unfitted_at_first(name):
+    fresh_one = DETECTORS.get(name)(DETECTORS.get(name).Config.tiny())
+    assert all(part.is_fitted == part.has_default for part in fresh_one.fitted_parts().values())
+
+
+def test_members_load_alone_and_no_other_is_taken_for_them(detector, tmp_path):
+    detector.eval().save(tmp_path)
+    own = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in own if name.startswith("members.")]
+    for name, member in detector.members.items():
+        folder = tmp_path / "members" / name
+        alone = load(folder, expected=member.name)
+        inputs, _ = batch_for(alone)
+        with torch.no_grad():
+            torch.testing.assert_close(alone(**inputs).logits, member(**inputs).logits, rtol=0, atol=0)
+        weights = next(iter(alone.parameters()))
+        with torch.no_grad():
+            weights.view(-1)[0] += 1
+        alone.save(folder)
+        with pytest.raises(ValueError, match=rf"Member '{name}' .* is not the one that it was saved with"):
+            load(tmp_path)
+        shutil.rmtree(folder)
+        with pytest.raises(FileNotFoundError, match=rf"lacks its member '{name}' .*; copy the whole folder again"):
+            load(tmp_path)
+        member.save(folder)
+        load(tmp_path)
 
 
 # ---- M2F2-Det ---------------------------------------------------------------------------------------------------
@@ -457,6 +547,7 @@ def test_regions_are_named_evidence_of_the_verdict():
     inputs, _ = batch_for(detector)
     output = detector(**inputs)
     assert detector.evidence_names == ("p_real", "p_fake", *REGIONS)
+    assert detector.evidence_meanings["nose"] == "Share of the map: nose"
     assert output.evidence.shape == (4, 7) and output.evidence.min() >= 0
     torch.testing.assert_close(output.evidence[:, 2:].sum(dim=1), torch.ones(4))
     assert M2F2Det.evidence_names == ("p_real", "p_fake"), "the class is left as it is"

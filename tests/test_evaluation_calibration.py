@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
 from llava.core.score_map import read_calibration
+from llava.data.splits import group_hashes
 from llava.detectors.base import load
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.evaluation.calibration import (
@@ -395,3 +396,14 @@ def test_the_script_refuses_the_groups_it_was_fitted_on(files):
     done = calibrate(files, "--test", files / "val.csv")
     assert done.returncode == 1 and "share 120 groups" in done.stderr
     assert "give --test" in calibrate(files, "--picture", files / "r.png").stderr
+
+
+@pytest.mark.e2e
+def test_the_script_refuses_the_groups_that_the_detector_was_trained_on(files):
+    detector = load(files / "detector")
+    detector.trained_on = group_hashes(["gval0", "gval1", "another"])
+    detector.save(files / "detector")
+    done = calibrate(files, "--detector", files / "detector")
+    assert done.returncode == 1 and "has 2 groups that the detector, or a part of it, is trained on" in done.stderr
+    assert load(files / "detector").calibration is None
+    assert calibrate(files, "--detector", files / "detector", "--allow_leaks").returncode == 0

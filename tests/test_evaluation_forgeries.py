@@ -200,7 +200,7 @@ def test_what_the_baseline_lacks_is_said(tmp_path: Path) -> None:
         ({"untouched": "test0_1.png"}, "a real image of the table"),
         ({"artefact": ""}, "artefact"),
         ({"label": ""}, "needs a label"),
-        ({"file": "gone.png"}, "1 of 2 image files are missing"),
+        ({"file": "gone.png"}, "1 of 2 files are missing"),
         ({"mask": "gone.png"}, "its mask 'gone.png' does not exist"),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_image_runs_as_nobody_s_root_and_checks_its_health() -> None:
     command = json.loads(instruction("ENTRYPOINT")[0]) + json.loads(instruction("CMD")[0])
     assert command[:2] == ["m2f2", "serve"]
     settings = parse(ServeSettings, command[2:])
-    assert settings.keys and settings.log_json and settings.model_path == "/srv/model"
+    assert settings.keys and settings.log_json and settings.model_path == ["/srv/model"]
     copied = {word for line in instruction("COPY") for word in line.split()[:-1] if not word.startswith(("--", "/"))}
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == kept and all((ROOT / name).exists() for name in kept)

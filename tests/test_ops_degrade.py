@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from scipy.ndimage import rotate as scipy_rotate
 
 from llava.core.runtime import item_rng
-from llava.ops.degrade import DegradeConfig, add_noise, blur, compress_jpeg, degrade, flip, rescale
+from llava.ops.degrade import DegradeConfig, add_noise, blur, compress_jpeg, degrade, flip, rescale, rotate
 
 NOTHING = {f"{name}_probability": 0.0 for name in ("blur", "rescale", "noise", "jpeg", "flip")}
 
@@ -122,3 +123,26 @@ def test_a_mask_is_flipped_with_its_image_and_else_left_alone(image: np.ndarray)
 def test_impossible_settings_are_refused_by_name(setting: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
         DegradeConfig(**setting)
+
+
+def test_rotation_turns_counter_clockwise_as_scipy_does(image: np.ndarray) -> None:
+    square = np.ascontiguousarray(image[:, :40])
+    assert np.array_equal(rotate(square, 90), np.rot90(square))
+    expected = scipy_rotate(square.astype(float), 10, axes=(0, 1), reshape=False, order=1, mode="reflect")
+    assert np.abs(rotate(square, 10) - expected).mean() < 1.0, "OpenCV places pixels on a grid of 1/32"
+
+
+def test_image_and_mask_are_rotated_alike_within_the_limit(image: np.ndarray) -> None:
+    spot = np.zeros((41, 41), np.uint8)
+    spot[18:23, 34:39] = 255
+    config = DegradeConfig(**NOTHING, rotation=10)
+    angles = []
+    for i in range(200):
+        turned, mask = degrade(np.repeat(spot[..., None], 3, axis=2), spot, config, item_rng(0, 0, i))
+        assert mask is not None and set(np.unique(mask)) == {0, 255}
+        places = [np.argwhere(part > 127).mean(axis=0) for part in (turned[..., 0], mask)]
+        assert np.allclose(*places, atol=0.4)
+        angles.append(np.degrees(np.arctan2(20 - places[1][0], places[1][1] - 20)))
+    assert -11 < min(angles) < -8 and 8 < max(angles) < 11
+    still, _ = degrade(image, None, DegradeConfig(**NOTHING), item_rng(0, 0, 0))
+    assert np.array_equal(still, image)

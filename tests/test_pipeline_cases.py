@@ -54,6 +54,7 @@ FACE = Verdict(
     raw_p_fake=0.95,
     probabilities={"real": 0.05, "fake": 0.95},
     evidence={"p_real": 0.05, "p_fake": 0.95},
+    meanings={"p_fake": "Score for <fake>"},
     detector="m2f2det",
     calibration="calibrated on photos, n = 400",
     band=(0.2, 0.7),
@@ -104,6 +105,7 @@ def test_a_calibrated_verdict_is_said_in_plain_words() -> None:
         "SHA-256 ab12 Length 5 bytes Size 120 × 90 pixels Face x 10, y 20, 30 × 40 pixels",
         "It is no proof that a place was changed.",
         "This is no evidence by itself.",
+        "p_fake Score for <fake>",
     ):
         assert words in text
     assert "not calibrated" not in text

@@ -60,9 +60,7 @@ def pipeline(tiny_explainer: Path) -> Pipeline:
 @contextmanager
 def serving(pipeline: Pipeline) -> Iterator[str]:
     engine = BatchingEngine(pipeline)
-    app = build_app(
-        Service(engine=engine, model="tiny", limits=RequestLimits(requests_per_minute=10_000, max_active=16))
-    )
+    app = build_app(Service(engines={"tiny": engine}, limits=RequestLimits(requests_per_minute=10_000, max_active=16)))
     listener = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -169,7 +167,6 @@ BAD = {
     "empty": ({"messages": messages(draw(0, 1), " ")}, "has no text"),
     "long in parts": ({"messages": long_message()}, "A message has 16,000 characters"),
     "long in turns": ({"messages": long_message(1) + turns_after(8)}, "The conversation has 72,000 characters"),
-    "model": ({"messages": messages(draw(0, 1)), "model": "gpt"}, "There is no model 'gpt' here; ask 'tiny'"),
     "tools": ({"messages": messages(draw(0, 1)), "tools": []}, "tools: no setting that is known here"),
     "tokens": ({"messages": messages(draw(0, 1)), "max_tokens": 10**6}, "max_tokens: Input should be less than"),
     "local file": (
@@ -216,7 +213,7 @@ def test_files_are_judged_and_explained(server: str, pipeline: Pipeline) -> None
     assert httpx.post(f"{server}/v1/detect").status_code == 400
     misspelt = httpx.post(f"{server}/v1/explain", files=files, data={"questoin": "Why?"})
     assert misspelt.status_code == 400
-    assert "questoin: there is no such field here; allowed: files, question" in misspelt.json()["error"]["message"]
+    assert "questoin: there is no such field here; allowed: files, model," in misspelt.json()["error"]["message"]
     form = httpx.post(f"{server}/v1/chat/completions", data={"model": "tiny"})
     assert form.status_code == 400 and "send application/json" in form.json()["error"]["message"]
 

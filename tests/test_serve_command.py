@@ -53,7 +53,7 @@ def test_a_server_is_ready_answers_with_a_key_and_ends_in_order(tiny_explainer: 
 def test_an_open_server_must_be_asked_for() -> None:
     with pytest.raises(ValueError, match="can be reached from other machines; give --keys FILE"):
         ServeSettings(host="0.0.0.0")
-    assert ServeSettings(host="0.0.0.0", allow_unauthenticated=True).name == "demo"
+    assert list(ServeSettings(host="0.0.0.0", allow_unauthenticated=True).models) == ["demo"]
 
 
 def test_what_can_not_be_served_is_said_before_anything_is_trained(

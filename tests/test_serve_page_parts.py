@@ -40,6 +40,7 @@ PHOTO = FACES / "astronaut.png"
 
 def verdict(label: VerdictLabel = VerdictLabel.FAKE, p_fake: float | None = 0.87, **more: Any) -> Verdict:
     known: dict[str, Any] = {"probabilities": {}, "evidence": {"p_fake": 0.87, "eyes": 0.5}, "detector": "toy"}
+    known["meanings"] = {"p_fake": "Score for fake", "eyes": "Share of the map: eyes"}
     return Verdict(label=label, p_fake=p_fake, **(known | more))
 
 
@@ -88,7 +89,7 @@ def test_a_card_says_it_all_in_words() -> None:
         "87 % forged",
         "Calibrated on validation",
         "80 % to 80 % in 1 delivered versions",
-        "Map: eyes",
+        "Share of the map: eyes",
     ):
         assert part in text, part
     assert "not calibrated" not in text and "Looks fake" not in text
@@ -219,7 +220,7 @@ def secret(keys: Path) -> str:
 def served(engine: BatchingEngine, keys: KeyRing | None = None, per_minute: int = 1000) -> Any:
     limits = RequestLimits(requests_per_minute=per_minute)
     page = open_page({"m": engine}, limits, keys=keys, examples=FACES)
-    return running(build_app(Service(engine=engine, model="tiny", keys=keys, limits=limits, page=page)))
+    return running(build_app(Service(engines={"tiny": engine}, keys=keys, limits=limits, page=page)))
 
 
 @pytest.mark.e2e
@@ -241,11 +242,11 @@ def completed(address: str, asked: dict[str, Any]) -> str:
         return next(line for line in stream.iter_lines() if "process_completed" in line)
 
 
-def number_of(address: str, button: str) -> int:
-    """Give the number of the step that a button starts, by the button's id."""
+def number_of(address: str, button: str, event: str = "click") -> int:
+    """Give the number of the step that a button or another part starts, by the part's id."""
     config = httpx.get(f"{address}/config").json()
     (part,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == button]
-    (number,) = [one["id"] for one in config["dependencies"] if [part, "click"] in map(list, one["targets"])]
+    (number,) = [one["id"] for one in config["dependencies"] if [part, event] in map(list, one["targets"])]
     return int(number)
 
 
@@ -323,6 +324,21 @@ def test_no_address_is_fetched_and_no_file_read_for_a_client(address: str) -> No
     assert '"success":true' in completed(address, step([], number_of(address, "clear"))).replace(" ", "")
     assert "Your picture x.png" not in remembered(), "and Clear makes it forget"
     peer.close()
+
+
+@pytest.mark.e2e
+def test_the_face_that_was_pressed_is_chosen_whatever_the_page_kept(address: str, tmp_path: Path) -> None:
+    faces = [Image.open(path).convert("RGB").resize((360, 360)) for path in (PHOTO, FACES / "portrait_cc0_1.png")]
+    Image.fromarray(np.concatenate([np.asarray(face) for face in faces], axis=1)).save(tmp_path / "both.png")
+    files = {"files": ("both.png", (tmp_path / "both.png").read_bytes())}
+    (path,) = httpx.post(f"{address}/gradio_api/upload", files=files, timeout=60).json()
+    completed(address, step([{"path": path, "orig_name": "both.png", "meta": {"_type": "gradio.FileData"}}, "m"]))
+    number = number_of(address, "faces", "select")
+    for event, said in (({"index": 1, "value": 1}, "on face 2 of 2"), (None, "no such face"), ({}, "no such face")):
+        asked = step([], number) | {"event_data": event}
+        assert httpx.post(f"{address}/gradio_api/queue/join", json=asked, timeout=60).status_code == 200
+        with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=abc", timeout=120) as stream:
+            assert any(said in line for line in stream.iter_lines()), said
 
 
 @pytest.mark.e2e

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,10 +57,19 @@ class Running:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, *flags: str) -> Iterator[Running]:
+def serving(models: Sequence[Path], folder: Path, *flags: str) -> Iterator[Running]:
     """Start `m2f2 serve --ray true` and wait until it is ready."""
     words = [sys.executable, "-m", "llava.cli", "serve", "--ray", "true", "--cluster.cpus", "2", "--port", "0", *flags]
-    words += ["--model_path", str(model), "--face", "off", "--stability", "false", "--requests_per_minute", "100000"]
+    words += [
+        "--model_path",
+        *map(str, models),
+        "--face",
+        "off",
+        "--stability",
+        "false",
+        "--requests_per_minute",
+        "100000",
+    ]
     place = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "M2F2_TEST": str(folder)}
     out, log = folder / "out", folder / "log"
     with out.open("w") as stdout, log.open("w") as stderr:
@@ -80,7 +89,7 @@ def serving(model: Path, folder: Path, *flags: str) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     flags = ["--min_replicas", "1", "--max_replicas", "2", "--rows", "1", "--upscale_seconds", "2"]
-    with serving(tiny_explainer, tmp_path_factory.mktemp("ray"), *flags) as started:
+    with serving([tiny_explainer], tmp_path_factory.mktemp("ray"), *flags) as started:
         yield started
 
 
@@ -197,18 +206,20 @@ def test_sigterm_ends_every_process(server: Running) -> None:
 
 
 @pytest.mark.e2e
-def test_a_detector_alone_gives_the_verdict_of_one_process(tiny_explainer: Path, tmp_path: Path) -> None:
+def test_a_detector_beside_an_explainer_gives_the_verdict_of_one_process(tiny_explainer: Path, tmp_path: Path) -> None:
     detector = tiny_explainer.parent / "detector"
     (alone,) = Pipeline.from_pretrained(detector, faces=FaceSettings(face="off"), stability=False).detect(draw(1, 3))
-    with serving(detector, tmp_path) as started:
-        (model,) = httpx.get(f"{started.address}/v1/models").json()["data"]
-        assert (model["id"], model["capabilities"]) == ("detector", ["detect"])
+    with serving([detector, tiny_explainer], tmp_path) as started:
+        listed = [(model.id, model.capabilities) for model in started.client.models.list()]
+        assert listed == [("detector", ["detect"]), ("explainer", ["detect", "explain"])]
+        written = started.client.chat.completions.create(model="explainer", messages=messages(draw(1, 3)))
+        assert written.model == "explainer" and written.choices[0].message.content == "The image is fake."
         reply = started.client.chat.completions.create(model="detector", messages=messages(draw(1, 3)))
         assert reply.verdict["label"] == str(alone.label) == "FAKE"
         assert reply.verdict["p_fake"] == pytest.approx(alone.p_fake, abs=1e-5)
         assert (reply.choices[0].message.content or "").startswith("The detector's verdict is FAKE: p_fake ")
         refused = httpx.post(f"{started.address}/v1/explain", files={"files": b"anything"})
-        assert refused.status_code == 400 and "gives verdicts and no words" in refused.json()["error"]["message"]
+        assert refused.status_code == 400 and "ask for the model 'explainer'" in refused.json()["error"]["message"]
         started.process.send_signal(signal.SIGTERM)
         assert started.process.wait(END_SECONDS) == 0
 

@@ -174,15 +174,15 @@ import sys
 from pathlib import Path
 from fastapi.testclient import TestClient
 from llava.pipeline.settings import load
-from llava.serve.api import build
+from llava.serve.command import build
 from llava.serve.batching import BatchingEngine
 from llava.serve.options import ServeSettings
 
 detector, photo, uri = sys.argv[1:]
-settings = ServeSettings(model_path=detector, examples=None)
-engine = BatchingEngine(load(settings, settings.model))
+settings = ServeSettings(model_path=[detector], examples=None)
+engine = BatchingEngine(load(settings, detector))
 parts = [{"type": "text", "text": "Real?"}, {"type": "image_url", "image_url": {"url": uri}}]
-with TestClient(build(settings, engine)) as client:
+with TestClient(build(settings, {"detector": engine})) as client:
     files = [("files", ("x.png", Path(photo).read_bytes()))]
     assert client.post("/v1/detect", files=files).json()["verdicts"][0]["label"]
     asked = {"model": "detector", "messages": [{"role": "user", "content": parts}]}
@@ -274,9 +274,9 @@ def last(screens: Iterator[Screen]) -> Screen:
 @pytest.mark.e2e
 def test_the_page_of_a_controller_learns_it_from_the_verdict(worker: str) -> None:
     remote = RemoteEngine(Controller(worker), "detector", FaceSettings(face="off"))
-    assert remote.has_words, "nobody was asked yet"
+    assert remote.has_words is None, "nobody was asked yet"
     shown = last(Flow({"m": remote}).look("page", "m", lambda: (png(draw(1, 3)), "x.png")))
-    assert 'data-label="FAKE"' in str(shown.card) and shown.has_words is False and not remote.has_words
+    assert 'data-label="FAKE"' in str(shown.card) and shown.has_words is False and remote.has_words is False
     assert WORDLESS in str(shown.words) and "language model wrote this" not in str(shown.words)
 
 
@@ -296,9 +296,21 @@ def test_the_page_promises_no_reasons_where_no_model_gives_any(engine: BatchingE
     class Writer:
         has_words = True
 
-    leads = [str(build_page(models).get_config_file()) for models in ({"a": engine}, {"a": engine, "b": Writer()})]
-    assert [views.WORDLESS_LEAD in lead for lead in leads] == [True, False]
-    assert [views.LEAD in lead for lead in leads] == [False, True]
+    class Stranger:
+        has_words = None
+
+    wordless, writer, unknown = engine, Writer(), Stranger()
+    cases: dict[str, list[Any]] = {
+        views.WORDLESS_LEAD: [{"a": wordless}],
+        views.LEAD: [{"a": writer}, {"a": writer, "b": writer}],
+        views.MIXED_LEAD: [{"a": wordless, "b": writer}, {"a": unknown}],
+    }
+    for lead, served in cases.items():
+        for models in served:
+            text = str(build_page(models).get_config_file())
+            assert [each for each in cases if each in text] == [lead]
+            assert ("language model" in text) == (lead != views.WORDLESS_LEAD)
+            assert "ask about it" not in text, "who has no words answers no questions"
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,11 @@ from llava.detectors.m2f2det import M2F2DetConfig
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
 from llava.train import stage_1
-from llava.train.engine import (
-    CollapseError,
-    DetectorTrainer,
-    WholeBatches,
-    balance_classes,
-    check_collapse,
-    flat_metrics,
-    training_arguments,
-)
-from llava.train.recipe import CollapseConfig, LossConfig, PhaseConfig, Recipe, open_data
-from llava.train.scoring import calibrate, data_name, measured, probe_answers, score
+from llava.train.callbacks import CollapseError, check_collapse
+from llava.train.engine import DetectorTrainer, WholeBatches, balance_classes, flat_metrics, training_arguments
+from llava.train.fit_phase import settle
+from llava.train.recipe import CollapseConfig, Fold, LossConfig, PhaseConfig, Recipe, data_name, open_data
+from llava.train.scoring import measured, probe_answers, score
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,11 +337,15 @@ def test_training_leaves_out_a_last_smaller_batch_only(count, expected):
 def test_too_few_validation_groups_leave_a_detector_uncalibrated_with_a_warning(groups, is_fitted, caplog):
     detector = create("m2f2det", TINY_MODEL)
     items = from_records(records([0] * 2 * groups + [1] * 30), np.linspace(0.01, 0.99, 2 * groups + 30))
-    found = calibrate(detector, items, CalibrationConfig(), DataConfig(path="somewhere/faces"))
+    recipe, data = build(Recipe, {}), DataConfig(path="somewhere/faces")
+    settle(detector, items, recipe, Fold(data, "val", None, []))
+    found = detector.calibration
     assert (found is not None) == is_fitted != ("not calibrated" in caplog.text)
     if not is_fitted:
         assert "0.9 needs 9 validation groups of each class, there are 8 real and 15 fake" in caplog.text
-    assert calibrate(detector, items, None, DataConfig(path="faces")) is None
+    assert detector.decision.chosen_on == f"validation split 'val', {len(items)} images, youden"
+    settle(detector, items, replace(recipe, calibration=None), Fold(data, "val", None, []))
+    assert detector.calibration is None
     assert (found is None) == (measured(found, items, 10) is None)
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
 
 from llava.core.runtime import item_rng
 from llava.data.dataset import to_tensor
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-from llava.train.tiny_base import TinyBaseConfig, llava_config, train_tokenizer
+from llava.train.tiny_base import TinyBaseConfig, make_llava, train_tokenizer
 
 REASONS = {0: "The nose has natural pores.", 1: "The nose shows a regular grid."}
+
+CLASS_FOLDERS = {"real": "real", "fake": "deepfake", "aifake": "ai_generated"}
 
 
 def draw(label: int, index: int, size: int = 32) -> np.ndarray:
@@ -25,6 +26,25 @@ def draw(label: int, index: int, size: int = 32) -> np.ndarray:
     if label:
         picture += 45 * ((np.indices((size, size)) // 8).sum(0) % 2)[..., None]
     return picture.clip(0, 255).astype(np.uint8)
+
+
+def draw_class(class_name: str, index: int) -> np.ndarray:
+    """Draw one picture of three classes: noise, the checkerboard, or stripes for `ai_generated`."""
+    picture = draw(int(class_name == "deepfake"), index)
+    if class_name == "ai_generated":
+        picture = (picture.astype(float) + 45 * ((np.indices((32, 32))[0] // 4) % 2)[..., None]).clip(0, 255)
+    return picture.astype(np.uint8)
+
+
+def write_classes(folder: Path, count: int = 16) -> Path:
+    """Write class folders as the published three-class data have them, train and test; gives the folder."""
+    for split, first in (("train", 0), ("val", 200), ("test", 400)):
+        for place, class_name in CLASS_FOLDERS.items():
+            (folder / split / place).mkdir(parents=True)
+            for index in range(first, first + count):
+                name = folder / split / place / f"{place}_{index}.png"
+                Image.fromarray(draw_class(class_name, index)).save(name)
+    return folder
 
 
 def write_world(folder: Path, count: int = 48) -> Path:
@@ -81,9 +101,6 @@ def make_base(folder: Path, detector: Path) -> None:
     torch.manual_seed(1)
     texts = ["The image is real. The nose has natural pores.", "The image is fake. The nose shows a regular grid."]
     tokenizer = train_tokenizer(iter(texts), 320)
-    tower = load(detector).vision_encoder.model
     config = TinyBaseConfig(data=[], image_folder="", detector="", hidden_size=32, layers=2, heads=4)
-    model = LlavaForConditionalGeneration(llava_config(config, tower.config, len(tokenizer)))
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.save_pretrained(folder)
+    make_llava(config, load(detector), len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,7 +12,7 @@ from scipy.special import expit, logit
 
 from llava.core.config import build, to_dict
 from llava.core.runtime import write_json
-from llava.core.types import VerdictLabel
+from llava.core.types import FAKE, REAL, VerdictLabel
 
 CALIBRATION_NAME = "calibration.json"
 # A softmax in float32 says exactly 0 or 1; no validation set supports odds beyond a million to one.
@@ -24,6 +24,39 @@ Scores: TypeAlias = np.ndarray | float
 def log_odds(p: Scores) -> np.ndarray:
     """Give log(p / (1 - p)) of probabilities (N,), which are first clipped to [1e-6, 1 - 1e-6]."""
     return np.asarray(logit(np.clip(p, SMALLEST, 1 - SMALLEST)))
+
+
+def balanced_weights(labels: np.ndarray) -> np.ndarray:
+    """Give weights (N,) that sum to 1, half of it for each class."""
+    return 0.5 / np.bincount(labels, minlength=2)[labels]
+
+
+def fit_logistic(labels: np.ndarray, scores: np.ndarray, has_offset: bool) -> tuple[list[float], float]:
+    """Fit one scale >= 0 for each row of scores (F, N), and an offset, by logistic regression on labels (N,) of 0/1.
+
+    Both classes weigh alike. Targets are Platt's (1999), (n + 1) / (n + 2) instead of 1 and 0, so that separable
+    classes have a finite answer. Begins at the mean of the scores. Raises ValueError when it does not converge.
+    """
+    from scipy.optimize import minimize  # here, because only what fits needs it
+
+    counts = np.bincount(labels, minlength=2)
+    targets = np.where(labels == FAKE, (counts[FAKE] + 1) / (counts[FAKE] + 2), 1 / (counts[REAL] + 2))
+    weights = balanced_weights(labels)
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        *scales, offset = parameters
+        z = sum((scale * row for scale, row in zip(scales, scores, strict=True)), np.zeros(len(labels))) + offset
+        slopes = weights * (expit(z) - targets)
+        gradient = [*(slopes @ row for row in scores), slopes.sum()]
+        return float(weights @ (np.logaddexp(0, z) - targets * z)), np.array(gradient)
+
+    start = [1 / len(scores)] * len(scores)
+    bounds = [*([(0, None)] * len(scores)), (None, None) if has_offset else (0, 0)]
+    found = minimize(loss, [*start, 0.0], jac=True, bounds=bounds, method="L-BFGS-B", options={"ftol": 1e-13})
+    if not found.success:
+        raise ValueError(f"The logistic regression on {len(labels)} images did not converge ({found.message}).")
+    *scales, offset = found.x.tolist()
+    return scales, offset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,8 @@ class Verdict:
     `calibration` names what p_fake was calibrated on, or is "not calibrated". Only when calibrated: `band`, the p_fake
     between which the verdict is UNCERTAIN, for a `coverage` of each class; likelihood_ratio, posterior odds over prior
     odds: how many times likelier such a score is from a fake than from a real; prior, the share of fakes expected.
-    `stability`: p_fake of each delivered version of the face (`llava.ops.degrade`) by name, empty when not judged.
+    meanings: of each piece of evidence what it is. `stability`: p_fake of each delivered version of the face
+    (`llava.ops.degrade`) by name, empty when not judged.
     `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
     has `face_count` faces, of which this is number `face`, largest first. face_box: (x, y, width, height) in pixels.
     face_landmarks: (x, y) in pixels of both eyes, nose and both mouth corners; left before right as in
@@ -179,6 +180,7 @@ class Verdict:
     probabilities: Mapping[str, float]
     evidence: Mapping[str, float]
     detector: str
+    meanings: Mapping[str, str] = field(default_factory=dict)
     threshold: float = 0.5
     calibration: str = "not calibrated"
     raw_p_fake: float | None = None

@@ -57,9 +57,13 @@ def resolve(name: str | Path) -> Path:
         raise FileNotFoundError(f"{tried} and the model hub {why}. Give the folder of a downloaded copy.") from error
 
 
-def save_module(folder: str | Path, module: nn.Module, config: dict[str, Any]) -> None:
-    """Write config and weights of `module` into `folder`; each file is moved into place complete."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
+def save_module(folder: str | Path, module: nn.Module, config: dict[str, Any], apart: str | None = None) -> None:
+    """Write config and weights of `module` into `folder`; each file is moved into place complete.
+
+    apart: tensors whose names begin so are left out, because they are saved elsewhere.
+    """
+    state = {k: v for k, v in module.state_dict().items() if apart is None or not k.startswith(apart)}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     with atomic_path(Path(folder) / WEIGHTS_NAME) as staged:
         save_file(tensors, staged, metadata={"format": "pt"})
     write_json(Path(folder) / CONFIG_NAME, config)
@@ -126,16 +130,15 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
     module.load_state_dict(state, strict=True)
 
 
-def load_module(folder: str | Path, module: nn.Module) -> None:
-    """Load model.safetensors of `folder` into `module`, strictly. Raises ValueError or FileNotFoundError."""
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Read model.safetensors of `folder`. Raises ValueError or FileNotFoundError."""
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS_NAME}; give the folder that training wrote.")
     try:
-        state = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged or incomplete ({error}); copy the folder again.") from error
-    load_strictly(module, state, str(path))
 
 
 def sha256_of(path: str | Path) -> str:

@@ -8,6 +8,7 @@ SOURCES: Registry[type] = Registry(
         "folder": "llava.data.stills:FolderSource",
         "csv": "llava.data.stills:CsvSource",
         "conversations": "llava.data.conversations:ConversationSource",
+        "clips": "llava.data.own_clips:OwnClipSource",
         "hdf5": "llava.data.clips:Hdf5Source",
         "ffpp": "llava.data.clips:ListingSource",
         "celebdf_v2": "llava.data.clips:ListingSource",

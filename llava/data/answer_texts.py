@@ -103,6 +103,8 @@ _DANGLING = re.compile(
     re.IGNORECASE,
 )
 FEWEST_WORDS = 3
+KIND_TAG = "kind"  # of records whose answers say which kind of fake an image is: the class, empty for a real one
+KIND_WORDS = {"deepfake": "a deepfake", "ai_generated": "AI-generated"}
 VERDICT_QUESTION = "Determine the authenticity of this image."
 WHOLE_QUESTION = "Does this image look real or fake? Give the reasons."
 _REGION = re.compile(r"person's (\w+)")
@@ -226,6 +228,18 @@ def flipped_question(question: str) -> str:
 def verdict_sentence(label_name: str) -> str:
     """Say the verdict: `The image is real.` or `The image is fake.`"""
     return f"The image is {label_name}."
+
+
+def class_sentence(class_name: str) -> str:
+    """Say the verdict with the kind of fake: `The image is a deepfake.`, `The image is fake, made by FaceSwap.`"""
+    is_plain = class_name in LABEL_NAMES
+    return f"The image is {class_name if is_plain else KIND_WORDS.get(class_name, f'fake, made by {class_name}')}."
+
+
+def stated_class(text: str, classes: Collection[str]) -> str | None:
+    """Give the class whose sentence a text holds, None if it holds none or those of several."""
+    found = [name for name in classes if class_sentence(name) in text]
+    return found[0] if len(found) == 1 else None
 
 
 def label_free_answer(answer: str, label_name: str) -> str:

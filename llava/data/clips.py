@@ -347,6 +347,13 @@ def _hdf5_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
+def require_plain(config: DataConfig) -> None:
+    """Refuse settings that videos have no use for. Raises ValueError."""
+    for name, reason in (("masks", "videos have none that are read"), ("cache", "drawn frames would fill the memory")):
+        if getattr(config, name):
+            raise ValueError(f"{name}: {reason}; give --data.{name} false.")
+
+
 class ListingSource(ClipSource):
     """Single frames of the videos of a set of LISTINGS, which `DataConfig.source` names; `path` is its root.
 
@@ -354,12 +361,7 @@ class ListingSource(ClipSource):
     """
 
     def __init__(self, config: DataConfig) -> None:
-        for name, reason in (
-            ("masks", "public sets are read without"),
-            ("cache", "drawn frames would fill the memory"),
-        ):
-            if getattr(config, name):
-                raise ValueError(f"{name}: {reason}; give --data.{name} false.")
+        require_plain(config)
         reader = FrameReader(config.frames, config.frame_rate)
         tree = VideoTree(config.path)
         videos = LISTINGS[config.source](tree, config)

@@ -18,7 +18,7 @@ from llava.core.input_specs import Wants
 from llava.core.registry import nearest
 from llava.core.runtime import atomic_path, item_rng, write_json
 from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Record, Sample, Turn
-from llava.data.answer_texts import VERDICT_QUESTION, Pair, verdict_sentence
+from llava.data.answer_texts import KIND_TAG, VERDICT_QUESTION, Pair, class_sentence
 from llava.data.images import open_store, require_files
 from llava.data.sources import DataConfig, open_source, parse_label, split_of
 from llava.data.stills import ImageSource
@@ -248,6 +248,7 @@ class VerdictConfig:
 
     data: DataConfig = setting(help="labelled images, as for stage 1")
     output: str = setting(help="folder to write; it gets train/, val/ and test/verdict_only.json")
+    kinds: bool = setting(False, "answers say which kind of fake it is, by class name: a deepfake, AI-generated")
 
 
 def build_verdicts(config: VerdictConfig) -> dict[str, int]:
@@ -258,14 +259,14 @@ def build_verdicts(config: VerdictConfig) -> dict[str, int]:
     source = open_source(config.data)
     counts = {}
     for split, name in (("train", config.data.train), ("val", config.data.val), ("test", config.data.test)):
-        rows = _rows(split_of(source, name))
+        rows = _rows(split_of(source, name), config.kinds)
         path = Path(config.output) / split / "verdict_only.json"
         write_json(path, rows)
         counts[f"{split}/{path.name}"] = len(rows)
     return counts
 
 
-def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+def _rows(records: Sequence[Record], says_kind: bool) -> list[dict[str, Any]]:
     return [
         {
             "id": record.id,
@@ -274,13 +275,19 @@ def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "class_name": record.class_name,
             "video": record.video,
             "group": record.group,
+            **({"tags": {KIND_TAG: _kind(record)}} if says_kind else {}),
             "conversations": [
                 {"from": "human", "value": PROMPT_HEAD + VERDICT_QUESTION},
-                {"from": "gpt", "value": verdict_sentence(_label_name(record))},
+                {"from": "gpt", "value": class_sentence((says_kind and _kind(record)) or _label_name(record))},
             ],
         }
         for record in records
     ]
+
+
+def _kind(record: Record) -> str:
+    """Give the class of a fake that has one beside `fake`, else an empty name."""
+    return record.class_name if record.class_name not in LABEL_NAMES else ""
 
 
 def _label_name(record: Record) -> str:

@@ -115,7 +115,7 @@ def input_tensors(
 
     with_views: (V, ...), V as many as the input with the most views has; one with fewer repeats its own in turn.
     """
-    most = max(len(spec.views) for spec in inputs.values())
+    most = max((len(spec.views) for spec in inputs.values()), default=1)
     tensors, reasons = {}, {}
     for name, spec in inputs.items():
         try:

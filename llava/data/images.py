@@ -208,7 +208,7 @@ def require_files(names: Sequence[str], store: ImageStore, what: str) -> list[st
     if missing:
         first = ", ".join(missing[:5])
         raise FileNotFoundError(
-            f"{what}: {len(missing)} of {len(names)} image files are missing (first: {first}); "
+            f"{what}: {len(missing)} of {len(names)} files are missing (first: {first}); "
             "check `root`, the folder that relative names start from."
         )
     return [place for place in places if place is not None]

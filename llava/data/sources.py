@@ -38,9 +38,12 @@ class Source(Protocol):
 class DataConfig:
     """Say which source, where it lies and how its names map to ours."""
 
-    source: str = setting("folder", "kind of source: folder, csv, conversations, hdf5, ffpp, celebdf_v2, dfdc or dfdcp")
+    source: str = setting(
+        "folder", "kind of source: folder, csv, clips, conversations, hdf5, ffpp, celebdf_v2, dfdc or dfdcp"
+    )
     path: str = setting(
-        help="the class folder, csv table, conversation json, HDF5 file or its folder, root of a public set"
+        help="the class folder (of videos for clips), csv table, conversation json, HDF5 file or its folder, root of a "
+        "public set"
     )
     root: str | None = setting(None, "folder or zip that relative file names start from (default: folder of the table)")
     train: str = setting("train", "name of the training split")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import combinations
 from typing import Any
 
@@ -11,6 +14,8 @@ import numpy as np
 
 from llava.core.types import FAKE, LABEL_NAMES, REAL, Record
 from llava.data.sources import Source
+
+log = logging.getLogger(__name__)
 
 
 class LeakError(ValueError):
@@ -31,6 +36,28 @@ def check_leaks(splits: Mapping[str, Sequence[Record]]) -> None:
             f"Leak between splits: {'. '.join(found)}. Move every record of a group into one split, "
             "or correct the group column if these are different people."
         )
+
+
+def group_hashes(groups: Iterable[str]) -> frozenset[str]:
+    """Give the SHA-256 of the name of each group, in hexadecimal: enough to meet it again, too little to read it."""
+    return frozenset(hashlib.sha256(name.encode()).hexdigest() for name in set(groups))
+
+
+def refuse_groups(groups: Iterable[str], hashes: AbstractSet[str], fold: str, use: str, allow: bool = False) -> None:
+    """Refuse a fold of which some groups are among others, which are only known by their hashes.
+
+    use: what the others are for, as "trained on". allow: warn only. Raises LeakError with the count and five names.
+    """
+    shared = sorted(name for name in set(groups) if not hashes.isdisjoint(group_hashes([name])))
+    if shared:
+        problem = (
+            f"Leak: {fold} has {len(shared)} groups that the detector, or a part of it, is {use} "
+            f"({', '.join(map(repr, shared[:5]))}). Fit on groups of their own: give the phase another `fold` or "
+            "`data`, or --data.allow_leaks true if they share no more than their names."
+        )
+        if not allow:
+            raise LeakError(problem)
+        log.warning("fitted all the same: %s", problem)
 
 
 def near_duplicates(

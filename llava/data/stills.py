@@ -114,18 +114,33 @@ class FolderSource(ImageSource):
     """
 
     def __init__(self, config: DataConfig) -> None:
-        root = Path(config.path)
-        if not root.is_dir():
-            raise FileNotFoundError(f"Folder {config.path!r} does not exist; give one that holds class folders.")
-        records = [r for split, folder in _split_folders(root, config) for r in _records(root, folder, split, config)]
-        if not records:
-            raise ValueError(
-                f"Folder {config.path!r} holds no images; expected <split>/<class>/*.jpg or <class>/*.jpg."
-            )
-        training = [r for r in records if r.split == config.train]
-        if training:
-            require_both_classes(training, f"Training split {config.train!r} of {config.path!r}")
-        super().__init__(config, records)
+        super().__init__(config, folder_records(config))
+
+
+def folder_records(config: DataConfig, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Record]:
+    """List the files of class folders, see `FolderSource`. Raises FileNotFoundError or ValueError naming the folder."""
+    root = Path(config.path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"Folder {config.path!r} does not exist; give one that holds class folders.")
+    folders = _split_folders(root, config)
+    records = [r for split, folder in folders for r in _records(root, folder, split, config, suffixes)]
+    if not records:
+        raise ValueError(
+            f"Folder {config.path!r} holds no {_named(suffixes)}; expected <split>/<class>/*{suffixes[0]} or "
+            f"<class>/*{suffixes[0]}."
+        )
+    _require_trainable(records, config)
+    return records
+
+
+def _named(suffixes: tuple[str, ...]) -> str:
+    return "images" if suffixes == IMAGE_SUFFIXES else "videos"
+
+
+def _require_trainable(records: Sequence[Record], config: DataConfig) -> None:
+    training = [r for r in records if r.split == config.train]
+    if training:
+        require_both_classes(training, f"Training split {config.train!r} of {config.path!r}")
 
 
 def _split_folders(root: Path, config: DataConfig) -> list[tuple[str, Path]]:
@@ -139,19 +154,19 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _records(root: Path, folder: Path, split: str, config: DataConfig) -> Iterator[Record]:
-    images = list_images(folder)
+def _records(root: Path, folder: Path, split: str, config: DataConfig, suffixes: tuple[str, ...]) -> Iterator[Record]:
+    images = list_images(folder, suffixes)
     loose = [p for p in images if p.parent == folder]
     if loose:
         raise ValueError(
-            f"{len(loose)} images lie directly in {str(folder)!r} (first: {loose[0].name}), outside any class folder; "
-            "move them into a folder such as real or fake."
+            f"{len(loose)} {_named(suffixes)} lie directly in {str(folder)!r} (first: {loose[0].name}), outside any "
+            "class folder; move them into a folder such as real or fake."
         )
     frames = Counter(p.parent for p in images)
     for path in images:
         class_name = path.relative_to(folder).parts[0]
         label = label_of_class(class_name, config.real_names)
-        is_frame = frames[path.parent] > 1 and path.parent.parent != folder
+        is_frame = suffixes == IMAGE_SUFFIXES and frames[path.parent] > 1 and path.parent.parent != folder
         video = (path.parent if is_frame else path).relative_to(root).as_posix()
         yield Record(
             id=path.relative_to(root).as_posix(),
@@ -174,25 +189,32 @@ class CsvSource(ImageSource):
     """
 
     def __init__(self, config: DataConfig) -> None:
-        table = Path(config.path)
-        rows = _read(table)
-        columns = _columns(config, list(rows[0]), table)
-        images = [(i, row) for i, row in enumerate(rows, start=2) if _is_image(row[columns["file"]])]
-        self.rows_left_out = len(rows) - len(images)
-        if self.rows_left_out:
-            log.info("%s: %d of %d rows name no image and are left out", table, self.rows_left_out, len(rows))
-        store = open_store(config.root or table.parent)
-        places = require_files([row[columns["file"]] for _, row in images], store, str(table))
-        groups = _groups([row for _, row in images], columns, config.group_ids)
-        records = [
-            _record(row, columns, config, where=place, group=group, line=f"{table}, line {i}")
-            for (i, row), place, group in zip(images, places, groups, strict=True)
-        ]
-        _require_unique(records, table)
-        training = [r for r in records if r.split == config.train]
-        if training:
-            require_both_classes(training, f"Training split {config.train!r} of {str(table)!r}")
+        store = open_store(config.root or Path(config.path).parent)
+        records, self.rows_left_out = table_records(config, store)
         super().__init__(config, records, store)
+
+
+def table_records(
+    config: DataConfig, store: ImageStore, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> tuple[list[Record], int]:
+    """List the files of a csv table, see `CsvSource`, and count the rows that name others. Raises as that does."""
+    table = Path(config.path)
+    rows = _read(table)
+    columns = _columns(config, list(rows[0]), table)
+    chosen = [(i, row) for i, row in enumerate(rows, start=2) if row[columns["file"]].lower().endswith(suffixes)]
+    left_out = len(rows) - len(chosen)
+    if left_out:
+        kind = _named(suffixes).removesuffix("s")
+        log.info("%s: %d of %d rows name no %s and are left out", table, left_out, len(rows), kind)
+    places = require_files([row[columns["file"]] for _, row in chosen], store, str(table))
+    groups = _groups([row for _, row in chosen], columns, config.group_ids)
+    records = [
+        _record(row, columns, config, where=place, group=group, line=f"{table}, line {i}")
+        for (i, row), place, group in zip(chosen, places, groups, strict=True)
+    ]
+    _require_unique(records, table)
+    _require_trainable(records, config)
+    return records, left_out
 
 
 def _read(table: Path) -> list[dict[str, str]]:
@@ -227,10 +249,6 @@ def _columns(config: DataConfig, header: Sequence[str], table: Path) -> dict[str
             wanted = " or ".join(sorted(needed))
             raise ValueError(f"{table} has no column {wanted}; name it in `columns`. {nearest(wanted, list(header))}")
     return columns
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _groups(rows: Sequence[Row], columns: Mapping[str, str], are_ids: bool) -> list[str]:

@@ -8,5 +8,6 @@ DETECTORS: Registry[type[Detector]] = Registry(
     {
         "m2f2det": "llava.detectors.m2f2det:M2F2Det",
         "vit3": "llava.detectors.vit3:ViT3",
+        "ensemble": "llava.detectors.ensemble:Ensemble",
     },
 )

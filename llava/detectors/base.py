@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from llava.core.config import build, to_dict
@@ -18,10 +19,10 @@ from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.types import REAL, Decision, Record, VerdictLabel
-from llava.core.weights import load_module, read_config, save_module, sha256_of_tensors, without_random_weights
+from llava.core.weights import read_config, save_module, sha256_of_tensors, without_random_weights
+from llava.detectors.members import MEMBERS, Composite, read_members, save_members, write_trained_on
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
-VISION_TOWER = "vision_encoder."  # tensors that a host with the same tower keeps for the detector
 
 
 @dataclass
@@ -35,19 +36,38 @@ class DetectorOutput(ModelOutput):
     losses: dict[str, Tensor] | None = None
 
 
-class Detector(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class SharedTower:
+    """A CLIP vision tower that a host with the same weights may run for a detector.
+
+    prefix: how the names of its tensors begin in the detector's state dict, what follows are those of transformers'
+    CLIPVisionModel; config: that model's; select_layer: the hidden state that is read; input: the detector's input that
+    the tower sees.
+    """
+
+    prefix: str
+    config: PreTrainedConfig
+    select_layer: int
+    input: str = "pixel_values"
+
+
+class Detector(Composite):
     """Base of all detectors.
 
     A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
     writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
-    `p_fake` are always there, and what is called `p_<class>` is the probability of that class.
+    `p_fake` are always there, and what is called `p_<class>` is the probability of that class; what other evidence is,
+    `own_meanings` says in a few words.
+
+    What it may be made of: see `Composite`.
     """
 
-    name: ClassVar[str]
     Config: ClassVar[type]
+    accepts_loss_kwargs: ClassVar[bool] = False  # Trainer asks: it is to divide the loss of accumulated batches itself
     class_weights: Tensor
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
+    own_meanings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -62,9 +82,28 @@ class Detector(nn.Module):
         """Name each tensor of `forward` and say what it looks like."""
         raise NotImplementedError
 
+    def shared_tower(self) -> SharedTower | None:
+        """Declare the vision tower that a host may run for this detector, there or not; None = it shares none."""
+        return None
+
+    def tower_tensors(self) -> dict[str, Tensor]:
+        """Give the tensors of the shared tower by their names in a CLIPVisionModel; none where it is not there."""
+        tower = self.shared_tower()
+        if tower is None:
+            return {}
+        named = self.state_dict().items()
+        return {name.removeprefix(tower.prefix): t for name, t in named if name.startswith(tower.prefix)}
+
+    @property
+    def evidence_meanings(self) -> dict[str, str]:
+        """Say of each piece of evidence what it is, for people who see its value."""
+        kinds = {f"p_{name}": f"Score for {name.replace('_', ' ')}" for name in self.classes}
+        known = {"p_real": "Score for real", "p_fake": "Score for fake", **kinds, **self.own_meanings}
+        return {name: known[name] for name in self.evidence_names}
+
     @property
     def shares_vision(self) -> bool:
-        """Say whether `forward` needs a host's vision features as `clip_features`."""
+        """Say whether the shared tower is not there: `forward` needs a host's features of it as `clip_features`."""
         return False
 
     @property
@@ -111,6 +150,10 @@ class Detector(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the published initial weights that the config names; there are none by default."""
+
+    def observe(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Give what a fitted part is fitted on, (B, F), of inputs (B, V, ...)."""
+        raise NotImplementedError
 
     def target(self, record: Record) -> int:
         """Give the number of the class that is right for a record.
@@ -165,19 +208,40 @@ class Detector(nn.Module):
             p_words = (torch.logit(p_fake, LEAST_ODDS) - torch.logit(threshold, LEAST_ODDS)).sigmoid()
         return self.with_p_fake(output.evidence, p_words)
 
-    def with_p_fake(self, evidence: Tensor, p_fake: Tensor) -> Tensor:
+    def with_p_fake(self, evidence: Tensor, p_fake: Tensor, shares: Tensor | None = None) -> Tensor:
         """Put other values (B,) in [0, 1] at p_fake, and what is left of 1 at p_real, of the evidence (B, E).
 
         The classes that are not real keep their shares of p_fake (equal ones, where it was 0), so that none is above
-        it and all of them sum to it.
+        it and all of them sum to it. shares (B, kinds), in the order of `kinds`: what replaces their shares; a row of
+        zeros replaces nothing.
         """
         columns = dict(zip(self.evidence_names, evidence.unbind(dim=1), strict=True))
         p_fake, before = p_fake.to(evidence), columns["p_fake"]
         even = torch.full_like(before, 1 / (len(self.classes) - 1))
-        for name in self._kinds:
-            columns[name] = p_fake * torch.where(before > 0, columns[name] / before, even)
+        for number, name in enumerate(self._kinds):
+            share = torch.where(before > 0, columns[name] / before, even)
+            if shares is not None:
+                share = torch.where(shares.any(dim=1), shares[:, number].to(share), share)
+            columns[name] = p_fake * share
         columns |= {"p_real": 1 - p_fake, "p_fake": p_fake}
         return torch.stack([columns[name] for name in self.evidence_names], dim=1)
+
+    def with_class(self, evidence: Tensor, class_name: str, p: float) -> Tensor:
+        """Set the evidence (B, E) by hand to one class: `p` is its probability, all others share the rest evenly.
+
+        Raises ValueError for a class that the evidence does not tell, and for a p that is not above all others.
+        """
+        if class_name not in self.told_classes or not 1 / len(self.classes) < p <= 1:
+            raise ValueError(
+                f"{class_name!r} with p = {p}: the evidence of {self.name!r} tells {', '.join(self.told_classes)}, "
+                f"each with a p above {1 / len(self.classes):.2f} and at most 1."
+            )
+        if class_name not in self.kinds:
+            return self.with_p_fake(evidence, torch.full((len(evidence),), 1 - p if class_name == "real" else p))
+        rest = (1 - p) / len(self.kinds)  # of p_real, and of each other kind
+        kinds = torch.tensor([p if name == class_name else rest for name in self.kinds])
+        shares = (kinds / (1 - rest)).expand(len(evidence), -1)
+        return self.with_p_fake(evidence, torch.full((len(evidence),), 1 - rest), shares)
 
     def soften(self, evidence: Tensor, exponent: Tensor) -> Tensor:
         """Make the evidence (B, E) beside p_real and p_fake less sure, the more so the smaller the exponents (B,).
@@ -193,10 +257,19 @@ class Detector(nn.Module):
         return torch.stack([columns[name] for name in self.evidence_names], dim=1)
 
     @property
+    def told_classes(self) -> list[str]:
+        """Name the classes that the evidence tells: real, fake where the detector has that class, and its kinds."""
+        return ["real", *(["fake"] if "fake" in self.classes else []), *self.kinds]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Name the classes that are one kind of fake among several, and have their probability in the evidence."""
+        kinds = {f"p_{name}": name for name in self.classes if name not in ("real", "fake")}
+        return [kinds[name] for name in self.evidence_names if name in kinds]
+
+    @property
     def _kinds(self) -> list[str]:
-        """Name the evidence that is the probability of one kind of fake among several."""
-        kinds = [f"p_{name}" for name in self.classes if name not in ("real", "fake")]
-        return [name for name in self.evidence_names if name in kinds]
+        return [f"p_{name}" for name in self.kinds]
 
     def over_views(self, inputs: Mapping[str, Tensor], clip_features: Tensor | None = None) -> DetectorOutput:
         """Run on inputs (B, V, ...) and average probabilities and evidence over the V views of each image.
@@ -222,26 +295,39 @@ class Detector(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, if it is calibrated, calibration.json into `folder`."""
-        save_module(folder, self, self.describe())
+        """Write config.json, model.safetensors and, if it is calibrated, calibration.json into `folder`.
+
+        Members go into its sub-folders; what is known of the groups that it was trained on into trained_on.json.
+        """
+        members = {MEMBERS: sha256} if (sha256 := save_members(folder, self.members)) else {}
+        save_module(folder, self, self.describe() | members, apart=f"{MEMBERS}.")
+        write_trained_on(folder, self.trained_on)
         if self.calibration is None:
             (Path(folder) / CALIBRATION_NAME).unlink(missing_ok=True)  # of weights that were there before
         else:
             write_calibration(folder, self.calibration)
 
     def fingerprint(self) -> str:
-        """Give one SHA-256 of the weights, the same alone and inside a host: without a CLIP vision tower."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(VISION_TOWER)}
-        return sha256_of_tensors(own)
+        """Give one SHA-256 of every tensor. Raises ValueError when those of a host's tower are missing."""
+        if self.shares_vision:
+            raise ValueError(
+                f"{self.name!r} computes its scores with a host's vision tower and has no fingerprint of its own; "
+                "llava.explainer.delta.detector_fingerprint gives it for the host's folder."
+            )
+        return sha256_of_tensors(self.state_dict())
 
-    def load_calibration(self, folder: str | Path) -> None:
-        """Take the calibration.json of `folder`, if any. Raises ValueError when it is of other weights."""
+    def load_calibration(self, folder: str | Path, fingerprint: Callable[[], str] | None = None) -> None:
+        """Take the calibration.json of `folder`, if any. Raises ValueError when it is of other weights.
+
+        fingerprint: gives that of the detector inside a host; None = its own.
+        """
         calibration = read_calibration(folder)
-        if calibration is not None and calibration.weights_sha256 != (own := self.fingerprint()):
+        if calibration is not None and calibration.weights_sha256 != (own := (fingerprint or self.fingerprint)()):
             raise ValueError(
                 f"{str(Path(folder) / CALIBRATION_NAME)!r} was fitted for other weights (sha256 "
                 f"{calibration.weights_sha256[:12]}, these are {own[:12]}); score the validation split again and run "
-                "eval/calibrate.py, or remove the file to go without calibration."
+                "eval/calibrate.py (for an explainer, merge the detector with its calibration again), or remove the "
+                "file to go without calibration."
             )
         self.calibration = calibration
 
@@ -274,9 +360,10 @@ def load(folder: str | Path, expected: str | None = None, description: Mapping[s
     """Load a saved detector with its calibration, in eval mode.
 
     description: what its config.json says, where that was read already. Raises ValueError when the folder holds
-    another kind of model, or a calibration of other weights.
+    another kind of model, a calibration of other weights, or a detector with parts that are still to be fitted.
     """
     detector = load_uncalibrated(folder, expected, description)
+    detector.require_fitted()
     detector.load_calibration(folder)
     return detector
 
@@ -284,7 +371,7 @@ def load(folder: str | Path, expected: str | None = None, description: Mapping[s
 def load_uncalibrated(
     folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None
 ) -> Detector:
-    """Load a saved detector in eval mode, without its calibration. Raises ValueError as `load` does."""
+    """Load a saved detector in eval mode, fitted or not, without its calibration. Raises ValueError as `load` does."""
     description = read_config(folder) if description is None else description
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):
@@ -293,5 +380,6 @@ def load_uncalibrated(
         raise ValueError(f"{str(folder)!r} holds {found}, not {wanted}; give another folder.")
     with without_random_weights():
         detector = from_description(description)
-    load_module(folder, detector)
+    detector.load_weights(folder)
+    read_members(folder, detector.members, description.get(MEMBERS, {}))
     return detector.eval()

@@ -7,18 +7,20 @@ vision tower are really frozen, the prompt vector is kept in eval mode only, `fu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPVisionConfig
 
 from llava.core.config import setting
 from llava.core.types import REGIONS, InputSpec
 from llava.core.weights import load_strictly
 from llava.detectors.backbones import let_see_residual, make_backbone, stage_channels
-from llava.detectors.base import Detector, DetectorOutput
+from llava.detectors.base import Detector, DetectorOutput, SharedTower
 from llava.detectors.m2f2det_parts import (
     CLIP_MEAN,
     CLIP_STD,
@@ -124,6 +126,7 @@ class M2F2Det(Detector):
     name = "m2f2det"
     Config = M2F2DetConfig
     config: M2F2DetConfig
+    own_meanings: ClassVar[Mapping[str, str]] = {name: f"Share of the map: {name}" for name in REGIONS}
 
     def __init__(self, config: M2F2DetConfig) -> None:
         super().__init__(config)
@@ -266,6 +269,12 @@ class M2F2Det(Detector):
         softer = regions ** exponent.to(regions)[:, None]
         return torch.cat([whole, softer / softer.sum(dim=1, keepdim=True)], dim=1)
 
+    def shared_tower(self) -> SharedTower:
+        """Declare the CLIP vision tower."""
+        sizes = asdict(self.config.vision)
+        layer = sizes.pop("select_layer")
+        return SharedTower(prefix="vision_encoder.model.", config=CLIPVisionConfig(**sizes), select_layer=layer)
+
     @property
     def shares_vision(self) -> bool:
         """Say whether the CLIP features come from outside."""
@@ -274,7 +283,8 @@ class M2F2Det(Detector):
     def without_vision(self) -> Detector:
         """Give the same detector without its own CLIP tower."""
         guest = M2F2Det(replace(self.config, own_vision=False))
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("vision_encoder.")}
+        prefix = self.shared_tower().prefix
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith(prefix)}
         load_strictly(guest, own, "the detector without its tower")
         guest.decision = self.decision
         return guest.train(self.training)

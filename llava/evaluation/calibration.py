@@ -28,11 +28,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from llava.core.config import setting
-from llava.core.score_map import Calibration, Method, ScoreMap, log_odds, require_share
+from llava.core.score_map import Calibration, Method, ScoreMap, balanced_weights, fit_logistic, log_odds, require_share
 from llava.core.types import FAKE, REAL
 from llava.evaluation.predictions import Predictions
 
@@ -144,7 +142,10 @@ def fit_map(method: Method, labels: np.ndarray, p_fake: np.ndarray) -> ScoreMap:
         raise ValueError(f"Calibration needs both classes, got {counts[REAL]} real and {counts[FAKE]} fake images.")
     if method == "isotonic":
         return ScoreMap(method=method, knots=_isotonic_knots(labels, p_fake))
-    scale, offset = _logistic(labels, log_odds(p_fake), has_offset=method == "platt")
+    try:
+        (scale,), offset = fit_logistic(labels, log_odds(p_fake)[None], has_offset=method == "platt")
+    except ValueError as error:
+        raise ValueError(f"{error} Use --method isotonic.") from error
     return ScoreMap(method=method, scale=scale, offset=offset)
 
 
@@ -179,32 +180,6 @@ def cross_validated_losses(method: Method, predictions: Predictions, config: Cal
     for train, held_out in splitter.split(p_fake, labels, groups):
         ratios[held_out] = fit_map(method, labels[train], p_fake[train]).log_likelihood_ratio(p_fake[held_out])
     return len(labels) * balanced_weights(labels) * np.logaddexp(0, np.where(labels == FAKE, -ratios, ratios))
-
-
-def balanced_weights(labels: np.ndarray) -> np.ndarray:
-    """Give weights (N,) that sum to 1, half of it for each class."""
-    return 0.5 / np.bincount(labels, minlength=2)[labels]
-
-
-def _logistic(labels: np.ndarray, scores: np.ndarray, has_offset: bool) -> tuple[float, float]:
-    """Fit scale >= 0 and offset by logistic regression.
-
-    Targets are Platt's (1999), (n + 1) / (n + 2) instead of 1 and 0, so that separable classes have a finite answer.
-    """
-    counts = np.bincount(labels, minlength=2)
-    targets = np.where(labels == FAKE, (counts[FAKE] + 1) / (counts[FAKE] + 2), 1 / (counts[REAL] + 2))
-    weights = balanced_weights(labels)
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        z = parameters[0] * scores + parameters[1]
-        slopes = weights * (expit(z) - targets)
-        return float(weights @ (np.logaddexp(0, z) - targets * z)), np.array([slopes @ scores, slopes.sum()])
-
-    bounds = [(0, None), (None, None) if has_offset else (0, 0)]
-    found = minimize(loss, [1.0, 0.0], jac=True, bounds=bounds, method="L-BFGS-B", options={"ftol": 1e-13})
-    if not found.success:
-        raise ValueError(f"The fit did not converge ({found.message}); use --method isotonic.")
-    return float(found.x[0]), float(found.x[1])
 
 
 def _isotonic_knots(labels: np.ndarray, p_fake: np.ndarray) -> tuple[tuple[float, float], ...]:

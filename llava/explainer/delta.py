@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava.core.runtime import atomic_path, write_json
-from llava.core.weights import sha256_of
+from llava.core.tensor_files import TensorFiles, tensor_files_in
+from llava.core.weights import sha256_of, sha256_of_tensors
+from llava.detectors.base import Detector
 from llava.explainer.modeling import ForgeryLlava
 
+DETECTOR, VISION_TOWER = "detector.", "model.vision_tower."  # how the names of their tensors begin in an explainer
 LORA_WEIGHTS = "adapter_model.safetensors"
 OTHER_WEIGHTS = "non_lora_trainables.safetensors"
 RECORD = "delta.json"
@@ -47,6 +50,21 @@ def fingerprint(folder: str | Path) -> str:
     if not files:
         raise FileNotFoundError(f"{str(folder)!r} holds no *.safetensors; give a model folder.")
     return hashlib.sha256("".join(sha256_of(f) for f in files).encode()).hexdigest()
+
+
+def detector_fingerprint(folder: str | Path, detector: Detector) -> str:
+    """Give one SHA-256 of all that computes the scores of an explainer's detector, as its folder stores it.
+
+    The host's vision tower is counted where the detector shares it. Where both are stored with the values of stage 1,
+    it is `Detector.fingerprint()` of the detector alone; how the model is loaded makes no difference.
+    """
+    own = [(DETECTOR, "")]
+    if (tower := detector.shared_tower()) is not None and detector.shares_vision:
+        own.append((VISION_TOWER, tower.prefix))
+    stored = TensorFiles(tensor_files_in(folder))  # a map of the files, so nothing is copied into memory
+    return sha256_of_tensors(
+        {to + name.removeprefix(start): stored[name] for name in stored for start, to in own if name.startswith(start)}
+    )
 
 
 def save_delta(model: Model, folder: str | Path, base: dict[str, Any], state: dict[str, Tensor] | None = None) -> None:
@@ -88,6 +106,11 @@ def load_delta(model: Model, folder: str | Path) -> int:
     lora = load_file(Path(folder) / LORA_WEIGHTS) if record["lora"] else {}
     if bool(lora) != isinstance(model, PeftModel) or len(lora) != record["lora"]:
         raise ValueError(f"{str(folder)!r}: {len(lora)} LoRA tensors, {record['lora']} recorded; the file is damaged.")
+    if judging := [name for name in (*others, *lora) if DETECTOR in name or "vision_tower." in name]:
+        raise ValueError(
+            f"{str(folder)!r} would change the detector or the vision tower (first: {judging[0]}), and with them every "
+            "score; no training of ours writes such a delta."
+        )
     if lora:
         wanted = get_peft_model_state_dict(model).keys()  # type: ignore[arg-type]
         if wanted != lora.keys():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from llava.core.types import GenerationSettings, Turn
 from llava.core.weights import read_config
 from llava.detectors.base import DetectorOutput
 from llava.explainer.convert import is_published, ready
+from llava.explainer.delta import detector_fingerprint
 from llava.explainer.modeling import Encoded, ForgeryLlava, ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor, Pixels
 
@@ -58,7 +60,7 @@ def load_model(
         if report.get(kind_of_problem):
             some = sorted(map(str, report[kind_of_problem]))
             raise ValueError(f"{str(name)!r}: {len(some)} {kind_of_problem.replace('_', ' ')}, first: {some[0]}.")
-    model.detector.load_calibration(folder)
+    model.detector.load_calibration(folder, partial(detector_fingerprint, folder, model.detector))
     return model.eval() if quantization != "none" else model.to(device).eval()  # type: ignore[arg-type]
 
 

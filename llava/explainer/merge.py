@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava.core.runtime import atomic_path, item_rng, write_json
-from llava.core.score_map import write_calibration
+from llava.core.score_map import Calibration, write_calibration
 from llava.core.types import Turn
 from llava.core.weights import read_config, shapes_only
 from llava.detectors.base import Detector
 from llava.detectors.base import load as load_detector
 from llava.detectors.published import ready_detector
 from llava.explainer.convert import ready, ready_delta
-from llava.explainer.delta import Model, attach, fingerprint, inner, read_record
+from llava.explainer.delta import Model, attach, detector_fingerprint, fingerprint, inner, read_record
 from llava.explainer.generation import load_model, load_processor
 from llava.explainer.modeling import EvidenceAdapter, ForgeryLlava, ForgeryLlavaConfig, join_config
 from llava.explainer.processing import ExplainerProcessor, read_tokenizer
@@ -75,7 +76,11 @@ def changed_tensors(before: Path, after: Path) -> tuple[int, int]:
 
 @torch.inference_mode()
 def certify_detector(folder: Path, alone: Detector) -> dict[str, Any]:
-    """Compare the detector inside the saved explainer with the detector on its own."""
+    """Compare the detector inside the saved explainer with the detector on its own.
+
+    stage_1_sha256 is the fingerprint of the one on its own, detector_sha256 of the one inside: they are the same but
+    where the base keeps the shared tower in half precision.
+    """
     merged = load_model(folder, dtype="stored")
     processor = load_processor(folder, merged)
     pixels = [processor.pixels(i) for i in sample_images(4, merged.config.vision_config.image_size)]
@@ -90,6 +95,8 @@ def certify_detector(folder: Path, alone: Detector) -> dict[str, Any]:
     return {
         "kind": "detector",
         "detector": alone.name,
+        "stage_1_sha256": own_fingerprint(alone),
+        "detector_sha256": detector_fingerprint(folder, merged.detector),
         "max_delta_p_fake": difference,
         "tolerance": tolerance,
         "sample_images": 4,
@@ -140,21 +147,20 @@ def merge_detector(
     settings = read_config(base_folder)
     check_base(settings, str(base))
     alone = load_detector(ready_detector(detector or named_detector(settings, base)))
+    check_named(settings, alone, base)
     llava, report = LlavaForConditionalGeneration.from_pretrained(base_folder, dtype="auto", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"]:
         wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
         raise ValueError(f"{base!r}: {len(wrong)} tensors do not fit LLaVA, first: {wrong[0]}.")
-    check_named(settings, alone, base)
     guest = share_vision(alone, llava)
     ratio = settings.get("image_aspect_ratio", "square")
     model = _join(llava, guest, join_config(llava.config, guest, ratio, evidence_tokens, layout), seed)
     with atomic_path(out) as staged:
         model.save_pretrained(staged)
         read_tokenizer(base_folder).save_pretrained(staged)
-        if alone.calibration is not None:
-            write_calibration(staged, alone.calibration)
         del model, llava  # one model in memory at a time
         certificate = certify_detector(staged, alone)
+        _stamp(staged, alone.calibration, certificate["detector_sha256"])
         write_json(staged / CERTIFICATE, certificate)
     log.info(
         "merged %s and %s into %s (max |delta p_fake| %.1e)", base, guest.name, out, certificate["max_delta_p_fake"]
@@ -173,7 +179,7 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     record = read_record(delta_folder)
     check_fingerprint(record["base"], fingerprint(base_folder), str(base))
     model = load_model(base_folder, dtype="stored")
-    processor, calibration = load_processor(base_folder, model), model.detector.calibration
+    processor, detector = load_processor(base_folder, model), model.detector
     live = attach(model, delta_folder).eval()
     expected = sample_logits(live, processor)
     merged: ForgeryLlava = live.merge_and_unload() if isinstance(live, PeftModel) else live
@@ -182,13 +188,14 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
     with atomic_path(out) as staged:
         merged.save_pretrained(staged)
         processor.tokenizer.save_pretrained(staged)
-        if calibration is not None:
-            write_calibration(staged, calibration)
+        detector_sha256 = detector_fingerprint(staged, detector)
+        _stamp(staged, detector.calibration, detector_sha256)  # the words rest on it
         del model, live, merged  # one model in memory at a time
         difference = max_difference(expected, sample_logits(load_model(staged, dtype="stored"), processor))
         if not difference <= tolerance:
             raise ValueError(f"Merging {delta!r} changed the logits by {difference:.1e}, more than {tolerance:.0e}.")
         certificate = certify_delta(base_folder, staged, record, difference, tolerance)
+        certificate["detector_sha256"] = detector_sha256
         write_json(staged / CERTIFICATE, certificate)
     log.info(
         "merged %s into %s: %d tensors changed, max |delta logit| %.1e",
@@ -233,11 +240,34 @@ def named_detector(settings: dict[str, Any], base: str) -> str:
 
 
 def check_named(settings: dict[str, Any], detector: Detector, base: str) -> None:
-    """Refuse a detector that is not the one the base's config names (by detector or, as published, by backbone)."""
+    """Refuse a detector that is not the one the base's config names, by name (published: backbone) or fingerprint."""
     named = settings.get("deepfake_model_name")
     known = (detector.name, getattr(detector.config, "backbone", None))
     if named is not None and named not in known:
         raise ValueError(f"{base!r} names the detector {named!r} (deepfake_model_name), the folder holds {known}.")
+    wanted, found = settings.get("deepfake_model_sha256"), own_fingerprint(detector)
+    if wanted is not None and wanted != found:
+        raise ValueError(
+            f"{base!r} was made for the detector {settings.get('deepfake_model_path')!r} with the fingerprint "
+            f"{wanted[:12]}, this one has {(found or 'none')[:12]}; give that detector, or make a base for this one "
+            "(m2f2 tiny-base --detector FOLDER); a base that is for any detector has no deepfake_model_sha256 in its "
+            "config.json."
+        )
+
+
+def own_fingerprint(detector: Detector) -> str | None:
+    """Give a detector's fingerprint, None for one that was saved without the tower it needs."""
+    return None if detector.shares_vision else detector.fingerprint()
+
+
+def _stamp(folder: Path, calibration: Calibration | None, detector_sha256: str) -> None:
+    """Write the calibration of a detector that is inside a merged folder, as one of the tensors stored there.
+
+    That they give the same scores, the merge has shown, or a delta can not change; the certificate names the detector
+    that it was fitted for.
+    """
+    if calibration is not None:
+        write_calibration(folder, replace(calibration, weights_sha256=detector_sha256))
 
 
 def fresh_adapter(config: ForgeryLlavaConfig, seed: int) -> EvidenceAdapter:
@@ -264,16 +294,17 @@ def _join(llava: LlavaForConditionalGeneration, guest: Detector, config: Forgery
 
 
 def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> Detector:
-    """Let a detector read the LLaVA's vision tower instead of its own; they must be the same weights."""
-    own = getattr(detector, "vision_encoder", None)
-    if own is None:
+    """Let a detector read the LLaVA's vision tower instead of the one it declares; they must be the same weights."""
+    tower = detector.shared_tower()
+    if tower is None:
         return detector
-    theirs = llava.model.vision_tower.state_dict()
-    mine = own.model.state_dict()
-    differ = [k for k in mine if k not in theirs or mine[k].shape != theirs[k].shape or not _close(mine[k], theirs[k])]
-    layers = detector.config.vision.select_layer, llava.config.vision_feature_layer
+    layers = tower.select_layer, llava.config.vision_feature_layer
     if layers[0] != layers[1]:
         raise ValueError(f"The detector reads layer {layers[0]} of the vision tower, the base layer {layers[1]}.")
+    if detector.shares_vision:
+        return detector
+    theirs, mine = llava.model.vision_tower.state_dict(), detector.tower_tensors()
+    differ = [k for k in mine if k not in theirs or mine[k].shape != theirs[k].shape or not _close(mine[k], theirs[k])]
     if differ:
         raise ValueError(
             f"The detector was trained on another vision tower ({len(differ)} of {len(mine)} tensors differ), its "

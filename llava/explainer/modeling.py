@@ -147,9 +147,9 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         """
         dtype = next(self.detector.parameters()).dtype
         inputs = {name: tensor.to(dtype) for name, tensor in detector_inputs.items()}
-        shared = None
-        if self.detector.shares_vision:
-            views, spec = inputs["pixel_values"], self.detector.inputs["pixel_values"]
+        shared, tower = None, self.detector.shared_tower()
+        if tower is not None and self.detector.shares_vision:
+            views, spec = inputs[tower.input], self.detector.inputs[tower.input]
             is_crop = isinstance(spec, InputSpec) and spec.seen == 1 and spec.fit == "crop"
             sees_the_same = is_crop and views.shape[1] == 1
             shared = (features if sees_the_same else self.vision_features(views.flatten(0, 1))).to(dtype)
@@ -204,7 +204,7 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         """Give logits (B, L, vocabulary) and, with labels, the loss averaged over the answer's tokens.
 
         Images come as pixel_values + detector_inputs or, already encoded, as image_features + evidence; evidence
-        given beside pixel_values replaces the detector's own. spread (N, 2), in training: see `_evidence_for_words`.
+        given beside pixel_values replaces the detector's own. spread, in training: see `_evidence_for_words`.
         """
         if pixel_values is not None and inputs_embeds is None:
             encoded = self.encode(pixel_values, detector_inputs or {})
@@ -229,13 +229,14 @@ class ForgeryLlava(LlavaForConditionalGeneration):
     def _evidence_for_words(self, encoded: Encoded, evidence: Tensor | None, spread: Tensor | None) -> Tensor:
         """Give the evidence (N, E) for the words: the detector's, or what replaces it.
 
-        spread (N, 2): the p_fake that replaces the one in it, and the exponent that makes the rest of it less sure.
+        spread (N, 2 + kinds): the p_fake that replaces the one in it, the exponent that makes the rest of it less sure,
+        and the kinds' shares of p_fake (0 = as they are).
         """
         evidence = encoded.evidence if evidence is None else evidence
         if spread is None:
             return evidence
-        p_fake, exponent = spread.unbind(dim=1)
-        return self.detector.with_p_fake(self.detector.soften(evidence, exponent), p_fake)
+        softer = self.detector.soften(evidence, spread[:, 1])
+        return self.detector.with_p_fake(softer, spread[:, 0], spread[:, 2:] if spread.shape[1] > 2 else None)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Hand images and evidence to the first step only; later steps read them from the cache."""

@@ -61,9 +61,12 @@ class ExplainerProcessor:
         canvas = _pad_to_square(image) if self.config.image_aspect_ratio == "pad" else image
         tower, inputs = self.config.vision_input, self.detector_inputs
         pixel_values = to_tensor(canvas, tower)
-        (name, spec), *others = inputs.items()
-        if canvas is image and spec == tower and not others:  # read by both: prepared once
-            return {"pixel_values": pixel_values, "detector_inputs": {name: pixel_values[None]}, "reasons": {}}
+        if canvas is image and list(inputs.values()) == [tower]:  # read by both: prepared once
+            return {
+                "pixel_values": pixel_values,
+                "detector_inputs": dict.fromkeys(inputs, pixel_values[None]),
+                "reasons": {},
+            }
         tensors, reasons = input_tensors(content, inputs, with_views=True)
         return {"pixel_values": pixel_values, "detector_inputs": tensors, "reasons": reasons}
 

@@ -26,6 +26,7 @@ from llava.data.inputs import NamedImage, NamedInput
 from llava.evaluation.pictures import timeline_png
 from llava.pipeline.verdict import (
     LIMITS,
+    WORDS_LIMIT,
     Finding,
     band_in_words,
     meaning,
@@ -189,8 +190,7 @@ def model_facts(pipeline: Pipeline) -> Facts:
     return {
         "name": pipeline.name,
         "detector": detector.name,
-        "detector_sha256": detector.fingerprint(),
-        "explainer_sha256": _explainer_sha256(pipeline),
+        **_fingerprints(pipeline),
         "calibration": None if detector.calibration is None else to_dict(detector.calibration),
     }
 
@@ -202,7 +202,7 @@ def case_about(model: Facts, entries: Sequence[Facts], settings: Mapping[str, An
         "model": model,
         "software": {"m2f2": __version__, **software()},
         "settings": dict(settings or {}),
-        "limits": list(LIMITS),
+        "limits": [*LIMITS, *([WORDS_LIMIT] if any(entry["explanation"] for entry in entries) else [])],
         "entries": list(entries),
     }
 
@@ -285,11 +285,13 @@ def _size(pixels: np.ndarray) -> list[int]:
     return [pixels.shape[1], pixels.shape[0]]
 
 
-def _explainer_sha256(pipeline: Pipeline) -> str | None:
-    """Give the fingerprint of the explainer's weight files, the one that its certificate names; None without one."""
+def _fingerprints(pipeline: Pipeline) -> Facts:
+    """Give those of the detector and of the explainer's weight files, as certificates name them; None without one."""
     if pipeline.explainer is None:
-        return None
-    from llava.explainer.convert import ready
-    from llava.explainer.delta import fingerprint  # here, because it imports peft, which a detector does not need
+        return {"detector_sha256": pipeline.detector.fingerprint(), "explainer_sha256": None}
+    from llava.explainer.convert import ready  # here, because they import peft, which a detector does not need
+    from llava.explainer.delta import detector_fingerprint, fingerprint
 
-    return fingerprint(ready(pipeline.name))
+    folder = ready(pipeline.name)
+    inside = detector_fingerprint(folder, pipeline.detector)
+    return {"detector_sha256": inside, "explainer_sha256": fingerprint(folder)}

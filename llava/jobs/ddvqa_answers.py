@@ -198,7 +198,7 @@ def answer_all(settings: Settings) -> Path:
 
 
 def _load(settings: Settings) -> Pipeline:
-    """Load the explainer. Raises ValueError when its evidence is not (p_real, p_fake) and another one is to be told."""
+    """Load the explainer. Raises ValueError for a p_fake that can not be told, and a layout that is unknown."""
     from transformers.utils.logging import disable_progress_bar
 
     from llava.explainer.prompts import layout_named  # here, so that --help loads no torch
@@ -214,9 +214,6 @@ def _load(settings: Settings) -> Pipeline:
         settings.model_path, settings.device, settings.precision, settings.quantization, batch_size=settings.batch_size
     )
     pipeline.needed_explainer()
-    names = pipeline.detector.evidence_names
-    if p_fake is not None and names != ("p_real", "p_fake"):
-        raise ValueError(f"--evidence_p_fake needs the evidence (p_real, p_fake); {settings.model_path!r} has {names}.")
     return pipeline
 
 
@@ -240,8 +237,10 @@ def _rows(pipeline: Pipeline, batch: Sequence[Sequence[Item]], settings: Setting
     p_fake = settings.evidence_p_fake
     for part in batched(asked, settings.batch_size):
         conversations = [[Turn(role="human", text=item.question)] for _, item in part]
-        evidence = None if p_fake is None else torch.tensor([[1 - p_fake, p_fake]] * len(part))
-        texts = explainer.answer(encoded.take([number for number, _ in part]), conversations, words, evidence)
+        seen = encoded.take([number for number, _ in part])
+        told = None if p_fake is None else torch.full((len(part),), p_fake)
+        evidence = None if told is None else pipeline.detector.with_p_fake(seen.evidence, told)
+        texts = explainer.answer(seen, conversations, words, evidence)
         for (number, item), turns, text in zip(part, conversations, texts, strict=True):
             verdict = found[number].verdict
             metadata = {

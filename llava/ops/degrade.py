@@ -22,7 +22,7 @@ class DegradeConfig:
     """Say how likely and how strong each degradation is; every strength is drawn evenly from its range.
 
     Defaults: blur 0.1, JPEG 0.1 and flip 0.5 of the M2F2-Det recipe, whose quality list (30, 100) we read as a
-    range; noise and rescaling are off. Calling the settings degrades an image.
+    range; noise, rescaling and rotation are off. Calling the settings degrades an image.
     """
 
     blur_probability: float = setting(0.1, "chance of a Gaussian blur")
@@ -34,8 +34,10 @@ class DegradeConfig:
     jpeg_probability: float = setting(0.1, "chance of JPEG compression")
     jpeg_quality: tuple[int, int] = setting((30, 100), "range of the JPEG quality, both ends included")
     flip_probability: float = setting(0.5, "chance of a left-right flip")
+    rotation: float = setting(0.0, "largest rotation to either side, in degrees; 0 = none")
 
     def __post_init__(self) -> None:
+        require_within("rotation", (self.rotation,), 0, 180)
         for name in ("blur", "rescale", "noise", "jpeg", "flip"):
             require_within(f"{name}_probability", (getattr(self, f"{name}_probability"),), 0, 1)
         require_within("blur_sigma", self.blur_sigma, 0, 100)
@@ -46,17 +48,17 @@ class DegradeConfig:
     def __call__(
         self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Degrade one image with these settings; its mask (H, W) is flipped with it."""
+        """Degrade one image with these settings; its mask (H, W) is flipped and rotated with it."""
         return degrade(image, mask, self, rng)
 
 
 def degrade(
     image: np.ndarray, mask: np.ndarray | None, config: DegradeConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Blur, rescale, add noise, compress and flip, each by its chance; uint8 (H, W, 3) to uint8 of the same shape.
+    """Blur, rescale, add noise, compress and flip, each by its chance, and rotate; uint8 (H, W, 3), also the result.
 
-    mask: (H, W), what belongs to the pixels; it is only flipped. All randomness comes from `rng`; the input is left as
-    it is.
+    mask: (H, W), what belongs to the pixels; it is only flipped and rotated. All randomness comes from `rng`; the input
+    is left as it is.
     """
     if rng.random() < config.blur_probability:
         image = blur(image, rng.uniform(*config.blur_sigma))
@@ -69,6 +71,10 @@ def degrade(
         image = compress_jpeg(image, int(rng.integers(low, high + 1)))
     if rng.random() < config.flip_probability:
         image, mask = flip(image), None if mask is None else flip(mask)
+    if config.rotation:
+        degrees = rng.uniform(-config.rotation, config.rotation)
+        image = rotate(image, degrees)
+        mask = None if mask is None else rotate(mask, degrees, cv2.INTER_NEAREST)
     return image, mask
 
 
@@ -108,6 +114,13 @@ def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 def flip(image: np.ndarray) -> np.ndarray:
     """Mirror left and right."""
     return np.ascontiguousarray(image[:, ::-1])
+
+
+def rotate(image: np.ndarray, degrees: float, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
+    """Turn counter-clockwise about the centre of the pixels; what comes in over the border is mirrored."""
+    height, width = image.shape[:2]
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
+    return cv2.warpAffine(image, matrix, (width, height), flags=interpolation, borderMode=cv2.BORDER_REFLECT)
 
 
 @dataclass(frozen=True, kw_only=True)

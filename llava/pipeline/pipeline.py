@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -342,7 +343,7 @@ class Pipeline:
         return (dict(zip(VERSIONS, part, strict=True)) for part in batched(scores, len(VERSIONS)))
 
     def _rows(self, detection: DetectorOutput) -> list[dict[str, Any]]:
-        """Name the numbers: one dictionary of p_fake, probabilities and evidence per image."""
+        """Name the numbers: one dictionary of p_fake, probabilities and the evidence that there is, per image."""
         assert detection.logits is not None and detection.evidence is not None
         probabilities = self.detector.class_scores(detection.logits)
         columns = torch.cat([self.detector.p_fake(detection.logits)[:, None], probabilities, detection.evidence], dim=1)
@@ -353,7 +354,7 @@ class Pipeline:
             {
                 "p_fake": row[0],
                 "probabilities": dict(zip(names[first:last], row[first:last], strict=True)),
-                "evidence": dict(zip(names[last:], row[last:], strict=True)),
+                "evidence": {n: value for n, value in zip(names[last:], row[last:], strict=True) if not isnan(value)},
             }
             for row in columns.float().tolist()
         ]

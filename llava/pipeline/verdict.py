@@ -42,8 +42,12 @@ LIMITS = (
     "Only faces that were found are judged, and nothing else in the picture.",
     "A percentage holds for pictures like those the detector was calibrated on. A score without calibration is no "
     "percentage at all.",
-    "The map shows where the detector's features respond. The reasons are written by a language model. Neither proves "
-    "that a place was changed; look there with your own eyes.",
+    "The map shows where the detector's features respond. It does not prove that a place was changed; look there with "
+    "your own eyes.",
+)
+WORDS_LIMIT = (
+    "Reasons in words are written by a language model. They prove nothing by themselves, and may name a place that "
+    "looks fine."
 )
 
 
@@ -120,6 +124,7 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
         **found,
         probabilities=scores["probabilities"] if scores else {},
         evidence=scores["evidence"] if scores else {},
+        meanings=detector.evidence_meanings if scores else {},
         detector=detector.name,
         **face.place,
         image=face.image,

@@ -226,7 +226,8 @@ def _trimmed(verdicts: Sequence[Verdict], trim: float) -> dict[str, Any] | None:
         return None
 
     def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        return {name: float(trim_mean([row[name] for row in rows], trim)) for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)  # what a frame lacks, others may have
+        return {name: float(trim_mean([row[name] for row in rows if name in row], trim)) for name in names}
 
     p_fake = float(trim_mean([_raw(v) for v in verdicts], trim))
     evidence, probabilities = means([v.evidence for v in verdicts]), means([v.probabilities for v in verdicts])

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,8 +29,7 @@ from llava.serve.engine import WORDLESS, Answer, Engine, Piece, Question, Refusa
 from llava.serve.fetch import Fetcher
 from llava.serve.guard import Guard, RequestLimits
 from llava.serve.keys import KeyRing
-from llava.serve.measures import MeasuredEngine, Measures
-from llava.serve.options import ServeSettings
+from llava.serve.measures import Measures
 from llava.serve.uploads import UploadLimits, decode_data_uri, is_data_uri, read_files, read_still, read_upload
 from llava.serve.web import OPEN_PATHS, add_documentation, add_refusals
 
@@ -72,7 +71,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(max_length=200)
+    model: str | None = Field(None, max_length=200, description="none = the first of /v1/models")
     messages: list[Message] = Field(min_length=1, max_length=64)
     stream: bool = False
     stream_options: dict[str, bool] | None = None
@@ -174,10 +173,13 @@ def _delta(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What the API works with. measures: the counters that /metrics shows; those of the engine, where it counts."""
+    """What the API works with.
 
-    engine: Engine
-    model: str
+    engines: of each model by its name; who names none asks the first. measures: the counters that /metrics shows; those
+    of the engines, where they count.
+    """
+
+    engines: Mapping[str, Engine]
     measures: Measures = field(default_factory=Measures)
     keys: KeyRing | None = None
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -185,13 +187,25 @@ class Service:
     fetcher: Fetcher | None = None
     page: PageDoor | None = None
 
+    def chosen(self, model: str | None, request: Request) -> tuple[str, Engine]:
+        """Give name and engine of the model that a request names, and note the name for its line in the log.
+
+        Raises Refusal (404) for one that is not here.
+        """
+        name = next(iter(self.engines)) if model is None else model
+        if name not in self.engines:
+            message = f"There is no model {name[:80]!r} here; ask {' or '.join(map(repr, self.engines))}."
+            raise Refusal(404, message, parameter="model", code="model_not_found")
+        request.state.model = name
+        return name, self.engines[name]
+
     def is_guarded(self, path: str) -> bool:
         """Say whether a path needs a key and a turn; the page has a login and rates of its own."""
         return path not in ("/health", *OPEN_PATHS) and not (self.page is not None and self.page.owns(path))
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
-        """Give the threads that wait for the engine, one for each request that is worked on."""
+        """Give the threads that wait for the engines, one for each request that is worked on."""
         return ThreadPoolExecutor(self.limits.max_active, thread_name_prefix="answer")
 
 
@@ -224,9 +238,10 @@ def build_app(service: Service) -> FastAPI:
 
 def _add_basics(app: FastAPI, service: Service) -> None:
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Say that the server answers."""
-        return {"status": "ok", "model": service.model, "version": __version__}
+    async def health() -> dict[str, Any]:
+        """Say that the server answers; `model` is the first of the models."""
+        names = list(service.engines)
+        return {"status": "ok", "model": names[0], "models": names, "version": __version__}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
@@ -235,65 +250,81 @@ def _add_basics(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """List the one model; `capabilities` is an extra key."""
-        model = {"id": service.model, "object": "model", "created": 0, "owned_by": "m2f2"}
-        capabilities = ["detect", "explain"] if service.engine.has_words else ["detect"]
-        return {"object": "list", "data": [model | {"capabilities": capabilities}]}
+        """List the models, first the one that is asked where none is named; `capabilities` is an extra key."""
+        common = {"object": "model", "created": 0, "owned_by": "m2f2"}
+        capabilities = {name: ["detect", *["explain"] * bool(each.has_words)] for name, each in service.engines.items()}
+        data = [{"id": name, **common, "capabilities": able} for name, able in capabilities.items()]
+        return {"object": "list", "data": data}
 
 
 def _add_faces(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/detect", dependencies=[_known_fields("files")])
-    async def detect(files: Annotated[list[UploadFile], File(max_length=MAX_FILES)]) -> dict[str, Any]:
-        """Give a verdict for every face of the images that are sent, largest first, and one for each video."""
-        sent = await read_files(files, read_upload, service.uploads)
-        engine = service.engine
-        found = await asyncio.to_thread(lambda: list(in_order(sent, engine.findings, engine.video_finding)))
-        return {"model": service.model, "verdicts": [finding.verdict.to_dict() for finding in found]}
-
-    @app.post("/v1/explain", dependencies=[_known_fields("files", "question", "max_tokens")])
-    async def explain(
+    @app.post("/v1/detect", dependencies=[_known_fields("files", "model")])
+    async def detect(
+        request: Request,
         files: Annotated[list[UploadFile], File(max_length=MAX_FILES)],
+        model: Annotated[str | None, Form(max_length=200)] = None,
+    ) -> dict[str, Any]:
+        """Give a verdict for every face of the images that are sent, largest first, and one for each video."""
+        name, engine = service.chosen(model, request)
+        sent = await read_files(files, read_upload, service.uploads)
+        found = await asyncio.to_thread(lambda: list(in_order(sent, engine.findings, engine.video_finding)))
+        return {"model": name, "verdicts": [finding.verdict.to_dict() for finding in found]}
+
+    @app.post("/v1/explain", dependencies=[_known_fields("files", "model", "question", "max_tokens")])
+    async def explain(
+        request: Request,
+        files: Annotated[list[UploadFile], File(max_length=MAX_FILES)],
+        model: Annotated[str | None, Form(max_length=200)] = None,
         question: Annotated[str, Form(max_length=2000)] = VERDICT_QUESTION,
         max_tokens: Annotated[int, Form(ge=1, le=MAX_TOKENS)] = 256,
     ) -> dict[str, Any]:
         """Give the verdict on the largest face of each image, and the answer to one question about it."""
-        if not service.engine.has_words:
-            raise Refusal(400, f"{WORDLESS} Send the files to /v1/detect, or serve such an explainer.")
+        name, engine = service.chosen(model, request)
+        if not engine.has_words:
+            raise Refusal(400, f"{WORDLESS} Send the files to /v1/detect, or {_who_writes(service)}.")
         images = await read_files(files, read_still, service.uploads)
         settings, turns = GenerationSettings(max_new_tokens=max_tokens), [Turn(role="human", text=question)]
-        answers = await asyncio.gather(*(_answer(service, image, turns, settings) for image in images))
-        return {"model": service.model, "explanations": [answer.explanation.to_dict() for answer in answers]}
+        answers = await asyncio.gather(*(_answer(service, engine, image, turns, settings) for image in images))
+        return {"model": name, "explanations": [answer.explanation.to_dict() for answer in answers]}
 
 
 def _known_fields(*names: str) -> Any:
-    """Give what refuses a form with other fields, so that a misspelt one is not left out in silence."""
+    """Give what refuses a form with other fields, and fields in the address, so that none is left out in silence."""
 
     async def check(request: Request) -> None:
         unknown = sorted(set(await request.form()).difference(names))
         if unknown:
             raise Refusal(400, f"{unknown[0][:80]}: there is no such field here; allowed: {', '.join(names)}.")
+        for name in request.query_params:
+            raise Refusal(400, f"{name[:80]}: nothing is read from the address; send it as a field of the form.")
 
     return Depends(check)
 
 
+def _who_writes(service: Service) -> str:
+    """Say what to do for words."""
+    writers = [repr(name) for name, engine in service.engines.items() if engine.has_words]
+    return f"ask for the model {' or '.join(writers)}" if writers else "serve such an explainer"
+
+
 def _add_chat(app: FastAPI, service: Service, fetcher: Fetcher) -> None:
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(chat_request: ChatRequest) -> dict[str, Any] | StreamingResponse:
+    async def chat(request: Request, chat_request: ChatRequest) -> dict[str, Any] | StreamingResponse:
         """Answer a conversation about one image, as OpenAI's clients ask it; `verdict` is an extra key."""
-        if chat_request.model != service.model:
-            raise Refusal(400, f"There is no model {chat_request.model[:80]!r} here; ask {service.model!r}.")
+        name, engine = service.chosen(chat_request.model, request)
         address, turns, notes = chat_request.conversation()
         image = await _fetched(address, service, fetcher)
-        settings, reply = chat_request.generation(), ChatReply(service.model, notes)
+        settings, reply = chat_request.generation(), ChatReply(name, notes)
         if chat_request.stream:
             wants_usage = bool((chat_request.stream_options or {}).get("include_usage"))
-            lines = _lines(service, image, turns, settings, reply, wants_usage)
+            lines = _lines(service, engine, image, turns, settings, reply, wants_usage)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return reply.whole(await _answer(service, image, turns, settings))
+        return reply.whole(await _answer(service, engine, image, turns, settings))
 
 
 async def _lines(
     service: Service,
+    engine: Engine,
     image: NamedImage,
     turns: Sequence[Turn],
     settings: GenerationSettings,
@@ -303,7 +334,7 @@ async def _lines(
     """Yield the events of a stream; a failure after the first one is the last event, in a sentence."""
     answer = Answer(turns[-1].text, name=image.name)
     try:
-        async for piece in _pieces(service, image, turns, settings):
+        async for piece in _pieces(service, engine, image, turns, settings):
             answer.add(piece)
             if piece.verdict is not None:
                 yield _event(reply.first(answer.verdict))
@@ -317,11 +348,13 @@ async def _lines(
     yield "data: [DONE]\n\n"
 
 
-async def _answer(service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings) -> Answer:
+async def _answer(
+    service: Service, engine: Engine, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
+) -> Answer:
     """Give the whole answer. Raises Refusal for what can not be answered."""
     answer = Answer(turns[-1].text, name=image.name)
     try:
-        async for piece in _pieces(service, image, turns, settings):
+        async for piece in _pieces(service, engine, image, turns, settings):
             answer.add(piece)
     except ValueError as error:
         raise _refusal(error) from None
@@ -334,12 +367,12 @@ def _refusal(error: ValueError) -> Refusal:
 
 
 async def _pieces(
-    service: Service, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
+    service: Service, engine: Engine, image: NamedImage, turns: Sequence[Turn], settings: GenerationSettings
 ) -> AsyncIterator[Piece]:
     """Ask the engine from this event loop; a client that leaves stops the answer."""
     stop = Event()
     question = Question(image=image.pixels, turns=turns, settings=settings)
-    async with aclosing(from_thread(lambda: service.engine.ask(question, stop), service.threads, stop)) as arrivals:
+    async with aclosing(from_thread(lambda: engine.ask(question, stop), service.threads, stop)) as arrivals:
         async for pieces in arrivals:
             yield joined(pieces)
 
@@ -355,24 +388,3 @@ async def _fetched(address: str, service: Service, fetcher: Fetcher) -> NamedIma
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def build(settings: ServeSettings, engine: Engine) -> FastAPI:
-    """Give the application of these settings. Raises ValueError for a file of keys that can not be used."""
-    measures = Measures()
-    engine = MeasuredEngine(engine, measures)
-    keys = KeyRing(settings.keys) if settings.keys else None
-    at_once = settings.rows * settings.replica_range[1]
-    limits = RequestLimits(
-        requests_per_minute=settings.requests_per_minute,
-        max_active=at_once,
-        max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
-    )
-    page = None
-    if settings.page:
-        from llava.serve.page.door import open_page
-
-        page = open_page({settings.name: engine}, limits, keys=keys, examples=settings.examples)
-    return build_app(
-        Service(engine=engine, model=settings.name, measures=measures, keys=keys, limits=limits, page=page)
-    )

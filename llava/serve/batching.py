@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 WAIT_SECONDS = 0.1
 ENDING = "The server ends; ask again when it is back."
-VIDEOS_TOGETHER = 2  # whose frames are read at a time
-PREPARED_TOGETHER = 2  # images; the delivered versions of a large one take hundreds of megabytes
+READING = Semaphore(2)  # videos whose frames are read at a time in a process, for all its models
+# Images at a time in a process, for all its models: the delivered versions of a large one take hundreds of megabytes.
+PREPARING = Semaphore(2)
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class Observations:
         self.images: OrderedDict[str, Observation] = OrderedDict()
         self._faces: OrderedDict[str, Observation] = OrderedDict()
         self._coming: WeakValueDictionary[str, Future[Face]] = WeakValueDictionary()
-        self._entry, self._few = Lock(), Semaphore(PREPARED_TOGETHER)
+        self._entry = Lock()
 
     def inquiry(self, image: np.ndarray, is_crop: bool = False) -> Inquiry:
         """Find the face and make it ready, once for all who ask about the same new image."""
@@ -88,7 +89,7 @@ class Observations:
                 face = self._coming[name] = Future()
         if is_first:
             try:
-                with self._few:
+                with PREPARING:
                     face.set_result(self._ready(image, is_crop))
             except Exception as error:
                 face.set_exception(error)
@@ -113,7 +114,7 @@ class Observations:
         """Yield the faces of images, found and made ready, batch by batch; few callers hold one at a time."""
         faces = self._pipeline.faces_in(images)
         while True:
-            with self._few:
+            with PREPARING:
                 batch = [self._prepared(face) for face in islice(faces, self._pipeline.batch_size)]
                 if not batch:
                     return
@@ -205,11 +206,11 @@ class _Job:
 class BatchingEngine:
     """Answers questions about images; `ask` may be called from any thread. Close it to end its own thread.
 
-    decoder: writes the words; a detector alone has none.
+    model: its name, for the log. decoder: writes the words; a detector alone has none.
     """
 
-    def __init__(self, pipeline: Pipeline, config: BatchConfig | None = None) -> None:
-        self.pipeline, self.config = pipeline, config or BatchConfig()
+    def __init__(self, pipeline: Pipeline, config: BatchConfig | None = None, model: str = "model") -> None:
+        self.pipeline, self.config, self.model = pipeline, config or BatchConfig(), model
         self.has_words = pipeline.explainer is not None
         if pipeline.explainer is not None:
             from llava.explainer.generation import Decoder  # here, because a detector needs no language model
@@ -219,8 +220,7 @@ class BatchingEngine:
         self._active: list[_Job] = []
         self._entry, self._is_closing = Lock(), False
         self.observations = Observations(pipeline, self.config.images)
-        self._videos = Semaphore(VIDEOS_TOGETHER)
-        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread = Thread(target=self._run, name=f"engine of {model}", daemon=True)
         self._thread.start()
 
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
@@ -245,7 +245,7 @@ class BatchingEngine:
 
     def video_finding(self, video: NamedVideo) -> VideoFinding:
         """Give the finding on a video, as `Engine.video_finding` says; the engine's thread sees its faces alone."""
-        with self._videos:
+        with READING:
             return self.pipeline.video_finding(video, look=lambda faces: self._call(partial(self.pipeline.look, faces)))
 
     def model_facts(self) -> dict[str, Any]:
@@ -287,7 +287,7 @@ class BatchingEngine:
                     self.decoder.step()
                     self._tell()
             except Exception as error:
-                log.exception("the batch of %d answers failed", len(self._active))
+                log.exception("the batch of %d answers of %s failed", len(self._active), self.model)
                 self._fail([*jobs, *self._active], error)
         self._turn_away()
 

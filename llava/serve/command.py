@@ -1,4 +1,4 @@
-"""`m2f2 serve`: one model, its page, its API and documentation, in one process or on Ray."""
+"""`m2f2 serve`: one model or several, their page, API and documentation, in one process or on Ray."""
 
 from __future__ import annotations
 
@@ -8,20 +8,48 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.core.cluster import connected
 from llava.pipeline.settings import DEMO_MODEL, load
-from llava.serve.keys import read_keys
+from llava.serve.keys import KeyRing, read_keys
 from llava.serve.options import ServeSettings
 from llava.serve.web import require_free, server_of
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from llava.serve.engine import Engine
+
 NAME = "m2f2"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.sh"
+
+
+def build(settings: ServeSettings, engines: Mapping[str, Engine]) -> FastAPI:
+    """Give the application of these settings. Raises ValueError for a file of keys that can not be used."""
+    from llava.serve.api import Service, build_app  # here, because --help needs no server
+    from llava.serve.guard import RequestLimits
+    from llava.serve.measures import MeasuredEngine, Measures
+
+    measures = Measures()
+    measured = {name: MeasuredEngine(engine, measures, name) for name, engine in engines.items()}
+    keys = KeyRing(settings.keys) if settings.keys else None
+    at_once = settings.rows * settings.replica_range[1] * len(measured)
+    limits = RequestLimits(
+        requests_per_minute=settings.requests_per_minute,
+        max_active=at_once,
+        max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
+    )
+    page = None
+    if settings.page:
+        from llava.serve.page.door import open_page
+
+        page = open_page(measured, limits, keys=keys, examples=settings.examples)
+    return build_app(Service(engines=measured, measures=measures, keys=keys, limits=limits, page=page))
 
 
 def serve_with_ray(settings: ServeSettings) -> Iterator[str]:
@@ -64,11 +92,13 @@ def _interrupt(*_: Any) -> None:
 
 def _require_room(settings: ServeSettings) -> None:
     """Raise ValueError where replicas would wait for ever for a place on this machine."""
-    room, fewest = settings.cluster.room(), settings.replica_range[0]
+    count = len(settings.models)
+    room, fewest = settings.cluster.room(), settings.replica_range[0] * count
     if settings.cluster.is_private and fewest > room:
+        of_all = f" of all {count} models" if count > 1 else ""
         raise ValueError(
-            f"replicas: {fewest} do not fit here, {room} do; give fewer, or other --cluster.cpus, --cluster.model_cpus "
-            "or --cluster.model_gpus."
+            f"replicas: {fewest}{of_all} do not fit here, {room} do; give fewer, or other --cluster.cpus, "
+            "--cluster.model_cpus or --cluster.model_gpus."
         )
 
 
@@ -79,39 +109,44 @@ def _free_port(host: str) -> int:
 
 
 def serve(settings: ServeSettings) -> Iterator[str]:
-    """Load the model and serve it until told to stop; yields where it is. Raises ValueError or FileNotFoundError."""
+    """Load the models and serve them until told to stop; yields where. Raises ValueError or FileNotFoundError."""
     if not settings.ray or settings.cluster.is_private:  # a cluster may have its own proxy there
         require_free(settings.host, settings.port)
     if settings.keys:
         read_keys(Path(settings.keys))  # before the model, which takes minutes
     if settings.model_path is None:
         yield from _trained_demo()
-    yield from _with_ray(settings) if settings.ray else _here(settings)
+    _require_models(settings)
+    yield from serve_with_ray(settings) if settings.ray else _here(settings)
 
 
-def _with_ray(settings: ServeSettings) -> Iterator[str]:
+def _require_models(settings: ServeSettings) -> None:
+    """Raise FileNotFoundError or ValueError for a model that is not there, before another one is loaded."""
+    from llava.detectors.published import ready_detector  # here, because it needs PyTorch
 
-    return serve_with_ray(settings)
+    for path in settings.models.values():
+        ready_detector(path)
 
 
 def _here(settings: ServeSettings) -> Iterator[str]:
     """Serve from this process."""
     from llava.core.runtime import log_json
-    from llava.serve.api import build
     from llava.serve.batching import BatchConfig, BatchingEngine
 
     if settings.log_json:
         log_json()
-    engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
-    server = server_of(build(settings, engine), settings.host, settings.port, settings.trusted_proxies)
-    listener = server.config.bind_socket()
-    listener.listen()  # so that who reads the ready line can connect
-    host, port = listener.getsockname()[:2]
-    yield settings.ready_line(host, port)
-    try:
+    config = BatchConfig(rows=settings.rows)
+    with ExitStack() as open_engines:
+        engines = {
+            name: open_engines.enter_context(closing(BatchingEngine(load(settings, path), config, name)))
+            for name, path in settings.models.items()
+        }
+        server = server_of(build(settings, engines), settings.host, settings.port, settings.trusted_proxies)
+        listener = server.config.bind_socket()
+        listener.listen()  # so that who reads the ready line can connect
+        host, port = listener.getsockname()[:2]
+        yield settings.ready_line(host, port)
         server.run(sockets=[listener])
-    finally:
-        engine.close()
 
 
 def _trained_demo() -> Iterator[str]:

@@ -26,6 +26,7 @@ KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
+    404: "invalid_request_error",
     408: "request_timeout",
     413: "request_too_large",
     414: "request_too_large",
@@ -39,18 +40,28 @@ KINDS = {
 
 
 class Refusal(ValueError):
-    """A request that is not answered; `status` is one of KINDS, retry_after in seconds where waiting helps."""
+    """A request that is not answered; `status` is one of KINDS, retry_after in seconds where waiting helps.
 
-    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+    parameter, code: what OpenAI's clients call the part that is wrong, and the mistake; None = as the status says.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        retry_after: float | None = None,
+        parameter: str | None = None,
+        code: str | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
+        self.status, self.retry_after = status, retry_after
+        self.parameter, self.code = parameter, code
 
     @property
     def content(self) -> dict[str, Any]:
         """Give the JSON reply, in the form that OpenAI clients read."""
         kind = KINDS[self.status]
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": kind}}
+        return {"error": {"message": str(self), "type": kind, "param": self.parameter, "code": self.code or kind}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -109,8 +120,11 @@ class Engine(Protocol):
     """Answers one conversation about one face image; may be asked from several threads at once."""
 
     @property
-    def has_words(self) -> bool:
-        """Say whether it writes words; a detector alone does not, and is asked for its verdicts in the same way."""
+    def has_words(self) -> bool | None:
+        """Say whether it writes words; a detector alone does not, and is asked for its verdicts in the same way.
+
+        None where that is not known before its first verdict.
+        """
         ...
 
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:

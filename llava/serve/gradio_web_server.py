@@ -69,13 +69,13 @@ class Controller:
 class RemoteEngine:
     """The engine of one model behind a controller. Faces are found here, so that only crops of them are sent.
 
-    has_words: as the worker said with its last verdict; True before the first.
+    has_words: as the worker said with its last verdict; None before the first.
     """
 
     def __init__(self, controller: Controller, model: str, faces: FaceSettings | None = None) -> None:
         self._controller, self._model = controller, model
         self._faces = faces or FaceSettings()
-        self.has_words = True
+        self.has_words: bool | None = None
 
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says. Raises ValueError with what the worker says."""
@@ -256,7 +256,7 @@ def build_app(settings: WebSettings, models: Mapping[str, Engine]) -> FastAPI:
         max_waiting=4 * settings.at_once,
     )
     keys = KeyRing(settings.keys) if settings.keys else None
-    page: PageDoor = open_page(models, limits, keys=keys, examples=settings.examples)
+    page: PageDoor = open_page(models, limits, keys=keys, examples=settings.examples, is_remote=True)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -90,7 +90,7 @@ class Answers:
             yield error_chunk(ErrorCode.FAILED, BUSY)
             return
         started = time.monotonic()
-        writer = _Writer(query, turns[-1].text, self._engine.has_words)
+        writer = _Writer(query, turns[-1].text, bool(self._engine.has_words))
         outcome = "client left"
         self.queue_length += 1
         try:
@@ -304,7 +304,7 @@ def load_engine(settings: WorkerSettings) -> Engine:
     from llava.serve.batching import BatchConfig, BatchingEngine
 
     pipeline = load(settings, settings.model_path, settings.bits)
-    return BatchingEngine(pipeline, BatchConfig(rows=settings.limit_model_concurrency))
+    return BatchingEngine(pipeline, BatchConfig(rows=settings.limit_model_concurrency), settings.name)
 
 
 def main() -> None:

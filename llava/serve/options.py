@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -19,12 +20,14 @@ PROXIES = "addresses or networks of proxies in front; who asks is then who their
 class ServeSettings(PipelineSettings):
     """What is served, where, and to whom."""
 
-    model_path: str | None = setting(
+    model_path: list[str] | None = setting(
         None,
-        "merged explainer, or a detector for verdicts alone: folder, name in checkpoints/, or hub id; none = that of "
-        "make demo, trained if missing",
+        "merged explainers, and detectors for verdicts alone: folders, names in checkpoints/, or hub ids; the first "
+        "answers who names none; none = that of make demo, trained if missing",
     )
-    model_name: str | None = setting(None, "name that clients ask for; none = the name of the folder")
+    model_name: list[str] | None = setting(
+        None, "names that clients ask for, in the order of model_path; none = the names of the folders"
+    )
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 = every one")
     port: int = setting(8000, "port to listen on; 0 = any free one")
     keys: str | None = setting(None, "file of API keys (m2f2 keys create); none = no key is asked for")
@@ -37,7 +40,7 @@ class ServeSettings(PipelineSettings):
     page: bool = setting(True, "serve the web page, too; false = the API alone")
     examples: str | None = setting("utils/demo_faces", "folder of the photos that the page offers; none = none")
     ray: bool = setting(False, "serve with Ray: several processes with the model, on one machine or a cluster")
-    replicas: int = setting(1, "processes with the model, with --ray; or give the next two")
+    replicas: int = setting(1, "processes with each model, with --ray; or give the next two")
     min_replicas: int | None = setting(None, "fewest processes with the model when they follow the load")
     max_replicas: int | None = setting(None, "most processes with the model when they follow the load; none = replicas")
     upscale_seconds: float = setting(30.0, "how long the load must be too high before one more process is started")
@@ -54,6 +57,7 @@ class ServeSettings(PipelineSettings):
         if self.upscale_seconds < 0:
             raise ValueError(f"upscale_seconds: {self.upscale_seconds} is not usable; allowed: 0 or more.")
         require_networks(self.trusted_proxies)
+        self._require_names()
         if self.ray and self.trusted_proxies:
             raise ValueError("trusted_proxies: with --ray the connections are those of Ray's own proxy; leave it out.")
         fewest, most = self.replica_range
@@ -62,23 +66,46 @@ class ServeSettings(PipelineSettings):
         if most > 1 and not self.ray:
             raise ValueError(f"replicas: {most} need Ray; add --ray true, or leave it at 1.")
 
-    @property
-    def name(self) -> str:
-        """Give the model's name, as clients ask for it."""
-        return self.model_name or Path(self.model_path or DEMO_MODEL).name
+    def _require_names(self) -> None:
+        """Raise ValueError unless every model has one name of its own."""
+        if self.model_path == []:
+            raise ValueError("model_path: no model stands behind it; give one or more, or leave it out.")
+        paths, names = self.model_path or [DEMO_MODEL], self.model_name or []
+        if self.model_name is not None and len(names) != len(paths):
+            raise ValueError(
+                f"model_name: {len(names)} names ({', '.join(names)}) for {len(paths)} models ({', '.join(paths)}); "
+                "give one for each, in the same order."
+            )
+        found = Counter(self._names)
+        for name, count in found.items():
+            if not name.strip():
+                raise ValueError("model_name: a name is empty; give one for each model.")
+            if count > 1:
+                same = ", ".join(path for path, its in zip(paths, self._names, strict=True) if its == name)
+                raise ValueError(
+                    f"model_name: {count} models ({same}) have the name {name!r}; give each one of its own, such as "
+                    f"--model_name {' '.join(f'{name}-{number + 1}' for number in range(count))}."
+                )
 
     @property
-    def model(self) -> str:
-        """Give which model is served, the demonstration's where none was named."""
+    def _names(self) -> list[str]:
+        paths = self.model_path or [DEMO_MODEL]
+        return self.model_name or [Path(path).name or Path(path).resolve().name for path in paths]
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Give which models are served, by the names that clients ask for; the demonstration's where none was given."""
         from llava.core.weights import checkpoints_dir
 
-        return self.model_path or str(checkpoints_dir() / DEMO_MODEL)
+        paths = self.model_path or [str(checkpoints_dir() / DEMO_MODEL)]
+        return dict(zip(self._names, paths, strict=True))
 
     def ready_line(self, host: str, port: int) -> str:
         """Say that it answers, and where."""
         where = "" if self.page else "/docs"
         shown = f"[{host}]" if ":" in host else host
-        return f"ready: http://{shown}:{port}{where} (model {self.name}; stop with Ctrl+C)\n"
+        names = f"model{'s' * (len(self._names) > 1)} {', '.join(self._names)}"
+        return f"ready: http://{shown}:{port}{where} ({names}; stop with Ctrl+C)\n"
 
     @property
     def replica_range(self) -> tuple[int, int]:

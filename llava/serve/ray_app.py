@@ -30,7 +30,7 @@ from llava.core.weights import read_config
 from llava.data.inputs import Image, NamedVideo
 from llava.pipeline.settings import is_detector, load
 from llava.pipeline.verdict import Finding, VideoFinding
-from llava.serve.api import build as build_api
+from llava.serve.command import build as build_api
 from llava.serve.engine import Piece, Question, Refusal, from_thread, joined
 from llava.serve.options import ServeSettings
 from llava.serve.web import SHUTDOWN_SECONDS
@@ -132,17 +132,23 @@ def _again(attempt: Callable[[], Iterator[T]], stop: Event) -> Iterator[T]:
         stop.set()
 
 
-ENGINE, INGRESS = "engine", "ingress"
+ENGINE, INGRESS = "engine", "ingress"  # a second model's is engine-2, and so on
+COMMON: dict[str, Any] = {
+    "logging_config": {"enable_access_log": False},
+    "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
+    "graceful_shutdown_wait_loop_s": 0.5,
+}
 
 
 class EngineReplica:
-    """Holds the model in a process of its own. Questions that arrive together are answered together by its engine."""
+    """Holds a model in a process of its own. Questions that arrive together are answered together by its engine."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, model: str) -> None:
         from llava.serve.batching import BatchConfig, BatchingEngine  # here, because only a replica needs PyTorch
 
         _set_up(settings)
-        self._engine = BatchingEngine(load(settings, settings.model), BatchConfig(rows=settings.rows))
+        pipeline = load(settings, settings.models[model])
+        self._engine, self._model = BatchingEngine(pipeline, BatchConfig(rows=settings.rows), model), model
         self._threads = ThreadPoolExecutor(_most_at_once(settings), thread_name_prefix="answer")
 
     async def ask(self, question: Question) -> AsyncIterator[Piece]:
@@ -158,7 +164,7 @@ class EngineReplica:
             outcome = "failed"
             raise
         finally:
-            log.info("answer outcome=%s", outcome)
+            log.info("answer model=%s outcome=%s", self._model, outcome)
 
     async def findings(self, images: Sequence[Image]) -> list[Finding]:
         """Give a finding for each face of images."""
@@ -186,47 +192,47 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def application(settings: ServeSettings) -> Application:
-    """Give the application; the model's folder and the file of keys have to be there on every machine."""
-    folder, has_words = _model_of(settings)
-    keys = str(Path(settings.keys).resolve()) if settings.keys else None
+    """Give the application: a deployment for each model, and the ingress.
+
+    The models' folders and the file of keys have to be there on every machine.
+    """
+    found = {name: _model_of(path) for name, path in settings.models.items()}
     settings = replace(
         settings,
-        model_path=str(folder.resolve()),
-        model_name=settings.name,
-        keys=keys,
+        model_path=[str(folder.resolve()) for folder, _ in found.values()],
+        model_name=list(found),
+        keys=str(Path(settings.keys).resolve()) if settings.keys else None,
     )
+    places = {name: f"{ENGINE}-{number + 1}" if number else ENGINE for number, name in enumerate(found)}
 
     def make_api() -> FastAPI:
         _set_up(settings)
-        return build_api(settings, RayEngine(serve.get_deployment_handle(ENGINE), has_words))
+        handles = {name: serve.get_deployment_handle(place) for name, place in places.items()}
+        return build_api(settings, {name: RayEngine(handles[name], found[name][1]) for name in found})
 
-    common = {
-        "logging_config": {"enable_access_log": False},
-        "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
-        "graceful_shutdown_wait_loop_s": 0.5,
-    }
     engine = serve.deployment(EngineReplica).options(
-        name=ENGINE,
         max_ongoing_requests=_most_at_once(settings),
         ray_actor_options=settings.cluster.resources,
         **_scale(settings),
-        **common,
+        **COMMON,
     )
+    engines = [engine.options(name=place).bind(settings, name) for name, place in places.items()]
+    most = 10 * _most_at_once(settings) * settings.replica_range[1] * len(engines)
     ingress = serve.deployment(serve.ingress(make_api)()).options(
         name=INGRESS,
         num_replicas=1,  # it counts requests by key; more of them would each let the whole rate in
-        max_ongoing_requests=10 * _most_at_once(settings) * settings.replica_range[1],  # its own gate says no earlier
+        max_ongoing_requests=most,  # its own gate says no earlier
         ray_actor_options={"num_cpus": 0},
-        **common,
+        **COMMON,
     )
-    return ingress.bind(engine.bind(settings))
+    return ingress.bind(*engines)
 
 
-def _model_of(settings: ServeSettings) -> tuple[Path, bool]:
-    """Give the folder of the model that is served, and whether it writes words; a published one is converted first."""
+def _model_of(path: str) -> tuple[Path, bool]:
+    """Give the folder of a model that is served, and whether it writes words; a published one is converted first."""
     from llava.detectors.published import ready_detector  # here, because the ingress needs no PyTorch
 
-    folder = ready_detector(settings.model)
+    folder = ready_detector(path)
     if is_detector(read_config(folder)):
         return folder, False
     from llava.explainer.convert import ready  # here, because a detector needs no language model

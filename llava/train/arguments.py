@@ -62,7 +62,9 @@ class ExplainArguments(TrainingArguments):
         None, "let real and fake records weigh the same, by repeating the rarer ones (default: where all have a label)"
     )
     spread_evidence: bool = setting(
-        False, "tell each record a p_fake drawn evenly from its label's side of 0.5, and other evidence less surely"
+        False,
+        "tell each record a p_fake drawn evenly from its label's side of 0.5, and other evidence less surely; "
+        "shares of the kinds of fake where its answer names one",
     )
     tune_deepfake_mlp_adapter: bool = setting(False, "train the adapter from evidence to tokens")
     tune_mm_mlp_adapter: bool = setting(False, "train the projector from vision features to tokens")

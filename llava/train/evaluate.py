@@ -184,7 +184,8 @@ def data_of_training(folder: Path) -> DataConfig:
     record = folder / "run.json"
     recipe = json.loads(record.read_text(encoding="utf-8")).get("config", {}) if record.is_file() else {}
     settings = dict(recipe.get("data") or {})
-    for phase in recipe.get("phases", []):
+    phases = recipe.get("phases", [])
+    for phase in [p for p in phases if p.get("kind", recipe.get("kind")) != "fit"] or phases:
         settings |= phase.get("data") or {}
     if not settings:
         raise ValueError(f"{str(folder)!r} does not say what it was trained on; give --data.path FOLDER_OR_CSV.")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import send_to_device
@@ -20,6 +21,7 @@ from llava.core.config import parse
 from llava.core.runtime import item_rng, last_checkpoint, other_settings, setup_logging, write_run
 from llava.core.types import FAKE, REAL, Record
 from llava.core.weights import sha256_of
+from llava.data.answer_texts import KIND_TAG
 from llava.data.conversations import ConversationSource, open_conversations
 from llava.data.splits import check_leaks
 from llava.explainer.convert import ready
@@ -47,7 +49,8 @@ class ExplainDataset(Dataset[dict[str, Any]]):
     the data's share of fakes beside the evidence, and tip over at another p_fake than the detector. spread_seed: each
     item is told a p_fake drawn evenly from its label's side of 0.5, and its other evidence softened by an
     exponent drawn evenly from SOFTEST to 1, both functions of (seed, item): a detector is surest of what it was
-    trained on.
+    trained on. kinds: the detector's; where an answer says the kind of fake, their shares are drawn evenly from all
+    that make the right one the greatest, for a real one from all.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class ExplainDataset(Dataset[dict[str, Any]]):
         max_length: int,
         is_balanced: bool = False,
         spread_seed: int | None = None,
+        kinds: Sequence[str] = (),
     ) -> None:
+        self.kinds = list(kinds)
         self.source, self.spread_seed = source, spread_seed
         self.processor = processor
         self.max_length = max_length
@@ -84,12 +89,27 @@ class ExplainDataset(Dataset[dict[str, Any]]):
         spread = {} if self.spread_seed is None else {"spread": self._spread(record, index, self.spread_seed)}
         return {"input_ids": ids, "labels": labels, **spread, **self.processor.pixels(sample.image)}
 
-    def _spread(self, record: Record, index: int, seed: int) -> tuple[float, float]:
-        """Give (p_fake, exponent) that one item is told with."""
+    def _spread(self, record: Record, index: int, seed: int) -> tuple[float, ...]:
+        """Give (p_fake, exponent, shares of the kinds) that one item is told with; shares of 0 are the detector's."""
         if record.label is None:
             raise ValueError(f"--spread_evidence needs labels, {record.id!r} has none; give `label`, or leave it off.")
-        side, softness = item_rng(seed, 0, index).random(2).tolist()
-        return (record.label + side) / 2, SOFTEST + (1 - SOFTEST) * softness
+        rng = item_rng(seed, 0, index)
+        side, softness = rng.random(2).tolist()
+        return (record.label + side) / 2, SOFTEST + (1 - SOFTEST) * softness, *self._shares(record, rng)
+
+    def _shares(self, record: Record, rng: np.random.Generator) -> list[float]:
+        if not self.kinds or KIND_TAG not in record.tags:
+            return [0.0] * len(self.kinds)
+        shares: list[float] = rng.dirichlet(np.ones(len(self.kinds))).tolist()
+        if record.label == FAKE:
+            if (kind := record.tags[KIND_TAG]) not in self.kinds:
+                raise ValueError(
+                    f"{record.id!r} is said to be {kind!r}, which the detector's evidence does not tell; it tells "
+                    f"{', '.join(self.kinds)}. Name it so (m2f2 data verdicts --data.class_names.NAME CLASS)."
+                )
+            right, greatest = self.kinds.index(kind), int(np.argmax(shares))
+            shares[right], shares[greatest] = shares[greatest], shares[right]
+        return shares
 
     def _no_answer(self, record: Record) -> str:
         return (
@@ -200,6 +220,8 @@ def prepare(args: ExplainArguments) -> tuple[Model, ExplainerProcessor]:
         raise ValueError(
             "Nothing to train: give --tune_deepfake_mlp_adapter True, --tune_mm_mlp_adapter True or --lora_enable True."
         )
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    log.info("training %s weights of %s", f"{trained:,}", f"{sum(p.numel() for p in wrapped.parameters()):,}")
     return wrapped, processor
 
 
@@ -236,12 +258,11 @@ def train(args: ExplainArguments) -> dict[str, float]:
             args.model_max_length,
             is_balanced(args, train_source),
             args.seed if args.spread_evidence else None,
+            inner(model).detector.kinds,
         ),
         eval_dataset=ExplainDataset(eval_source, processor, args.model_max_length) if eval_source else None,
     )
     trainer.add_callback(DetectorInFloat32(model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("training %s weights of %s", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
     if args.deepspeed:
         leave_out_inference_kernels()
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from llava.core.config import build, setting
 from llava.core.types import Record
 from llava.data.sources import DataConfig, Source, open_source, split_of
-from llava.data.splits import LeakError, check_leaks, choose_groups, near_duplicates, require_both_classes, summary
+from llava.data.splits import (
+    LeakError,
+    check_leaks,
+    choose_groups,
+    near_duplicates,
+    refuse_groups,
+    require_both_classes,
+    summary,
+)
 from llava.detectors import DETECTORS
+from llava.detectors.fitted import CALIBRATION
 from llava.evaluation.calibration import CalibrationConfig
 from llava.evaluation.metrics import ThresholdRule
 from llava.ops.degrade import DegradeConfig
@@ -67,6 +78,13 @@ class PhaseConfig:
     """One phase of training: what is learned from, how, and starting where."""
 
     name: str = setting("", "name of the phase")
+    kind: Literal["train", "fit"] = setting(
+        "train", "train = weights, by gradient; fit = fitted parts, on a fold that nothing was trained on"
+    )
+    parts: tuple[str, ...] = setting(
+        (), "fit: which parts, calibration can be one; empty = all that the detector has beside it"
+    )
+    fold: str = setting("", "fit: the split of the data; empty = the validation split")
     data: DataConfig | None = setting(None, "where images come from")
     degrade: DegradeConfig | None = setting(DegradeConfig(), "what is done to training images; none = nothing")
     optim: OptimConfig = setting(OptimConfig())
@@ -109,6 +127,15 @@ class Recipe(PhaseConfig):
         few = len(DETECTORS.get(self.detector).classes) < 3
         if few and any(phase.best == "macro_f1" for phase in self.phase_list()):
             raise ValueError(f"best: {self.detector!r} has two classes, which macro_f1 is not for; use auc.")
+        if any(CALIBRATION in phase.parts for phase in self.phase_list()[:-1]):
+            raise ValueError(f"parts: {CALIBRATION} is that of the finished detector; fit it in the last phase.")
+        if self.fits_calibration and self.calibration is None:
+            raise ValueError(f"parts: {CALIBRATION} is to be fitted, and is switched off (calibration: none).")
+
+    @property
+    def fits_calibration(self) -> bool:
+        """Whether the last phase calibrates; otherwise it is done after it, on the validation split."""
+        return CALIBRATION in self.phase_list()[-1].parts
 
     def detector_config(self) -> Any:
         """Give the detector's typed settings. Raises ValueError naming the setting and the nearest."""
@@ -136,9 +163,68 @@ class PhaseData:
     val: Sequence[Record]
     test: Sequence[Record]
 
+    @property
+    def parts(self) -> dict[str, Sequence[Record]]:
+        """Give the records by what they are for."""
+        return {"training": self.train, "validation": self.val, "test": self.test}
+
     def summary(self) -> dict[str, Any]:
         """Count records, labels, classes, videos and groups of each split."""
         return summary([*self.train, *self.val, *self.test])
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One split of a data set on which parts are fitted."""
+
+    config: DataConfig
+    split: str
+    source: Source
+    records: Sequence[Record]
+
+    @property
+    def name(self) -> str:
+        """Name it as a calibration shows it."""
+        return f"{data_name(self.config)}, split {self.split!r}"
+
+    @property
+    def parts(self) -> dict[str, Sequence[Record]]:
+        """Give the records by what they are for."""
+        return {f"fold {self.split!r}": self.records}
+
+    @property
+    def title(self) -> str:
+        """Name it as a decision shows it."""
+        return f"{'validation ' if self.split == self.config.val else ''}split {self.split!r}"
+
+    def refuse(self, hashes: AbstractSet[str], use: str) -> None:
+        """Raise LeakError where it has groups of these hashes; with `allow_leaks` it is a warning. use: their own."""
+        refuse_groups((r.group for r in self.records), hashes, self.name, use, self.config.allow_leaks)
+
+
+def data_name(data: DataConfig) -> str:
+    """Name a data set without saying where it lies: its folder, also when it is given by the table in it."""
+    path = Path(data.path).resolve()
+    return (path.parent if path.is_file() else path).name
+
+
+def open_phase(phase: PhaseConfig) -> PhaseData | Fold:
+    """Open what a phase is trained on, or the fold that it fits on. Raises as `open_data`."""
+    assert phase.data is not None
+    if phase.kind == "train":
+        return open_data(phase.data, phase.seed)
+    if phase.fold in ("", phase.data.val):
+        return validation_fold(phase, open_data(phase.data, phase.seed))
+    source = open_source(phase.data)
+    records = split_of(source, phase.fold)
+    require_both_classes(records, f"Split {phase.fold!r} of {phase.data.path!r}")
+    return Fold(phase.data, phase.fold, source, records)
+
+
+def validation_fold(phase: PhaseConfig, data: PhaseData) -> Fold:
+    """Give the validation split of a phase's data as a fold."""
+    assert phase.data is not None
+    return Fold(phase.data, phase.data.val, data.source, data.val)
 
 
 def open_data(config: DataConfig, seed: int) -> PhaseData:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader
 
 from llava.core.input_specs import FramesSpec, Input, wants_of
 from llava.core.score_map import Calibration
-from llava.core.types import FAKE, REAL, Content, InputSpec, Record
+from llava.core.types import Content, InputSpec, Record
 from llava.data.dataset import Degradation, DetectionDataset, collate, input_tensors
-from llava.data.sources import DataConfig, Source
+from llava.data.sources import Source
 from llava.detectors.base import Detector
-from llava.evaluation.calibration import CalibrationConfig, fit_calibration, groups_of, needed_groups
 from llava.evaluation.predictions import Predictions, from_records
 from llava.evaluation.reliability import calibration_report, share_of_fakes
 from llava.train.recipe import PhaseData
@@ -53,6 +52,30 @@ def score(
     of the detector's inputs; None = as it declares. Records that lack an input are left out, with a warning; raises
     ValueError when all do, or when the detector gives no number.
     """
+    detector.require_fitted()
+    answer = partial(answers_of, detector)
+    run = (device, batch_size, workers, answer, degrade, seed, inputs)
+    kept, (p_fake, scores) = answers_over(detector, source, records, *run)
+    require_numbers(p_fake, kept)
+    return predictions_of(detector, kept, p_fake.numpy(), scores.numpy())
+
+
+def answers_over(
+    detector: Detector,
+    source: Source,
+    records: Sequence[Record],
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    answer: Callable[[dict[str, Tensor]], tuple[Tensor, ...]],
+    degrade: Degradation | None = None,
+    seed: int = 0,
+    inputs: Mapping[str, Input] | None = None,
+) -> tuple[list[Record], tuple[Tensor, ...]]:
+    """Ask a detector in eval mode about records: those that it could be asked, and what `answer` gives, put together.
+
+    answer: tensors (B, ...) of inputs (B, V, ...). degrade, seed, inputs: as for `score`.
+    """
     dataset = DetectionDataset(
         source,
         records,
@@ -71,11 +94,9 @@ def score(
             reasons += batch["lacks"]
             if whole.any():
                 tensors = {name: batch[name][whole].to(device) for name in detector.inputs}
-                answers.append([tensor.cpu() for tensor in answers_of(detector, tensors)])
+                answers.append([tensor.cpu() for tensor in answer(tensors)])
     kept = without_lacking(records, reasons, "scored")
-    p_fake, scores = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    require_numbers(p_fake, kept)
-    return predictions_of(detector, kept, p_fake.numpy(), scores.numpy())
+    return kept, tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
 
 
 def usable_data(detector: Detector, data: PhaseData) -> PhaseData:
@@ -178,31 +199,6 @@ def evaluating(detector: Detector, device: torch.device) -> Iterator[None]:
             yield
     finally:
         detector.train(was_training)
-
-
-def calibrate(
-    detector: Detector, validation: Predictions, config: CalibrationConfig | None, data: DataConfig
-) -> Calibration | None:
-    """Fit a detector's calibration on validation scores; None, with a warning, for too few groups."""
-    if config is None:
-        return None
-    needed = max(needed_groups(config.coverage), config.folds)
-    counts = [groups_of(validation, label) for label in (REAL, FAKE)]
-    if min(counts) < needed:
-        log.warning(
-            "not calibrated: a coverage of %g needs %d validation groups of each class, there are %d real and %d fake",
-            config.coverage,
-            needed,
-            *counts,
-        )
-        return None
-    return fit_calibration(validation, config, f"{data_name(data)}, split {data.val!r}", detector.fingerprint())
-
-
-def data_name(data: DataConfig) -> str:
-    """Name a data set without saying where it lies: its folder, also when it is given by the table in it."""
-    path = Path(data.path).resolve()
-    return (path.parent if path.is_file() else path).name
 
 
 def measured(calibration: Calibration | None, test: Predictions | None, n_boot: int) -> dict[str, Any] | None:

@@ -19,16 +19,26 @@ from transformers import set_seed
 
 from llava.core.config import parse, to_dict
 from llava.core.runtime import other_settings, pick_device, setup_logging, write_json, write_run
-from llava.core.types import Decision
-from llava.core.weights import CONFIG_NAME, load_strictly, shapes_only
-from llava.detectors.base import Detector, create, load
+from llava.core.weights import CONFIG_NAME, shapes_only
+from llava.detectors.base import Detector, create, load, load_uncalibrated
 from llava.detectors.published import ready_detector
-from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
+from llava.evaluation.metrics import LEVELS, detection_report
 from llava.evaluation.predictions import write_csv
 from llava.evaluation.tables import multiclass_lines
-from llava.train.engine import BEST, CollapseError, train_phase
-from llava.train.recipe import PhaseConfig, PhaseData, Recipe, open_data, report_near_duplicates
-from llava.train.scoring import calibrate, measured, plain_text, probe_answers, score
+from llava.train.callbacks import CollapseError
+from llava.train.engine import BEST, train_phase
+from llava.train.fit_phase import check_phases, fit_phase, settle
+from llava.train.recipe import (
+    Fold,
+    PhaseConfig,
+    PhaseData,
+    Recipe,
+    open_data,
+    open_phase,
+    report_near_duplicates,
+    validation_fold,
+)
+from llava.train.scoring import measured, plain_text, probe_answers, score
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
@@ -74,15 +84,21 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     recipe.require_data()
     phases = recipe.phase_list()
-    data = [open_data(phase.data, phase.seed) for phase in phases if phase.data is not None]
+    data = [open_phase(phase) for phase in phases]
+    last, splits = last_training(phases, data)
     folder = Path(recipe.output_dir)
     finished = prepare_folder(recipe, folder)
     if finished is not None:
         return finished
     with shapes_only():
-        counts = [class_counts(create(recipe.detector, recipe.model), phase_data) for phase_data in data]
+        detector = create(recipe.detector, recipe.model)
+    for each in data:
+        if each is not splits:
+            class_counts(detector, each)
+    counts = class_counts(detector, splits)
+    check_phases(detector, recipe, data, validation_fold(last, splits), splits.test)
     started = time.monotonic()
-    duplicates = report_near_duplicates(data[-1]) if recipe.near_duplicates else None
+    duplicates = report_near_duplicates(splits) if recipe.near_duplicates else None
     if _is_main():
         write_run(folder, to_dict(recipe), recipe.seed)
     previous = None
@@ -90,9 +106,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         previous = _run_phase(recipe, phase, phase_data, folder / "phases" / str(i), previous)
     assert previous is not None
     detector = load(previous, expected=recipe.detector)
-    results = finish(detector, recipe, phases[-1], data[-1], folder)
+    results = finish(detector, recipe, last, splits, folder)
     results |= {
-        "targets": counts[-1],
+        "targets": counts,
         "near_duplicates": duplicates,
         "minutes": round((time.monotonic() - started) / 60, 2),
     }
@@ -102,18 +118,29 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return results
 
 
-def class_counts(detector: Detector, data: PhaseData) -> dict[str, dict[str, int]]:
+def last_training(phases: Sequence[PhaseConfig], data: Sequence[PhaseData | Fold]) -> tuple[PhaseConfig, PhaseData]:
+    """Give the phase whose data the finished detector is judged by, and these: the last that trains, or the last."""
+    for phase, each in zip(reversed(phases), reversed(data), strict=True):
+        if isinstance(each, PhaseData):
+            return phase, each
+    assert phases[-1].data is not None
+    return phases[-1], open_data(phases[-1].data, phases[-1].seed)
+
+
+def class_counts(detector: Detector, data: PhaseData | Fold) -> dict[str, dict[str, int]]:
     """Count, and log, the records of each split by the class that the detector is to answer.
 
     Raises ValueError for class names that it does not know, and for a class without a training record.
     """
     counts = {}
-    for split, records in (("training", data.train), ("validation", data.val), ("test", data.test)):
+    for split, records in data.parts.items():
         found = Counter(map(detector.target, records))
         counts[split] = {name: found[number] for number, name in enumerate(detector.classes)}
         shares = (f"{name} {count} ({count / max(len(records), 1):.1%})" for name, count in counts[split].items())
         log.info("%s: %s", split, ", ".join(shares))
-    train = counts["training"]
+    train = counts.get("training")
+    if train is None:
+        return counts
     fewest, most = min(train, key=lambda name: train[name]), max(train, key=lambda name: train[name])
     if not train[fewest]:
         raise ValueError(
@@ -160,26 +187,27 @@ def start(recipe: Recipe, phase: PhaseConfig, previous: Path | None) -> Detector
     if origin is None:
         detector.load_pretrained()
     else:
-        load_strictly(detector, load(origin, expected=recipe.detector).state_dict(), str(origin))
+        detector.take_over(load_uncalibrated(origin, expected=recipe.detector), str(origin))
     detector.freeze(phase.freeze)
     return detector
 
 
 def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path) -> dict[str, Any]:
-    """Choose threshold and calibration on validation, save the detector with them, and score both splits."""
+    """Save the detector with threshold and calibration, the last fitted parts, and score validation and test.
+
+    They are fitted on validation, unless the last phase has fitted them on a fold of its own.
+    """
     device = pick_device()
     scored = {"val": score(detector, data.source, data.val, device, phase.batch_size, phase.workers)}
-    threshold = choose_threshold(scored["val"].labels, scored["val"].p_fake, recipe.threshold_rule)
-    assert phase.data is not None
-    chosen_on = f"validation split {phase.data.val!r}, {len(scored['val'])} images, {recipe.threshold_rule}"
-    detector.decision = Decision(threshold=threshold, chosen_on=chosen_on)
-    detector.calibration = calibrate(detector, scored["val"], recipe.calibration, phase.data)
+    if not recipe.fits_calibration:
+        settle(detector, scored["val"], recipe, validation_fold(phase, data))
     if data.test:
         scored["test"] = score(detector, data.source, data.test, device, phase.batch_size, phase.workers)
     if _is_main():
         detector.save(folder)
         for name, predictions in scored.items():
             write_csv(folder / f"{name}.csv", predictions)
+    threshold = detector.decision.threshold
     reports = {name: detection_report(p, threshold, recipe.resamples) for name, p in scored.items()}
     return {
         "detector": detector.name,
@@ -214,12 +242,15 @@ def describe_level(title: str, numbers: dict[str, Any]) -> str:
     return f"{title.replace('_', ' '):<18} {'  '.join(parts)}  ({numbers['auc']['n']} groups)"
 
 
-def _run_phase(recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path, previous: Path | None) -> Path:
+def _run_phase(recipe: Recipe, phase: PhaseConfig, data: PhaseData | Fold, folder: Path, previous: Path | None) -> Path:
     best = folder / BEST
     if (best / CONFIG_NAME).is_file():
         log.info("phase %s is finished already", phase.name or folder.name)
         return best
     detector = start(recipe, phase, previous)
+    if isinstance(data, Fold):
+        fit_phase(detector, phase, data, recipe, best)
+        return best
     trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
     total = sum(p.numel() for p in detector.parameters())
     log.info(

@@ -1,16 +1,17 @@
 """Make a tiny LLaVA from training data alone, so that stages 2 and 3 can be run and learn on two CPU cores.
 
-Its vision tower is the tiny stage-1 detector's. Its tokeniser and its small Llama are trained on the training
-conversations, with the word `real` or `fake` standing where the evidence will stand, beside it the region that was
-edited where the data say one, and another record's picture before it: like LLaVA-1.5, the base understands what it is
-told and cannot find it out itself.
+Its vision tower is the one that the tiny stage-1 detector shares; beside a detector that shares none it is a small
+CLIP tower with random weights. Its tokeniser and its small Llama are trained on the training conversations, with the
+word `real` or `fake` standing where the evidence will stand, beside it the region that was edited and the kind of fake
+where the data say one, and another record's picture before it: like LLaVA-1.5, the base understands what it is told and
+cannot find it out itself.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -31,8 +33,11 @@ from llava.core.config import setting, to_dict
 from llava.core.runtime import atomic_path, write_json, write_run
 from llava.core.types import LABEL_NAMES, Record
 from llava.core.weights import read_config
+from llava.data.answer_texts import KIND_TAG
 from llava.data.conversations import ConversationSource, open_conversations
+from llava.detectors.base import Detector, SharedTower
 from llava.detectors.base import load as load_detector
+from llava.detectors.m2f2det_parts import ClipVisionSizes
 from llava.detectors.published import ready_detector
 from llava.explainer.modeling import ForgeryLlavaConfig
 from llava.explainer.processing import ExplainerProcessor
@@ -40,6 +45,10 @@ from llava.explainer.prompts import lay_out, plain_text, strip_tags
 from llava.train.engine import usable_precision
 
 log = logging.getLogger(__name__)
+TOLD_TAGS = ("region", KIND_TAG)
+OWN_TOWER = ClipVisionSizes(
+    image_size=64, patch_size=16, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4
+)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<deepfake>")
 
 
@@ -49,7 +58,10 @@ class TinyBaseConfig:
 
     data: list[str] = setting(help="training conversation files (never the test ones)")
     image_folder: str = setting(help="folder or zip that image names start from")
-    detector: str = setting(help="stage-1 folder; its vision tower becomes the base's")
+    detector: str = setting(help="stage-1 folder; the vision tower that it shares, if any, becomes the base's")
+    vision: ClipVisionSizes | None = setting(
+        None, "sizes of the base's own vision tower, beside a detector that shares none (default: 64 px, 16 patches)"
+    )
     out: str = setting("checkpoints/llava_tiny", "where the base is written")
     vocab_size: int = setting(1500, "tokens of the tokeniser")
     hidden_size: int = setting(192, "width of the language model")
@@ -69,12 +81,7 @@ def make_tiny_base(config: TinyBaseConfig) -> dict[str, float]:
     set_seed(config.seed)
     tokenizer = train_tokenizer(_texts(sources), config.vocab_size)
     detector = load_detector(detector_folder)
-    tower = getattr(detector, "vision_encoder", None)
-    if tower is None:
-        raise ValueError(f"{config.detector!r} has no vision tower of its own; train stage 1 with own_vision true.")
-    model = LlavaForConditionalGeneration(llava_config(config, tower.model.config, len(tokenizer)))
-    model.model.vision_tower.load_state_dict(tower.model.state_dict())
-    model.model.vision_tower.requires_grad_(False)
+    model = make_llava(config, detector, len(tokenizer))
     metrics = _train(model, _processor(tokenizer, model.config), sources, config)
     with atomic_path(Path(config.out) / "model") as staged:
         model.save_pretrained(staged)
@@ -82,12 +89,37 @@ def make_tiny_base(config: TinyBaseConfig) -> dict[str, float]:
         settings = read_config(staged) | {
             "deepfake_model_name": detector.name,
             "deepfake_model_path": str(detector_folder),
+            "deepfake_model_sha256": detector.fingerprint(),
             "mm_vision_select_feature": "cls_patch",
             "image_aspect_ratio": "square",
         }
         write_json(staged / "config.json", settings)
     log.info("wrote a tiny LLaVA to %s", Path(config.out) / "model")
     return metrics
+
+
+def make_llava(config: TinyBaseConfig, detector: Detector, vocab_size: int) -> LlavaForConditionalGeneration:
+    """Build the LLaVA with random words and a frozen vision tower: the one that the detector shares, or its own.
+
+    Raises ValueError for a detector that was saved without the tower that it needs, and for sizes that are not used.
+    """
+    shared = detector.shared_tower()
+    if shared is None:
+        sizes = asdict(config.vision or OWN_TOWER)
+        shared = SharedTower(prefix="", select_layer=sizes.pop("select_layer"), config=CLIPVisionConfig(**sizes))
+        model = LlavaForConditionalGeneration(llava_config(config, shared, vocab_size))
+    elif detector.shares_vision:
+        raise ValueError(
+            f"{config.detector!r} was saved without the vision tower that it reads, so no base can be made for it; "
+            "merge it into the base that it was trained with."
+        )
+    elif config.vision is not None:
+        raise ValueError(f"vision: {config.detector!r} shares its own tower with the base; leave the sizes out.")
+    else:
+        model = LlavaForConditionalGeneration(llava_config(config, shared, vocab_size))
+        model.model.vision_tower.load_state_dict(detector.tower_tensors())
+    model.model.vision_tower.requires_grad_(False)
+    return model
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -127,11 +159,10 @@ class _ToldConversations(Dataset[dict[str, Any]]):
 
 
 def _words(record: Record) -> str:
-    """Give what the evidence will say: the label, and the edited region (`none` if untouched) if the data have one."""
+    """Give what the evidence will say: the label, and edited region and kind of fake (or `none`) if the data say it."""
     if record.label is None:
         raise ValueError(f"Record {record.id!r} has no label; make the files with `m2f2 data ddvqa`, which keeps it.")
-    label = LABEL_NAMES[record.label]
-    return f"{label} {record.tags['region'] or 'none'}" if "region" in record.tags else label
+    return " ".join([LABEL_NAMES[record.label], *(record.tags[n] or "none" for n in TOLD_TAGS if n in record.tags)])
 
 
 def _train(
@@ -167,8 +198,9 @@ def _train(
     return result.metrics
 
 
-def llava_config(config: TinyBaseConfig, vision: Any, vocab_size: int) -> LlavaConfig:
-    """Describe a LLaVA with a small Llama; vision: the CLIP vision config of the tower."""
+def llava_config(config: TinyBaseConfig, tower: SharedTower, vocab_size: int) -> LlavaConfig:
+    """Describe a LLaVA with a small Llama and a tower like that one."""
+    vision = tower.config
     text = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
@@ -184,6 +216,7 @@ def llava_config(config: TinyBaseConfig, vision: Any, vocab_size: int) -> LlavaC
     )
     return LlavaConfig(
         vision_config=vision,
+        vision_feature_layer=tower.select_layer,
         text_config=text,
         image_token_index=SPECIAL_TOKENS.index("<image>"),
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,

@@ -43,7 +43,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 FONTS = ("system-ui", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif")
-CLOSED: dict[str, Any] = {  # what Gradio would offer beside the page
+CLOSED: dict[str, Any] = {  # what Gradio would offer beside the page, and that it has a dark side, too
     "footer_links": [],
     "run_history": False,
     "show_error": False,
@@ -51,6 +51,7 @@ CLOSED: dict[str, Any] = {  # what Gradio would offer beside the page
     "mcp_server": False,
     "pwa": False,
     "enable_monitoring": False,
+    "head": '<meta name="color-scheme" content="light dark">',
 }
 MONO = ("ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace")
 
@@ -212,10 +213,11 @@ def open_page(
     uploads: UploadLimits | None = None,
     keys: KeyRing | None = None,
     examples: str | Path | None = None,
+    is_remote: bool = False,
 ) -> PageDoor:
     """Give the page behind its door; with keys it asks for the name of one and the key.
 
-    engines, examples: see `build_page`. Uploads go to a folder that is gone at the end.
+    engines, examples, is_remote: see `build_page`. Uploads go to a folder that is gone at the end.
     """
     limits, uploads = limits or RequestLimits(), uploads or UploadLimits()
     folder = tempfile.TemporaryDirectory(prefix="m2f2-uploads-")
@@ -230,7 +232,8 @@ def open_page(
             yield
 
     shell = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    page = build_page(engines, uploads, examples, None if keys is None else partial(_may_ask, keys), limits.max_active)
+    may_ask = None if keys is None else partial(_may_ask, keys)
+    page = build_page(engines, uploads, examples, may_ask, limits.max_active, is_remote)
     gr.mount_gradio_app(
         shell,
         page,
@@ -241,7 +244,6 @@ def open_page(
         theme=gr.themes.Base(font=FONTS, font_mono=MONO, primary_hue="slate", secondary_hue="slate"),
         css=_own("page.css"),
         js=_own("page.js"),
-        head='<meta name="color-scheme" content="light dark">',
         **CLOSED,
     )
     return PageDoor(shell, limits, page.fns)

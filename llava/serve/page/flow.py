@@ -17,7 +17,7 @@ from llava.core.types import Explanation, GenerationSettings, Turn
 from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.inputs import NamedImage
 from llava.jobs.case_file import case_about, entry_of, render_case
-from llava.serve.engine import WORDLESS, Answer, Engine, Question, Refusal
+from llava.serve.engine import Answer, Engine, Question, Refusal
 from llava.serve.page import views
 from llava.serve.page.visits import Visit, Visits
 from llava.serve.uploads import UploadLimits, read_upload
@@ -31,13 +31,14 @@ OTHER_WORDS = 0.7  # temperature of an answer that is asked for again
 class Screen:
     """What changes on the page; None leaves a part as it is.
 
-    faces: how many there are to choose from. notice: a sentence on what went wrong; say: what is spoken to people who
-    hear the page. is_open: whether there is a verdict to show; has_words: whether there is somebody to ask about it;
-    is_busy: whether something is written.
+    faces: how many there are to choose from; face: which one is talked about. notice: a sentence on what went wrong;
+    say: what is spoken to people who hear the page. is_open: whether there is a verdict to show; has_words: whether
+    there is somebody to ask about it; is_busy: whether something is written.
     """
 
     photo: Markup | None = None
     faces: int | None = None
+    face: int | None = None
     card: Markup | None = None
     words: Markup | None = None
     heatmap: Markup | None = None
@@ -83,7 +84,7 @@ class Flow:
         """
         self._visits.drop(page)
         yield Screen(notice="", say="Looking at your file.", is_busy=True)
-        visit = self._seen(self._engine(model), *read())
+        visit = replace(self._seen(self._engine(model), *read()), model=(model or "") if len(self._engines) > 1 else "")
         self._visits.put(page, visit)
         yield from self._shown(visit)
 
@@ -160,6 +161,11 @@ class Flow:
         except (KeyError, ConnectionError):
             raise Refusal(503, views.NO_MODEL) from None
 
+    def _wordless_note(self) -> str:
+        """Say that a model has no words, and which of those that are always here have some."""
+        known = self._engines if isinstance(self._engines, dict) else {}
+        return views.wordless_note([name for name, engine in known.items() if engine.has_words])
+
     def _seen(self, engine: Engine, content: bytes, name: str) -> Visit:
         """Read what was sent and find its faces. Raises Refusal, or ValueError where an engine takes no videos."""
         source = read_upload(content, name, self._uploads)
@@ -171,18 +177,19 @@ class Flow:
     def _shown(self, visit: Visit, is_new: bool = True) -> Iterator[Screen]:
         """Show the verdict on the chosen face, and explain it unless that was done before.
 
-        is_new: the choice of faces is made anew. Where a person chose, it stays: made anew it would lose the mark.
+        is_new: the choice of faces is made anew. Where a person chose, its mark alone is set.
         """
-        verdict, has_words = visit.finding.verdict, visit.engine.has_words
+        verdict, has_words = visit.finding.verdict, bool(visit.engine.has_words)
         is_asked = has_words and visit.finding.pixels is not None and not visit.answers
-        note = views.NO_WORDS if visit.finding.pixels is None else "" if has_words else WORDLESS
+        note = views.NO_WORDS if visit.finding.pixels is None else "" if has_words else self._wordless_note()
         yield Screen(
             photo=views.photo(visit),
             faces=len(visit.findings) if is_new else None,
-            card=views.card(visit.finding, visit.source.name),
+            face=visit.chosen,
+            card=views.card(visit.finding, visit.source.name, visit.model),
             words=views.words(visit.answers, note),
             heatmap=views.heatmap(visit.finding),
-            say=views.announcement(verdict),
+            say=views.announcement(verdict, visit.model),
             notice="",
             is_open=True,
             has_words=has_words,
@@ -202,7 +209,7 @@ class Flow:
         """Write an answer after those `before`, piece by piece, unless the person goes on to something else."""
         finding, stop = visit.finding, visit.begin()
         if finding.pixels is None or not visit.engine.has_words:
-            raise Refusal(400, views.NO_WORDS if finding.pixels is None else WORDLESS)
+            raise Refusal(400, views.NO_WORDS if finding.pixels is None else self._wordless_note())
         picture: np.ndarray | None = finding.pixels
         is_crop = True
         if visit.chosen == 0 and isinstance(visit.source, NamedImage):

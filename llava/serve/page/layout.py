@@ -14,8 +14,6 @@ from gradio.utils import get_upload_folder
 from markupsafe import Markup
 
 from llava.jobs.case_file import fill
-from llava.pipeline.settings import DEMO_MODEL
-from llava.pipeline.verdict import LIMITS
 from llava.serve.engine import Engine, Refusal
 from llava.serve.page import views
 from llava.serve.page.flow import Flow, Screen
@@ -54,6 +52,7 @@ def build_page(
     examples: str | Path | None = None,
     is_allowed: Callable[[str | None], bool] | None = None,
     at_once: int = 16,
+    is_remote: bool = False,
 ) -> gr.Blocks:
     """Give the page of some models.
 
@@ -61,13 +60,16 @@ def build_page(
     examples: folder that holds photos of `views.EXAMPLES`. is_allowed: whether a user who logged in may still ask;
     None where nobody logs in.
     at_once: steps of one kind that run at the same time; four times as many wait, further ones are refused.
+    is_remote: the models are on other machines, and the page says so.
     """
     visits = Visits(on_forget=lambda name: page.state_holder.session_data.pop(name, None))  # Gradio's copy, too
     flow = Flow(engines, uploads, visits)
     with gr.Blocks(title="M2F2-Det", analytics_enabled=False, delete_cache=(30, 300)) as page:
-        parts = _parts(_offered(examples), _names(engines), _lead(engines), has_login=is_allowed is not None)
+        models = _models(engines)
+        parts = _parts(_offered(examples), models, is_remote, has_login=is_allowed is not None)
         if not isinstance(engines, dict):
-            page.load(lambda: _model_choice(_names(engines)), None, parts.model, api_visibility="private")
+            present = partial(_present, engines, list(models))
+            page.load(present, parts.model, parts.model, show_progress="hidden", api_visibility="private")
         _connect(parts, flow, is_allowed or (lambda user: True), uploads or UploadLimits())
     page.queue(default_concurrency_limit=at_once, max_size=4 * at_once)
     page.state_session_capacity = 200
@@ -77,7 +79,7 @@ def build_page(
 class _Parts:
     """The components that steps change or read."""
 
-    model: gr.Dropdown
+    model: gr.Radio
     drop: gr.File
     notice: gr.HTML
     photo: gr.HTML
@@ -108,10 +110,13 @@ class _Parts:
         return [*first, self.offer, self.seen, self.result, *asking]
 
 
-def _parts(offered: Sequence[tuple[views.Example, Path]], models: Sequence[str], lead: str, has_login: bool) -> _Parts:
+def _parts(
+    offered: Sequence[tuple[views.Example, Path]], models: Mapping[str, bool | None], is_remote: bool, has_login: bool
+) -> _Parts:
+    """Lay out the page. models: whether each writes words, by its name; none where they can not be asked for."""
     parts = _Parts()
-    remark = views.DEMO if DEMO_MODEL in models else ""
-    gr.HTML(fill("live_head.html", title=views.TITLE, lead=lead, remark=remark), elem_id="head")
+    head = {"title": views.TITLE, "lead": views.lead(models.values()), "remark": views.remark(models)}
+    gr.HTML(fill("live_head.html", **head), elem_id="head")
     parts.notice = gr.HTML("", elem_id="notice")
     parts.say = gr.HTML("", elem_id="say")
     with gr.Row(elem_id="desk", equal_height=False):
@@ -119,15 +124,17 @@ def _parts(offered: Sequence[tuple[views.Example, Path]], models: Sequence[str],
             _left(parts, offered, models)
         with gr.Column(scale=7, min_width=280, visible=False, elem_id="right") as parts.result:
             _right(parts)
-    gr.HTML(fill("live_about.html", limits=LIMITS, privacy=views.PRIVACY, has_login=has_login), elem_id="about")
+    privacy = views.REMOTE_PRIVACY if is_remote else views.PRIVACY
+    about = {"limits": views.limits(models.values()), "privacy": privacy, "has_login": has_login}
+    gr.HTML(fill("live_about.html", **about), elem_id="about")
     return parts
 
 
-def _left(parts: _Parts, offered: Sequence[tuple[views.Example, Path]], models: Sequence[str]) -> None:
+def _left(parts: _Parts, offered: Sequence[tuple[views.Example, Path]], models: Mapping[str, bool | None]) -> None:
     """Lay out what is given: the picture and its faces, or the place to drop a file and the examples."""
     with gr.Column(visible=False, elem_id="seen") as parts.seen:
         parts.photo = gr.HTML("", elem_id="photo")
-        parts.faces = gr.Radio([], label="Which face?", visible=False, elem_id="faces")
+        parts.faces = gr.Radio([], label="Which face?", visible=False, interactive=True, elem_id="faces")
         parts.clear = gr.Button("Clear, take another", elem_id="clear", size="sm")
     parts.examples = []
     with gr.Column(elem_id="offer") as parts.offer:
@@ -143,25 +150,28 @@ def _left(parts: _Parts, offered: Sequence[tuple[views.Example, Path]], models: 
             gr.HTML(fill("live_credits.html", credits=dict.fromkeys(example.credit for example, _ in offered)))
 
 
-def _model_choice(models: Sequence[str]) -> gr.Dropdown:
-    """Offer the models; there is nothing to choose where there is one."""
-    first = models[0] if models else None
-    return gr.Dropdown(list(models), value=first, label="Model", visible=len(models) != 1, elem_id="model")
+def _model_choice(models: Mapping[str, bool | None], chosen: str | None = None) -> gr.Radio:
+    """Offer the models, `chosen` or else the first one marked; there is nothing to choose where there is one."""
+    choices = [(views.model_label(name, can_write), name) for name, can_write in models.items()]
+    marked = chosen if chosen in models else next(iter(models), None)
+    return gr.Radio(choices, value=marked, label="Which model?", visible=len(models) > 1, elem_id="model")
 
 
-def _lead(engines: Mapping[str, Engine]) -> str:
-    """Say what one gets here: no reasons in words where every model is known to have none."""
-    is_known = isinstance(engines, dict) and engines
-    return views.WORDLESS_LEAD if is_known and not any(e.has_words for e in engines.values()) else views.LEAD
-
-
-def _names(engines: Mapping[str, Engine]) -> list[str]:
-    """List the models that are there now, none where they can not be asked for."""
+def _models(engines: Mapping[str, Engine]) -> dict[str, bool | None]:
+    """Say which models are there now, and whether each writes words; none where they can not be asked for."""
     try:
-        return list(engines)
+        if isinstance(engines, dict):
+            return {name: engine.has_words for name, engine in engines.items()}
+        return dict.fromkeys(engines)
     except ConnectionError as error:
         log.warning("The page has no model: %s", error)
-        return []
+        return {}
+
+
+def _present(engines: Mapping[str, Engine], before: Sequence[str], chosen: str | None) -> Any:
+    """Offer the models that are there now; nothing changes where they are those that were there `before`."""
+    models = _models(engines)
+    return gr.skip() if list(models) == list(before) and chosen in models else _model_choice(models, chosen)
 
 
 def _right(parts: _Parts) -> None:
@@ -188,21 +198,51 @@ def _right(parts: _Parts) -> None:
         parts.json = gr.Button("Save report (JSON)", size="sm", elem_id="save-json")
 
 
-def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool], uploads: UploadLimits) -> None:
-    folder = Path(get_upload_folder()).resolve()
+class _Steps:
+    """What starts at what a person does, where that person may still ask, and how the page changes then."""
 
-    def on(listen: Any, step: Callable[..., Iterator[Screen]], *inputs: Any, **options: Any) -> None:
+    def __init__(self, parts: _Parts, is_allowed: Callable[[str | None], bool]) -> None:
+        self._is_allowed = is_allowed
+        self._common = {"outputs": parts.shown, "show_progress": "hidden", "api_visibility": "private"}
+
+    def on(self, listen: Any, step: Callable[..., Iterator[Screen]], *inputs: Any, **options: Any) -> None:
+        """Start a step with the name of the page and the values of `inputs`."""
+
         def run(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
-            page = request.session_hash or ""
-            if not is_allowed(getattr(request, "username", None)):
-                yield _updates(Screen(notice=views.LOCKED, say=views.LOCKED, is_busy=False))
-                return
-            for screen in step(page, *given):
-                yield _updates(screen)
+            yield from self._screens(request, step, *given)
 
-        listen(run, list(inputs), parts.shown, show_progress="hidden", api_visibility="private", **options)
+        listen(run, inputs=list(inputs), **self._common, **options)
 
-    on(
+    def on_choice(self, listen: Any, step: Callable[..., Iterator[Screen]]) -> None:
+        """Start a step with the name of the page and what was chosen, also while an earlier choice is answered.
+
+        The event itself is asked: the value that Gradio keeps beside it may be overwritten by a late update.
+        """
+
+        def run(request: gr.Request, choice: gr.EventData) -> Iterator[list[Any]]:
+            yield from self._screens(request, step, _chosen(choice))
+
+        listen(run, inputs=None, trigger_mode="multiple", **self._common)
+
+    def _screens(self, request: gr.Request, step: Callable[..., Iterator[Screen]], *given: Any) -> Iterator[list[Any]]:
+        if not self._is_allowed(getattr(request, "username", None)):
+            yield _updates(Screen(notice=views.LOCKED, say=views.LOCKED, is_busy=False))
+            return
+        for screen in step(request.session_hash or "", *given):
+            yield _updates(screen)
+
+
+def _chosen(choice: gr.EventData) -> Any:
+    """Give what was chosen, None where a request does not say it."""
+    try:
+        return choice.value
+    except (AttributeError, TypeError):
+        return None
+
+
+def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool], uploads: UploadLimits) -> None:
+    folder, steps = Path(get_upload_folder()).resolve(), _Steps(parts, is_allowed)
+    steps.on(
         parts.drop.upload,
         lambda page, file, model: flow.look(page, model, partial(received, file, folder, uploads)),
         parts.drop,
@@ -210,19 +250,19 @@ def _connect(parts: _Parts, flow: Flow, is_allowed: Callable[[str | None], bool]
         preprocess=False,
     )
     for button, path in parts.examples:
-        on(
+        steps.on(
             button.click,
             lambda page, model, path=path: flow.look(page, model, lambda: (path.read_bytes(), path.name)),
             parts.model,
         )
-    on(parts.faces.input, flow.choose, parts.faces, preprocess=False)
-    on(parts.ask.click, flow.ask, parts.question)
-    on(parts.question.submit, flow.ask, parts.question)
+    steps.on_choice(parts.faces.select, flow.choose)
+    steps.on(parts.ask.click, flow.ask, parts.question)
+    steps.on(parts.question.submit, flow.ask, parts.question)
     for button in parts.suggestions:
-        on(button.click, lambda page, question=button.value: flow.ask(page, question))
-    on(parts.again.click, flow.again)
-    on(parts.stop.click, flow.stop)
-    on(parts.clear.click, flow.clear)
+        steps.on(button.click, lambda page, question=button.value: flow.ask(page, question))
+    steps.on(parts.again.click, flow.again)
+    steps.on(parts.stop.click, flow.stop)
+    steps.on(parts.clear.click, flow.clear)
     for button, kind in ((parts.html, "html"), (parts.json, "json")):
         save = _saving(flow, kind, is_allowed)
         file = gr.JSON(visible=False)
@@ -250,10 +290,10 @@ def _updates(screen: Screen) -> list[Any]:
     def html(part: str | None) -> Any:
         return gr.skip() if part is None else str(part)
 
-    faces = gr.skip()
+    faces = gr.skip() if screen.face is None else gr.Radio(value=screen.face)
     if screen.faces is not None:
         choices = [(f"Face {n + 1}{', the largest' if n == 0 else ''}", n) for n in range(screen.faces)]
-        faces = gr.Radio(choices=choices, value=0, visible=screen.faces > 1)
+        faces = gr.Radio(choices=choices, value=screen.face, visible=screen.faces > 1)
     opened = [gr.skip()] * 3
     if screen.is_open is not None:
         opened = [gr.Column(visible=visible) for visible in (not screen.is_open, screen.is_open, screen.is_open)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -12,25 +12,33 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from llava.core.types import REGIONS, Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import Explanation, Verdict, VerdictLabel, VideoVerdict
 from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.inputs import NamedImage
 from llava.evaluation.pictures import timeline_png
 from llava.jobs.case_file import fill, overlay, png_bytes, png_uri, shrink
-from llava.pipeline.verdict import Finding, band_in_words, meaning, regions_in_words
+from llava.pipeline.settings import DEMO_MODEL
+from llava.pipeline.verdict import LIMITS, WORDS_LIMIT, Finding, band_in_words, meaning, regions_in_words
+from llava.serve.engine import WORDLESS
 from llava.serve.page.visits import Visit
 
 TITLE = "Is this face real or forged?"
 LEAD = "You get a verdict, how sure it is, what it rests on, and the reasons in words."
+MIXED_LEAD = "You get a verdict, how sure it is, what it rests on and, from a model that writes, the reasons in words."
 WORDLESS_LEAD = "You get a verdict, how sure it is, and what it rests on."
-DEMO = (
-    "This is the model of the demonstration. It learned from a handful of photographs and is no tool: try the page "
-    "with it, and believe none of its verdicts."
+NO_TOOL = (
+    "It learned from a handful of photographs and is no tool: try the page with it, and believe none of its verdicts."
 )
-PRIVACY = (
-    "What you send is looked at on this server alone and kept in its memory, so that you can ask about it. Clear "
-    "forgets it at once; otherwise it is forgotten within an hour after your last question. It is never written to a "
-    "file that stays."
+DEMO = f"This is the model of the demonstration. {NO_TOOL}"
+DEMO_AMONG = f"The model called {DEMO_MODEL} is that of the demonstration. {NO_TOOL}"
+FORGETTING = (
+    "Clear forgets it at once; otherwise it is forgotten within an hour after you last did something with it. It is "
+    "never written to a file that stays."
+)
+PRIVACY = f"What you send is looked at on this server alone and kept in its memory for what you do next. {FORGETTING}"
+REMOTE_PRIVACY = (
+    "What you send is kept in this server's memory for what you do next. The faces that are found in it, or all of it "
+    f"where there is none, go to the model's machine, which keeps a few in its memory, too. {FORGETTING}"
 )
 DROP = "Photo or short video, up to 20 MB (25 megapixels, 5 minutes)"
 SUGGESTIONS = (
@@ -45,7 +53,6 @@ HEADLINES = {
     VerdictLabel.INCONCLUSIVE: "No verdict",
 }
 UNCALIBRATED = {VerdictLabel.FAKE: "Looks fake", VerdictLabel.REAL: "Looks real"}
-EVIDENCE = {"p_real": "Speaks for real", "p_fake": "Speaks for fake"}
 
 NO_MODEL = "This model is not there now; try again in a minute, or load the page again."
 GONE = "There is no picture here any more; drop it again."
@@ -55,11 +62,13 @@ LOCKED = "Your key is no longer valid; log out at the end of the page, and log i
 NO_FACE = (
     "No face was found, and only faces are judged. Take a picture in which a face is larger and seen from the front."
 )
+NO_WRITER = "This model gives verdicts and no words."
 NO_WORDS = "There is nothing to explain without a verdict."
 BROKEN_OFF = "The answer broke off and is not kept; ask again."
 AGAIN = "Writing the answer again, in other words."
 STOPPED = "Stopped before the first word."
 NO_MORE = "No words could be written about this face alone; choose the largest one."
+CAPABILITIES = {True: "verdict and words", False: "verdict alone", None: ""}
 SHOWN_SIDE = 960  # px
 JPEG_QUALITY = 88
 
@@ -86,17 +95,42 @@ def headline(verdict: Verdict) -> str:
     return known[verdict.label]
 
 
-def evidence_name(name: str) -> str:
-    """Give the name of a piece of evidence in plain words."""
-    return f"Map: {name}" if name in REGIONS else EVIDENCE.get(name, name.replace("_", " ").capitalize())
-
-
-def announcement(verdict: Verdict) -> str:
-    """Say a verdict in one sentence, for people who hear the page."""
+def announcement(verdict: Verdict, model: str = "") -> str:
+    """Say a verdict in one sentence, for people who hear the page; `model` as in `card`."""
     why = f" {verdict.reason[:1].upper()}{verdict.reason[1:]}."
     sure = why if verdict.p_fake is None else f" {verdict.score_text}, {verdict.calibration}."
     which = f" Face {verdict.face} of {verdict.face_count}." if verdict.face_count > 1 else ""
-    return f"Verdict: {headline(verdict)}.{sure}{which}"
+    whose = f" of {model}" if model else ""
+    return f"Verdict{whose}: {headline(verdict)}.{sure}{which}"
+
+
+def remark(models: Collection[str]) -> str:
+    """Say what has to be known of the models before anything else, by their names."""
+    if DEMO_MODEL not in models:
+        return ""
+    return DEMO if len(models) == 1 else DEMO_AMONG
+
+
+def lead(can_write: Collection[bool | None]) -> str:
+    """Say what one gets here, from models of which each does or does not write words; None = nobody knows yet."""
+    if set(can_write) == {True}:
+        return LEAD
+    return WORDLESS_LEAD if set(can_write) == {False} else MIXED_LEAD
+
+
+def limits(can_write: Collection[bool | None]) -> list[str]:
+    """List what the page can not tell; of words only where a model may write some, see `lead`."""
+    return [*LIMITS, WORDS_LIMIT] if set(can_write) != {False} else [*LIMITS]
+
+
+def wordless_note(writers: Sequence[str]) -> str:
+    """Say that a model has no words, and which others have some."""
+    return f"{NO_WRITER} For reasons in words, clear this and choose {' or '.join(writers)}." if writers else WORDLESS
+
+
+def model_label(name: str, can_write: bool | None) -> str:
+    """Name a model in the choice, with what it gives where that is known."""
+    return f"{name}: {CAPABILITIES[can_write]}" if CAPABILITIES[can_write] else name
 
 
 def shown_question(question: str) -> str:
@@ -122,8 +156,11 @@ def photo(visit: Visit) -> Markup:
     )
 
 
-def card(finding: Finding, name: str) -> Markup:
-    """Show a verdict: label, certainty, what it means, and the evidence by plain names."""
+def card(finding: Finding, name: str, model: str = "") -> Markup:
+    """Show a verdict: label, certainty, what it means, and the evidence by plain names.
+
+    model: whose verdict it is, where there is a choice of them.
+    """
     verdict = finding.verdict
     video = verdict if isinstance(verdict, VideoVerdict) else None
     is_faceless = verdict.p_fake is None and verdict.face_count == 0 and video is None
@@ -131,11 +168,12 @@ def card(finding: Finding, name: str) -> Markup:
         "live_card.html",
         verdict=verdict,
         name=name,
+        model=model,
         headline=headline(verdict),
         meaning=NO_FACE if is_faceless else meaning(verdict),
         band=band_in_words(verdict),
         regions=regions_in_words(verdict),
-        evidence=[(evidence_name(key), value) for key, value in verdict.evidence.items()],
+        evidence=[(verdict.meanings.get(name, name), value) for name, value in verdict.evidence.items()],
         video=video,
         timeline="" if video is None or video.p_fake is None else png_uri(timeline_png(video)),
     )

@@ -18,6 +18,7 @@ from llava.serve.engine import Engine
 class Visit:
     """One picture or video on one open page: what was found, which face is talked about, and what was said of each.
 
+    model: name of the one that is asked, empty where there is no other.
     stop: ends the answer that is being written; every answer has its own. is_stopped: whether a person ended it.
     rewrites: how often other words were asked for.
     """
@@ -25,6 +26,7 @@ class Visit:
     engine: Engine
     source: NamedInput
     findings: list[Finding]
+    model: str = ""
     chosen: int = 0
     said: dict[int, list[Explanation]] = field(default_factory=dict)
     stop: Event = field(default_factory=Event)
