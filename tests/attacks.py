@@ -238,7 +238,7 @@ ATTACKS: dict[str, tuple[Attack, set[int]]] = {
     "paths out of the server's": (paths, {404}),
     "model names with folders": (
         lambda s: [s.chat(model=name) for name in ("../../etc/passwd", "/etc")],
-        {400},
+        {404},
     ),
     "bombs: PNG": (bombs("png"), {400, 413}),
     "bombs: GIF": (bombs("gif"), {413}),

@@ -280,6 +280,18 @@ def test_members_stay_as_they_were_and_speak_in_the_evidence(
         assert verdict.evidence[f"p_fake_{name}"] == pytest.approx(alone.raw_p_fake, abs=1e-5)
 
 
+def test_a_next_phase_takes_over_all_that_is_known_of_members(toys: Path) -> None:
+    before, after = (create("ensemble", both(toys)) for _ in range(2))
+    before.load_pretrained()
+    before.trained_on = frozenset(["x"])
+    after.take_over(before, "the phase before")
+    assert after.fingerprint() == before.fingerprint() and after.trained_on == {"x"}
+    for name, member in after.members.items():
+        alone = load(toys / name)
+        assert member.calibration == alone.calibration is not None
+        assert (member.decision, member.trained_on) == (alone.decision, alone.trained_on)
+
+
 def test_free_members_train_together_and_are_then_fused(images: Path, tmp_path: Path) -> None:
     """Train, then fit, from nothing; and a fusion that is trained over members that are not."""
     fresh = {"detector": "toy", "config": TOY}
@@ -347,6 +359,8 @@ def test_a_member_that_lacks_its_input_is_left_out_and_nothing_is_said_of_it() -
     assert ensemble.lacking(dict.fromkeys(inputs, "it is too small")) == "it is too small"
     row = whole_image(ensemble)._rows(output)[1]
     assert set(row["evidence"]) == {"p_real", "p_fake", "p_fake_b"}
+    ensemble.optional_evidence = ()
+    assert len(whole_image(ensemble)._rows(output)[1]["evidence"]) == 4, "what may not be missing is not hidden"
 
 
 def test_told_members_agree_with_the_told_whole() -> None:

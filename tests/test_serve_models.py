@@ -22,8 +22,9 @@ from test_serve_api import messages, png
 from test_serve_verdicts import last
 from tiny_world import draw
 
+from llava.core.cluster import ClusterSettings
 from llava.pipeline import Pipeline
-from llava.serve.command import serve
+from llava.serve.command import _require_room, serve
 from llava.serve.controller import ControllerSettings
 from llava.serve.controller import build_app as controller_app
 from llava.serve.engine import WORDLESS
@@ -239,3 +240,13 @@ def test_the_choice_of_models_follows_the_controller_and_keeps_what_was_chosen()
     assert [name for _, name in changed.choices] == ["a", "b"] and changed.value == "b" and changed.visible
     assert _present(MappingProxyType(known), ["gone"], "gone").value == "a"
     assert not _present(MappingProxyType({"a": None}), ["a", "b"], "a").visible
+
+
+def test_on_ray_there_must_be_room_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    cluster = ClusterSettings(cpus=4, model_cpus=2)
+    _require_room(ServeSettings(ray=True, model_path=["a", "b"], cluster=cluster))
+    with pytest.raises(ValueError, match="replicas: 3 of all 3 models do not fit here, 2 do"):
+        _require_room(ServeSettings(ray=True, model_path=["a", "b", "c"], cluster=cluster))

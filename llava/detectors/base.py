@@ -67,6 +67,7 @@ class Detector(Composite):
     class_weights: Tensor
     classes: tuple[str, ...] = ("real", "fake")
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
+    optional_evidence: tuple[str, ...] = ()  # NaN, and left out of a verdict, where what it rests on is missing
     own_meanings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
@@ -300,12 +301,13 @@ class Detector(Composite):
         Members go into its sub-folders; what is known of the groups that it was trained on into trained_on.json.
         """
         members = {MEMBERS: sha256} if (sha256 := save_members(folder, self.members)) else {}
-        save_module(folder, self, self.describe() | members, apart=f"{MEMBERS}.")
         write_trained_on(folder, self.trained_on)
         if self.calibration is None:
             (Path(folder) / CALIBRATION_NAME).unlink(missing_ok=True)  # of weights that were there before
         else:
             write_calibration(folder, self.calibration)
+        # The config comes last: a folder that has one is complete.
+        save_module(folder, self, self.describe() | members, apart=f"{MEMBERS}.")
 
     def fingerprint(self) -> str:
         """Give one SHA-256 of every tensor. Raises ValueError when those of a host's tower are missing."""

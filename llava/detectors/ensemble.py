@@ -74,7 +74,8 @@ class Ensemble(Detector):
         self._folders = folders
         self.trained_on = frozenset[str]().union(*map(read_trained_on, folders.values()))
         self._inputs, self._routes = joined(self.members)
-        self.evidence_names = ("p_real", "p_fake", *(f"p_fake_{name}" for name in members))
+        self.optional_evidence = tuple(f"p_fake_{name}" for name in members)
+        self.evidence_names = ("p_real", "p_fake", *self.optional_evidence)
         self.fusion = self.make_fusion()
         self._hold_members()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +19,12 @@ from llava.core.input_specs import FramesSpec, Input, NativeSpec
 from llava.core.runtime import Incomplete, pick_device, write_json, write_run
 from llava.core.terminal import aligned
 from llava.core.types import NORMALISATIONS, InputSpec, Triple
-from llava.data.sources import DataConfig
 from llava.detectors.base import Detector, load
 from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import RankedScores, class_confusion
 from llava.evaluation.predictions import Predictions
 from llava.evaluation.statistics import Interval, group_bootstraps
-from llava.train.evaluate import split_to_score
+from llava.train.evaluate import SplitConfig, split_to_score
 from llava.train.scoring import plain_text, probe_answers, score, scored_records
 
 EVERYTHING = 0.98  # an answer with this share is given to everything,
@@ -34,18 +33,12 @@ FLAT = 0.02  # scores whose standard deviation is under this do not depend on th
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnoseConfig:
+class DiagnoseConfig(SplitConfig):
     """Which detector is examined, on which data."""
 
     model: str = setting(help="folder, name in checkpoints/ or hub id of a trained detector", positional=True)
-    data: DataConfig | None = setting(None, "where images come from (default: what the detector was trained on)")
-    split: str = setting("test", "split to look at; all = every image")
     output_dir: str = setting("outputs/diagnosis", "folder of diagnosis.json")
-    batch_size: int = setting(32, "images per batch")
-    workers: int = setting(0, "processes that prepare images; 0 = none beside the scoring")
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where it runs")
     resamples: int = setting(1000, "bootstrap resamples behind each interval")
-    seed: int = setting(0, "seed of noise, shuffling and bootstrap")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -350,11 +350,14 @@ class Pipeline:
         names = ("p_fake", *self.detector.classes, *self.detector.evidence_names)
         assert columns.shape[1] == len(names)
         first, last = 1, 1 + len(self.detector.classes)
+        may_miss = self.detector.optional_evidence
         return [
             {
                 "p_fake": row[0],
                 "probabilities": dict(zip(names[first:last], row[first:last], strict=True)),
-                "evidence": {n: value for n, value in zip(names[last:], row[last:], strict=True) if not isnan(value)},
+                "evidence": {
+                    n: e for n, e in zip(names[last:], row[last:], strict=True) if not (n in may_miss and isnan(e))
+                },
             }
             for row in columns.float().tolist()
         ]

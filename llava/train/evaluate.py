@@ -100,18 +100,25 @@ def _share_text(share: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class SplitConfig:
+    """Which records a detector is asked about, and how."""
+
+    data: DataConfig | None = setting(None, "where images come from (default: what the detector was trained on)")
+    split: str = setting("test", "split to look at; all = every image")
+    batch_size: int = setting(32, "images per batch")
+    workers: int = setting(0, "processes that prepare images; 0 = none beside the scoring")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where it runs")
+    seed: int = setting(0, "seed of the bootstrap and of all noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(SplitConfig):
     """What is scored with which detector, and where the results go."""
 
     model: str = setting(
         "checkpoints/stage_1/m2f2_tiny", "folder, name in checkpoints/ or hub id of a trained detector"
     )
-    data: DataConfig | None = setting(None, "where images come from (default: what the detector was trained on)")
-    split: str = setting("test", "split to score; all = every image")
     output_dir: str = setting("outputs/stage_1", "folder of predictions.csv, videos.csv, report.json and roc.png")
-    batch_size: int = setting(32, "images per batch")
-    workers: int = setting(0, "processes that prepare images; 0 = none beside the scoring")
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where it runs")
     trim: float = setting(TRIM, "part of a video's frames dropped at each end for the trimmed mean")
     published: bool = setting(
         False, "write published.csv too, of FaceForensics++: image_id, ground_truth (1 = real), prediction (P(real))"
@@ -120,7 +127,6 @@ class ScoreConfig:
     robustness: bool = setting(
         False, "score JPEG, resized, cropped, blurred and noisy copies too, 30 times the work: robustness.json and .png"
     )
-    seed: int = setting(0, "seed of the noise of --robustness and of the bootstrap")
 
 
 def evaluate(config: ScoreConfig) -> str:
