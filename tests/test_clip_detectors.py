@@ -20,8 +20,9 @@ from PIL import Image
 from test_serve_api import png
 
 from llava.core.config import build
-from llava.core.input_specs import STILL, wants_of
+from llava.core.input_specs import STILL
 from llava.core.types import Content, GenerationSettings, Record, Turn, VerdictLabel
+from llava.data.dataset import wants_of
 from llava.data.sources import open_source, split_of
 from llava.detectors.base import DetectorOutput, create, is_there, load
 from llava.evaluation.predictions import read_csv
