@@ -20,8 +20,9 @@ from PIL import Image
 from test_serve_api import png
 
 from llava.core.config import build
-from llava.core.input_specs import STILL, wants_of
+from llava.core.input_specs import STILL
 from llava.core.types import Content, GenerationSettings, Record, Turn, VerdictLabel
+from llava.data.dataset import wants_of
 from llava.data.sources import open_source, split_of
 from llava.detectors.base import DetectorOutput, create, is_there, load
 from llava.evaluation.predictions import read_csv
@@ -39,8 +40,8 @@ from llava.serve.batching import BatchingEngine
 from llava.serve.engine import Question
 from llava.serve.guard import RequestLimits
 from llava.train import stage_1
-from llava.train.recipe import Recipe
-from llava.train.scoring import probe_answers, score, without_lacking
+from llava.train.recipe import Recipe, open_data
+from llava.train.scoring import probe_answers, score, usable_data, without_lacking
 from llava.train.tiny_base import train_tokenizer
 
 clip_detectors.add_to_table()
@@ -230,6 +231,17 @@ def test_training_without_a_usable_record_is_refused(clips: Path, tmp_path: Path
             write_clip(tmp_path / part / file.name, frames_of(False, 0, 8), codec="ffv1")
     with pytest.raises(ValueError, match=r"14 of 14 records cannot be trained on .*has no sound\); give data"):
         stage_1.train(recipe(tmp_path, tmp_path / "out", "sound"))
+
+
+def test_no_class_vanishes_with_what_cannot_be_used(clips: Path) -> None:
+    detector = create("sound", {"size": 8})
+    data = open_data(recipe(clips, clips, "sound").data, seed=0)
+    whole = usable_data(detector, data)
+    assert [len(data.train), len(data.val), len(data.test)] == [14, 16, 16]
+    assert [len(whole.train), len(whole.val), len(whole.test)] == [12, 12, 12]
+    no_sound = [r for r in data.val if r.label == 0 or r.video == "validation/v01"]
+    with pytest.raises(ValueError, match="No record that can be validated on is 'fake'; add some"):
+        usable_data(detector, replace(data, val=no_sound))
 
 
 def test_a_detector_with_alternatives_goes_on_with_what_is_there(clips: Path) -> None:

@@ -13,11 +13,11 @@ import torch
 from clips import grey, write_clip
 from PIL import Image
 
-from llava.core.input_specs import FramesSpec, MissingInput, NativeSpec, SoundSpec, TimesSpec, wants_of
+from llava.core.input_specs import FramesSpec, MissingInput, NativeSpec, SoundSpec, TimesSpec
 from llava.core.runtime import item_rng
 from llava.core.types import Content, InputSpec, Record, Sample
 from llava.data.clips import Hdf5Source, ListingSource
-from llava.data.dataset import DetectionDataset, collate, degraded, input_tensors, to_tensor, view_tensors
+from llava.data.dataset import DetectionDataset, collate, degraded, input_tensors, to_tensor, view_tensors, wants_of
 from llava.data.frames import open_clip, read_sound
 from llava.data.images import read_image
 from llava.data.sources import DataConfig, open_source, split_of

@@ -158,18 +158,6 @@ def all_reasons(reasons: Mapping[str, str]) -> str:
     return "; ".join(dict.fromkeys(reasons.values()))
 
 
-def wants_of(inputs: Mapping[str, Input]) -> Wants | None:
-    """Give what inputs need of a clip; None when a single image has all of it."""
-    tracks = [spec for spec in inputs.values() if isinstance(spec, TrackSpec)]
-    sounds = [spec.seconds for spec in inputs.values() if isinstance(spec, SoundSpec)]
-    if not tracks and not sounds:
-        return None
-    return Wants(
-        moments=tuple(sorted({0.0, *(moment for spec in tracks for moment in spec.moments)})),
-        sound_seconds=max(sounds, default=0.0),
-    )
-
-
 def nearest(seconds: Sequence[float], moment: float) -> int:
     """Give the number of the value, of rising ones, that is nearest to a moment; of two the earlier."""
     after = bisect_left(seconds, moment)

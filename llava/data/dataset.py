@@ -23,8 +23,9 @@ from llava.core.input_specs import (
     NativeSpec,
     SoundSpec,
     TimesSpec,
+    TrackSpec,
+    Wants,
     all_reasons,
-    wants_of,
 )
 from llava.core.runtime import item_rng
 from llava.core.types import FAKE, REAL, Content, InputSpec, Record, Sample, View
@@ -125,6 +126,18 @@ def input_tensors(
         views = [spec.views[i % len(spec.views)] for i in range(most)]
         tensors[name] = _seen(plain, views) if with_views else plain
     return tensors, reasons
+
+
+def wants_of(inputs: Mapping[str, Input]) -> Wants | None:
+    """Give what inputs need of a clip; None when a single image has all of it."""
+    tracks = [spec for spec in inputs.values() if isinstance(spec, TrackSpec)]
+    sounds = [spec.seconds for spec in inputs.values() if isinstance(spec, SoundSpec)]
+    if not tracks and not sounds:
+        return None
+    return Wants(
+        moments=tuple(sorted({0.0, *(moment for spec in tracks for moment in spec.moments)})),
+        sound_seconds=max(sounds, default=0.0),
+    )
 
 
 def image_of(inputs: Mapping[str, Input]) -> InputSpec | None:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llava.core.input_specs import wants_of
 from llava.core.runtime import batched, pick_device
 from llava.core.score_map import require_share
 from llava.core.types import Content, Explanation, GenerationSettings, InputSpec, Turn, Verdict, VideoVerdict
 from llava.core.weights import read_config
 from llava.data.answer_texts import VERDICT_QUESTION
-from llava.data.dataset import image_of, input_tensors
+from llava.data.dataset import image_of, input_tensors, wants_of
 from llava.data.inputs import Image, as_list, named
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.base import load as load_detector

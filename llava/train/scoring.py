@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llava.core.input_specs import FramesSpec, Input, wants_of
+from llava.core.input_specs import FramesSpec, Input
 from llava.core.score_map import Calibration
 from llava.core.types import Content, InputSpec, Record
-from llava.data.dataset import Degradation, DetectionDataset, collate, input_tensors
+from llava.data.dataset import Degradation, DetectionDataset, collate, input_tensors, wants_of
 from llava.data.sources import Source
 from llava.detectors.base import Detector
 from llava.evaluation.predictions import Predictions, from_records
