@@ -16,7 +16,7 @@ from llava.evaluation.pictures import draw_reliability
 from llava.evaluation.predictions import Predictions, read_csv, refuse_shared_groups
 from llava.evaluation.reliability import calibration_report, share_of_fakes
 from llava.evaluation.tables import calibration_tables, run_script
-from llava.train.fit_phase import calibrate
+from llava.train.scoring import calibrate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,9 @@ from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.train import stage_1
 from llava.train.evaluate import ScoreConfig, data_of_training, evaluate
-from llava.train.fit_phase import calibrate, fit_phase
 from llava.train.recipe import Fold, PhaseConfig, Recipe
+from llava.train.scoring import calibrate
+from llava.train.stage_1 import fit_phase
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 DETECTORS.add("fitted_toy", "toy_detector:FittedToy")

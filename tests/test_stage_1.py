@@ -25,11 +25,18 @@ from llava.detectors.m2f2det import M2F2DetConfig
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
 from llava.train import stage_1
-from llava.train.callbacks import CollapseError, check_collapse
-from llava.train.engine import DetectorTrainer, WholeBatches, balance_classes, flat_metrics, training_arguments
-from llava.train.fit_phase import settle
+from llava.train.engine import (
+    CollapseError,
+    DetectorTrainer,
+    WholeBatches,
+    balance_classes,
+    check_collapse,
+    flat_metrics,
+    training_arguments,
+)
 from llava.train.recipe import CollapseConfig, Fold, LossConfig, PhaseConfig, Recipe, data_name, open_data
 from llava.train.scoring import measured, probe_answers, score
+from llava.train.stage_1 import settle
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,11 +1,11 @@
-"""One phase of detector training on HF Trainer: our samples, parameter groups, metrics and files."""
+"""One phase of detector training on HF Trainer: our samples, parameter groups, metrics, files, and what watches it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.core.runtime import last_checkpoint, write_json
 from llava.core.types import REAL
@@ -24,9 +33,8 @@ from llava.data.splits import group_hashes
 from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions
-from llava.train.callbacks import CLASS_RECALL, CollapseCheck, ProgressLine, TensorBoard, check_collapse
-from llava.train.recipe import Best, OptimConfig, PhaseConfig, PhaseData
-from llava.train.scoring import answers_of, predictions_of, probe_answers, usable_data
+from llava.train.recipe import Best, CollapseConfig, OptimConfig, PhaseConfig, PhaseData
+from llava.train.scoring import answers_of, plain_text, predictions_of, probe_answers, usable_data
 
 log = logging.getLogger(__name__)
 HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
@@ -35,8 +43,103 @@ RESAMPLES_WHILE_TRAINING = 200
 # The best weights have the highest video AUC (or macro F1); this small share of the loss decides between equal ones.
 # One pair of 100 + 100 videos in another order changes the AUC by 1e-4.
 LOSS_IN_MERIT = 1e-5
+CLASS_RECALL = "class_recall_"  # what the recall of a class begins with, of a detector with more than two
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
+
+
+class CollapseError(RuntimeError):
+    """The detector gives one answer to everything."""
+
+
+def check_collapse(
+    metrics: Mapping[str, float], config: CollapseConfig, answers: Callable[[], Mapping[str, float]]
+) -> None:
+    """Raise CollapseError when a class is hardly ever recalled or p_fake hardly varies over validation.
+
+    Real and fake are told apart at 0.5, the classes of a detector with more than two by the highest score.
+
+    metrics: those of one evaluation. answers: gives p_fake of plain colours and noise, to be named beside it.
+    """
+    recalls = {label: metrics[f"eval_frame_recall_{label}"] for label in ("real", "fake")}
+    beginning = f"eval_{CLASS_RECALL}"
+    recalls |= {name.removeprefix(beginning): r for name, r in metrics.items() if name.startswith(beginning)}
+    problems = [
+        f"recall of {label} is {recall:.3f}, under {config.min_recall}"
+        for label, recall in recalls.items()
+        if recall < config.min_recall
+    ]
+    if metrics["eval_sd_p_fake"] < config.min_sd:
+        problems.append(f"sd(p_fake) is {metrics['eval_sd_p_fake']:.4f}, under {config.min_sd}")
+    if problems:
+        raise CollapseError(
+            f"The detector has collapsed: on validation, {' and '.join(problems)}. p_fake of plain images: "
+            f"{plain_text(answers())}. Use --loss.class_balance sampling, another --optim.lr, or more "
+            "--collapse.grace_epochs."
+        )
+
+
+class CollapseCheck(TrainerCallback):
+    """Check for collapse at each evaluation after the grace epochs."""
+
+    def __init__(self, config: CollapseConfig, answers: Callable[[], Mapping[str, float]]) -> None:
+        self.config, self.answers = config, answers
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the numbers just measured."""
+        if (state.epoch or 0) > self.config.grace_epochs:
+            check_collapse(metrics or {}, self.config, self.answers)
+
+
+class ProgressLine(ProgressCallback):
+    """The progress bar, with one short line per evaluation instead of every number."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss beside the bar and validation above it."""
+        if self.training_bar is None or logs is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}")
+        if "eval_video_auc" in logs:
+            log.info(
+                "epoch %.1f: validation AUC %.3f (frame), %.3f [%.3f, %.3f] (video), accuracy %.3f, loss %.3f",
+                state.epoch or 0.0,
+                logs["eval_frame_auc"],
+                logs["eval_video_auc"],
+                logs.get("eval_video_auc_low", float("nan")),
+                logs.get("eval_video_auc_high", float("nan")),
+                logs["eval_frame_accuracy"],
+                logs["eval_log_loss"],
+            )
+
+
+class TensorBoard(TensorBoardCallback):
+    """TensorBoard logs in a folder of the run; the model's settings are in run.json."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.logging_dir = str(folder)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the writer; a detector's config is no Hugging Face config and is left out."""
+        kwargs.pop("model", None)
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 class WholeBatches(EpochSampler):

@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 
 from llava.core.input_specs import FramesSpec, Input
 from llava.core.score_map import Calibration
-from llava.core.types import Content, InputSpec, Record
+from llava.core.types import FAKE, REAL, Content, InputSpec, Record
 from llava.data.dataset import Degradation, DetectionDataset, collate, input_tensors, wants_of
 from llava.data.sources import Source
+from llava.data.splits import refuse_groups
 from llava.detectors.base import Detector
+from llava.evaluation.calibration import CalibrationConfig, fit_calibration, groups_of, needed_groups
 from llava.evaluation.predictions import Predictions, from_records
 from llava.evaluation.reliability import calibration_report, share_of_fakes
 from llava.train.recipe import PhaseData
@@ -210,3 +212,30 @@ def measured(calibration: Calibration | None, test: Predictions | None, n_boot: 
     shown = (f"{v['value']:.3f}" + ("" if v["low"] is None else f" [{v['low']:.3f}, {v['high']:.3f}]") for v in values)
     log.info("ECE on test: %s raw, %s after calibration by %s (%s)", *shown, report["method"], report["calibration"])
     return report
+
+
+def has_enough_groups(predictions: Predictions, config: CalibrationConfig) -> bool:
+    """Say whether a calibration can be fitted on these predictions, with a warning when not."""
+    needed = max(needed_groups(config.coverage), config.folds)
+    counts = [groups_of(predictions, label) for label in (REAL, FAKE)]
+    if min(counts) >= needed:
+        return True
+    log.warning(
+        "not calibrated: a coverage of %g needs %d validation groups of each class, there are %d real and %d fake",
+        config.coverage,
+        needed,
+        *counts,
+    )
+    return False
+
+
+def calibrate(
+    detector: Detector, predictions: Predictions, config: CalibrationConfig, data: str, allow_leaks: bool = False
+) -> Calibration:
+    """Fit what a detector's scores mean on predictions of groups that it was not trained on.
+
+    data: their name. allow_leaks: only warn of groups that it was. Raises LeakError, or ValueError with one class or
+    too few groups.
+    """
+    refuse_groups(predictions.groups.tolist(), detector.trained_on, data, "trained on", allow_leaks)
+    return fit_calibration(predictions, config, data, detector.fingerprint())

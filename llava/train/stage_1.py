@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ import torch
 from transformers import set_seed
 
 from llava.core.config import parse, to_dict
+from llava.core.registry import nearest
 from llava.core.runtime import other_settings, pick_device, setup_logging, write_json, write_run
+from llava.core.types import Decision, Record
 from llava.core.weights import CONFIG_NAME, shapes_only
+from llava.data.splits import group_hashes
 from llava.detectors.base import Detector, create, load, load_uncalibrated
+from llava.detectors.fitted import CALIBRATION
+from llava.detectors.members import read_trained_on
 from llava.detectors.published import ready_detector
-from llava.evaluation.metrics import LEVELS, detection_report
-from llava.evaluation.predictions import write_csv
+from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
+from llava.evaluation.predictions import Predictions, write_csv
 from llava.evaluation.tables import multiclass_lines
-from llava.train.callbacks import CollapseError
-from llava.train.engine import BEST, train_phase
-from llava.train.fit_phase import check_phases, fit_phase, settle
+from llava.train.engine import BEST, CollapseError, train_phase
 from llava.train.recipe import (
     Fold,
     PhaseConfig,
@@ -38,11 +42,20 @@ from llava.train.recipe import (
     report_near_duplicates,
     validation_fold,
 )
-from llava.train.scoring import measured, plain_text, probe_answers, score
+from llava.train.scoring import (
+    answers_over,
+    calibrate,
+    has_enough_groups,
+    measured,
+    plain_text,
+    probe_answers,
+    score,
+)
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
 RESULTS = "metrics.json"
+FIT_FIRST = "add a phase `kind: fit` to the recipe (docs/training.md)."
 IMBALANCE = 2.0  # a class with so many times the records of another is warned about
 # Settings that may differ between an interrupted run and the one that goes on with it.
 FREE_TO_CHANGE = ("resume", "output_dir", "workers", "near_duplicates", "resamples")
@@ -217,6 +230,83 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
         "plain_images": probe_answers(detector, device),
         **reports,
     }
+
+
+def check_phases(
+    detector: Detector, recipe: Recipe, data: Sequence[PhaseData | Fold], validation: Fold, test: Sequence[Record]
+) -> None:
+    """Refuse, before anything is trained, a fit that is missing or could not be trusted.
+
+    data: of each phase; validation, test: by which the finished detector is calibrated and judged. Raises LeakError
+    when a fold shares groups with what the detector's members, what it starts from or an earlier phase was trained on,
+    or with the test split; ValueError for a part that there is not, and for one that is needed before it is fitted.
+    """
+    trained_on, tested_on = detector.trained_on, group_hashes(r.group for r in test)
+    needed = {name for name, part in detector.fitted_parts().items() if not part.has_default}
+    for phase, each in zip(recipe.phase_list(), data, strict=True):
+        if phase.init_from:
+            trained_on |= read_trained_on(ready_detector(phase.init_from))
+            needed = set()  # whether it has them is seen when it is loaded
+        if isinstance(each, Fold):
+            needed -= set(part_names(detector, phase))
+            each.refuse(trained_on, "trained on")
+            each.refuse(tested_on, "tested on")
+        elif needed:
+            raise ValueError(f"Phase {phase.name!r} trains before {', '.join(sorted(needed))} is fitted; {FIT_FIRST}")
+        else:
+            trained_on |= group_hashes(r.group for r in each.train)
+    if needed:
+        raise ValueError(f"No phase fits {', '.join(sorted(needed))} of {detector.name!r}; {FIT_FIRST}")
+    if not recipe.fits_calibration:
+        validation.refuse(trained_on, "trained on")
+
+
+def part_names(detector: Detector, phase: PhaseConfig) -> list[str]:
+    """List the parts that a phase fits, in order. Raises ValueError for one that the detector has not."""
+    known = list(detector.fitted_parts())
+    wrong = sorted(set(phase.parts) - {*known, CALIBRATION})
+    if wrong or not (phase.parts or known):
+        problem = f"{wrong[0]!r} is no part of" if wrong else "nothing but its calibration can be fitted of"
+        raise ValueError(
+            f"parts: {problem} {detector.name!r}. {nearest(wrong[0] if wrong else '', [*known, CALIBRATION])}"
+        )
+    return [name for name in (*known, CALIBRATION) if name in (phase.parts or known)]
+
+
+def fit_phase(detector: Detector, phase: PhaseConfig, fold: Fold, recipe: Recipe, folder: Path) -> None:
+    """Fit the parts that a phase names, one after another, in place, and write the detector into `folder`.
+
+    Raises LeakError when the detector was trained on groups of the fold.
+    """
+    fold.refuse(detector.trained_on, "trained on")
+    device = pick_device()
+    run = (fold.source, fold.records, device, phase.batch_size, phase.workers)
+    for name in part_names(detector, phase):
+        if name == CALIBRATION:
+            settle(detector, score(detector, *run), recipe, fold)
+            continue
+        part = detector.fitted_parts()[name]
+        records, (observed,) = answers_over(detector, *run, partial(_observed, detector, name))
+        part.fit(observed, torch.tensor(list(map(detector.target, records))))
+        assert part.is_fitted, name
+        log.info("%s is fitted on %s, n = %d", name, fold.name, len(records))
+    detector.save(folder)
+
+
+def _observed(detector: Detector, part: str, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+    return (detector.observe(part, inputs),)
+
+
+def settle(detector: Detector, predictions: Predictions, recipe: Recipe, fold: Fold) -> None:
+    """Choose a detector's threshold on predictions of a fold, and calibrate it where there are enough groups."""
+    threshold = choose_threshold(predictions.labels, predictions.p_fake, recipe.threshold_rule)
+    chosen_on = f"{fold.title}, {len(predictions)} images, {recipe.threshold_rule}"
+    detector.decision = Decision(threshold=threshold, chosen_on=chosen_on)
+    config = recipe.calibration
+    if config is None or not has_enough_groups(predictions, config):
+        detector.calibration = None
+        return
+    detector.calibration = calibrate(detector, predictions, config, fold.name, fold.config.allow_leaks)
 
 
 def log_results(results: dict[str, Any], folder: Path) -> None:
