@@ -51,15 +51,15 @@ class Running:
 
     @property
     def replicas(self) -> list[int]:
-        """List the processes that hold the model and have loaded it."""
-        words_of = processes_with(self.mark).items()
-        return [pid for pid, words in words_of if "m2f2:engine" in words and "__init__" not in words]
+        """List the processes that hold the explainer and have loaded it; those of the detector are `engine-2`."""
+        words_of = {pid: words for pid, words in processes_with(self.mark).items() if "m2f2:engine" in words}
+        return [pid for pid, words in words_of.items() if "engine-2" not in words and "__init__" not in words]
 
 
 @contextmanager
 def serving(models: Sequence[Path], folder: Path, *flags: str) -> Iterator[Running]:
     """Start `m2f2 serve --ray true` and wait until it is ready."""
-    words = [sys.executable, "-m", "llava.cli", "serve", "--ray", "true", "--cluster.cpus", "2", "--port", "0", *flags]
+    words = [sys.executable, "-m", "llava.cli", "serve", "--ray", "true", "--cluster.cpus", "4", "--port", "0", *flags]
     words += [
         "--model_path",
         *map(str, models),
@@ -89,7 +89,8 @@ def serving(models: Sequence[Path], folder: Path, *flags: str) -> Iterator[Runni
 @pytest.fixture(scope="module")
 def server(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     flags = ["--min_replicas", "1", "--max_replicas", "2", "--rows", "1", "--upscale_seconds", "2"]
-    with serving([tiny_explainer], tmp_path_factory.mktemp("ray"), *flags) as started:
+    models = [tiny_explainer, tiny_explainer.parent / "detector"]
+    with serving(models, tmp_path_factory.mktemp("ray"), *flags) as started:
         yield started
 
 
@@ -131,6 +132,21 @@ def test_answers_are_those_of_one_process(server: Running, tiny_explainer: Path)
         chunks = list(stream)
         assert chunks[0].verdict == whole.verdict and not chunks[0].choices[0].delta.content
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == alone.text
+
+
+@pytest.mark.e2e
+def test_a_detector_beside_it_gives_the_verdict_of_one_process(server: Running, tiny_explainer: Path) -> None:
+    listed = [(model.id, model.capabilities) for model in server.client.models.list()]
+    assert listed == [("explainer", ["detect", "explain"]), ("detector", ["detect"])]
+    detector = tiny_explainer.parent / "detector"
+    (alone,) = Pipeline.from_pretrained(detector, faces=FaceSettings(face="off"), stability=False).detect(draw(1, 3))
+    reply = server.client.chat.completions.create(model="detector", messages=messages(draw(1, 3)))
+    assert reply.verdict["label"] == str(alone.label) == "FAKE"
+    assert reply.verdict["p_fake"] == pytest.approx(alone.p_fake, abs=1e-5)
+    assert (reply.choices[0].message.content or "").startswith("The detector's verdict is FAKE: p_fake ")
+    content = {"files": b"anything"}
+    refused = httpx.post(f"{server.address}/v1/explain", files=content, data={"model": "detector"})
+    assert refused.status_code == 400 and "ask for the model 'explainer'" in refused.json()["error"]["message"]
 
 
 @pytest.mark.e2e
@@ -203,25 +219,6 @@ def test_sigterm_ends_every_process(server: Running) -> None:
         assert time.monotonic() < deadline, alive
         time.sleep(0.2)
     assert "Traceback" not in server.log.read_text()
-
-
-@pytest.mark.e2e
-def test_a_detector_beside_an_explainer_gives_the_verdict_of_one_process(tiny_explainer: Path, tmp_path: Path) -> None:
-    detector = tiny_explainer.parent / "detector"
-    (alone,) = Pipeline.from_pretrained(detector, faces=FaceSettings(face="off"), stability=False).detect(draw(1, 3))
-    with serving([detector, tiny_explainer], tmp_path) as started:
-        listed = [(model.id, model.capabilities) for model in started.client.models.list()]
-        assert listed == [("detector", ["detect"]), ("explainer", ["detect", "explain"])]
-        written = started.client.chat.completions.create(model="explainer", messages=messages(draw(1, 3)))
-        assert written.model == "explainer" and written.choices[0].message.content == "The image is fake."
-        reply = started.client.chat.completions.create(model="detector", messages=messages(draw(1, 3)))
-        assert reply.verdict["label"] == str(alone.label) == "FAKE"
-        assert reply.verdict["p_fake"] == pytest.approx(alone.p_fake, abs=1e-5)
-        assert (reply.choices[0].message.content or "").startswith("The detector's verdict is FAKE: p_fake ")
-        refused = httpx.post(f"{started.address}/v1/explain", files={"files": b"anything"})
-        assert refused.status_code == 400 and "ask for the model 'explainer'" in refused.json()["error"]["message"]
-        started.process.send_signal(signal.SIGTERM)
-        assert started.process.wait(END_SECONDS) == 0
 
 
 def test_replicas_need_ray_and_make_sense() -> None:
