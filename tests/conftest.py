@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deprecations
 import forked
@@ -13,6 +14,9 @@ import golden
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from browser import Browser
 
 LONGEST = [
     "test_stages.py",
@@ -88,6 +92,15 @@ def tiny_explainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_explainer import train_explainer
 
     return once(tmp_path_factory, "tiny_explainer", train_explainer)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Give a browser; what it saves goes to a folder that nobody looks into."""
+    from browser import chromium
+
+    with chromium(tmp_path_factory.mktemp("downloads")) as started:
+        yield started
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_world import draw
+from tiny_world import calibration_of, draw
 
 import llava
 from llava import cli
-from llava.core.score_map import Calibration, ScoreMap, read_calibration, write_calibration
+from llava.core.score_map import read_calibration, write_calibration
 from llava.core.types import REAL, Decision
 from llava.detectors.base import load
 from llava.explainer.delta import fingerprint, save_delta
@@ -31,28 +31,13 @@ WHOLE = FaceSettings(face="off")
 PICTURES = [draw(i % 2, 300 + i) for i in range(6)]
 
 
-def calibration_of(detector_folder: Path) -> Calibration:
-    return Calibration(
-        score_map=ScoreMap(method="temperature", scale=0.5),
-        real_below=0.5,
-        fake_above=0.5,
-        coverage=0.9,
-        prior=0.5,
-        data="checkerboards",
-        images=40,
-        groups=40,
-        class_groups=(20, 20),
-        weights_sha256=load(detector_folder).fingerprint(),
-    )
-
-
 @pytest.fixture(scope="module")
 def calibrated(tiny_explainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder with `detector` and `explainer`, both calibrated by hand."""
     folder = tmp_path_factory.mktemp("calibrated")
     for name in ("detector", "explainer"):
         shutil.copytree(tiny_explainer.parent / name, folder / name)
-        write_calibration(folder / name, calibration_of(tiny_explainer.parent / "detector"))
+        write_calibration(folder / name, calibration_of(load(tiny_explainer.parent / "detector").fingerprint()))
     return folder
 
 

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from browser import Browser, chromium
+from browser import Browser
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 from servers import ROOT, Process, free_port, ready_address, running, wait_for
@@ -157,12 +157,6 @@ def test_an_unknown_model_is_not_found_and_the_known_ones_are_named(address: str
         in_address = form(address, path, {}, "?model=detector")
         assert in_address.status_code == 400, "else the first would answer for the one that was meant"
         assert in_address.json()["error"]["message"].startswith("model: nothing is read from the address")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("downloads")) as started:
-        yield started
 
 
 @pytest.mark.e2e

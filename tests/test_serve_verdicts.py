@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from browser import Browser, chromium
+from browser import Browser
 from PIL import Image
 from servers import ROOT, Process, ready_address, running, wait_for
 from test_architecture import LLM_STACK
@@ -311,12 +311,6 @@ def test_the_page_promises_no_reasons_where_no_model_gives_any(engine: BatchingE
             assert [each for each in cases if each in text] == [lead]
             assert ("language model" in text) == (lead != views.WORDLESS_LEAD)
             assert "ask about it" not in text, "who has no words answers no questions"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("downloads")) as started:
-        yield started
 
 
 @pytest.mark.e2e

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_world import draw, make_base
+from tiny_world import calibration_of, draw, make_base
 from toy_detector import EyeConfig, EyeDetector
 from transformers import LlavaForConditionalGeneration
 
-from llava.core.score_map import Calibration, ScoreMap, read_calibration
+from llava.core.score_map import read_calibration
 from llava.detectors import DETECTORS
 from llava.detectors.base import Detector, load
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
@@ -42,21 +42,6 @@ def made(folder: Path, name: str) -> Detector:
     detector.save(folder / "detector")
     make_base(folder / "base", folder / "detector")
     return detector
-
-
-def calibration_of(sha256: str) -> Calibration:
-    return Calibration(
-        score_map=ScoreMap(method="temperature", scale=0.5),
-        real_below=0.5,
-        fake_above=0.5,
-        coverage=0.9,
-        prior=0.5,
-        data="noise",
-        images=40,
-        groups=40,
-        class_groups=(20, 20),
-        weights_sha256=sha256,
-    )
 
 
 def merged(folder: Path, base: str = "base", out: str = "start") -> dict[str, object]:

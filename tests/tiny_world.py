@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from llava.core.runtime import item_rng
+from llava.core.score_map import Calibration, ScoreMap
 from llava.data.dataset import to_tensor
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.train.tiny_base import TinyBaseConfig, make_llava, train_tokenizer
@@ -26,6 +27,22 @@ def draw(label: int, index: int, size: int = 32) -> np.ndarray:
     if label:
         picture += 45 * ((np.indices((size, size)) // 8).sum(0) % 2)[..., None]
     return picture.clip(0, 255).astype(np.uint8)
+
+
+def calibration_of(weights_sha256: str) -> Calibration:
+    """Give a calibration of some weights, as if it had been fitted on this world."""
+    return Calibration(
+        score_map=ScoreMap(method="temperature", scale=0.5),
+        real_below=0.5,
+        fake_above=0.5,
+        coverage=0.9,
+        prior=0.5,
+        data="checkerboards",
+        images=40,
+        groups=40,
+        class_groups=(20, 20),
+        weights_sha256=weights_sha256,
+    )
 
 
 def draw_class(class_name: str, index: int) -> np.ndarray:
