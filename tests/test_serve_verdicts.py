@@ -174,7 +174,7 @@ import sys
 from pathlib import Path
 from fastapi.testclient import TestClient
 from llava.pipeline.settings import load
-from llava.serve.command import build
+from llava.serve.options import build
 from llava.serve.batching import BatchingEngine
 from llava.serve.options import ServeSettings
 

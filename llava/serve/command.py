@@ -8,48 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava.core.cluster import connected
 from llava.pipeline.settings import DEMO_MODEL, load
-from llava.serve.keys import KeyRing, read_keys
-from llava.serve.options import ServeSettings
+from llava.serve.keys import read_keys
+from llava.serve.options import ServeSettings, build
 from llava.serve.web import require_free, server_of
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from llava.serve.engine import Engine
 
 NAME = "m2f2"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.sh"
-
-
-def build(settings: ServeSettings, engines: Mapping[str, Engine]) -> FastAPI:
-    """Give the application of these settings. Raises ValueError for a file of keys that can not be used."""
-    from llava.serve.api import Service, build_app  # here, because --help needs no server
-    from llava.serve.guard import RequestLimits
-    from llava.serve.measures import MeasuredEngine, Measures
-
-    measures = Measures()
-    measured = {name: MeasuredEngine(engine, measures, name) for name, engine in engines.items()}
-    keys = KeyRing(settings.keys) if settings.keys else None
-    at_once = settings.rows * settings.replica_range[1] * len(measured)
-    limits = RequestLimits(
-        requests_per_minute=settings.requests_per_minute,
-        max_active=at_once,
-        max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
-    )
-    page = None
-    if settings.page:
-        from llava.serve.page.door import open_page
-
-        page = open_page(measured, limits, keys=keys, examples=settings.examples)
-    return build_app(Service(engines=measured, measures=measures, keys=keys, limits=limits, page=page))
 
 
 def serve_with_ray(settings: ServeSettings) -> Iterator[str]:

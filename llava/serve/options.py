@@ -1,17 +1,24 @@
-"""What `m2f2 serve` is told, and which addresses stand open."""
+"""What `m2f2 serve` is told, which addresses stand open, and the application that comes of it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
 from llava.pipeline.settings import DEMO_MODEL, PipelineSettings
 from llava.serve.fetch import is_loopback
+from llava.serve.keys import KeyRing
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from llava.serve.engine import Engine
 
 PROXIES = "addresses or networks of proxies in front; who asks is then who their X-Forwarded-For names"
 
@@ -130,3 +137,26 @@ def require_networks(proxies: Sequence[str]) -> None:
             ip_network(proxy)
         except ValueError as error:
             raise ValueError(f"trusted_proxies: {error}; give addresses or networks, such as 10.0.3.0/24.") from None
+
+
+def build(settings: ServeSettings, engines: Mapping[str, Engine]) -> FastAPI:
+    """Give the application of these settings. Raises ValueError for a file of keys that can not be used."""
+    from llava.serve.api import Service, build_app  # here, because --help needs no server
+    from llava.serve.guard import RequestLimits
+    from llava.serve.measures import MeasuredEngine, Measures
+
+    measures = Measures()
+    measured = {name: MeasuredEngine(engine, measures, name) for name, engine in engines.items()}
+    keys = KeyRing(settings.keys) if settings.keys else None
+    at_once = settings.rows * settings.replica_range[1] * len(measured)
+    limits = RequestLimits(
+        requests_per_minute=settings.requests_per_minute,
+        max_active=at_once,
+        max_waiting=4 * at_once if settings.waiting is None else settings.waiting,
+    )
+    page = None
+    if settings.page:
+        from llava.serve.page.door import open_page
+
+        page = open_page(measured, limits, keys=keys, examples=settings.examples)
+    return build_app(Service(engines=measured, measures=measures, keys=keys, limits=limits, page=page))

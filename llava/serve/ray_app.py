@@ -30,9 +30,9 @@ from llava.core.weights import read_config
 from llava.data.inputs import Image, NamedVideo
 from llava.pipeline.settings import is_detector, load
 from llava.pipeline.verdict import Finding, VideoFinding
-from llava.serve.command import build as build_api
 from llava.serve.engine import Piece, Question, Refusal, from_thread, joined
 from llava.serve.options import ServeSettings
+from llava.serve.options import build as build_api
 from llava.serve.web import SHUTDOWN_SECONDS
 
 log = logging.getLogger(__name__)
