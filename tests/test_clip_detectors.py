@@ -336,6 +336,9 @@ def test_an_explainer_of_pictures_refuses_a_detector_of_clips() -> None:
     item = {"input_ids": [1], **processor.pixels(frames_of(True, 0)[0])}
     with pytest.raises(ValueError, match=f"its detector judges none: {STILL}"):
         processor.collate([item])
+    can_do_without = ExplainerProcessor(tokenizer, config, detector.inputs, lacking=lambda reasons: "")
+    told = can_do_without.collate([item])["detector_inputs"]
+    assert all(tensor.isnan().all() for tensor in told.values()), "as an ensemble's member that judges nothing"
     image = frames_of(True, 0)[0]
     whole = processor.pixels(Content(image=image, frames=[image, image], seconds=(0.0, 0.2)))
     batch = processor.collate([{"input_ids": [1], **whole}] * 2)

@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 
 from llava.core.config import build
 from llava.core.types import InputSpec
-from llava.core.weights import sha256_of
+from llava.core.weights import read_config, sha256_of
 from llava.data.dataset import to_tensor
 from llava.data.sources import DataConfig, open_source, split_of
 from llava.data.splits import LeakError, group_hashes, refuse_groups
@@ -406,7 +406,7 @@ def test_an_ensemble_lives_in_an_explainer(tmp_path: Path) -> None:
     from tiny_world import make_base
 
     from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-    from llava.explainer.generation import load_model
+    from llava.explainer.generation import load_explainer, load_model, load_processor
     from llava.explainer.merge import merge_detector
 
     torch.manual_seed(0)
@@ -415,5 +415,9 @@ def test_an_ensemble_lives_in_an_explainer(tmp_path: Path) -> None:
     ensemble: Detector = Ensemble(EnsembleConfig.tiny())
     ensemble.eval().save(tmp_path / "ensemble")
     merge_detector(str(tmp_path / "base"), str(tmp_path / "ensemble"), tmp_path / "merged")
-    inside = load_model(tmp_path / "merged").detector
+    model = load_model(tmp_path / "merged")
+    inside = model.detector
+    assert load_processor(tmp_path / "merged", model).lacking == inside.lacking, "one member may be enough to judge"
+    whole = load_explainer(tmp_path / "merged", read_config(tmp_path / "merged"), torch.device("cpu"))
+    assert whole.processor.lacking == whole.model.detector.lacking
     assert inside.config == ensemble.config and inside.evidence_names[2:] == ("p_fake_clip", "p_fake_vit")

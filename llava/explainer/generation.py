@@ -66,7 +66,7 @@ def load_model(
 
 def load_processor(name: str | Path, model: ForgeryLlava) -> ExplainerProcessor:
     """Load the tokeniser and picture preparation that go with a model."""
-    return ExplainerProcessor.from_pretrained(ready(name), model.config, model.detector.inputs)
+    return ExplainerProcessor.from_pretrained(ready(name), model.config, model.detector.inputs, model.detector.lacking)
 
 
 def load_explainer(
@@ -90,7 +90,8 @@ def load_explainer(
         )
     dtype = ("bf16" if device.type == "cuda" else "fp32") if precision == "auto" else precision
     model = load_model(folder, device, dtype, quantization, settings)
-    return Explainer(model, ExplainerProcessor.from_pretrained(folder, model.config, model.detector.inputs))
+    detector = model.detector
+    return Explainer(model, ExplainerProcessor.from_pretrained(folder, model.config, detector.inputs, detector.lacking))
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,21 +35,26 @@ class ExplainerProcessor:
         tokenizer: PreTrainedTokenizerBase,
         config: ForgeryLlavaConfig,
         detector_inputs: Mapping[str, Input],
+        lacking: Callable[[Mapping[str, str]], str] = all_reasons,
     ) -> None:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer needs a BOS and an EOS token; LLaVA's and the tiny base's have both.")
         self.tokenizer = tokenizer
         self.config = config
-        self.detector_inputs = detector_inputs
+        self.detector_inputs, self.lacking = detector_inputs, lacking
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.is_legacy = bool(getattr(tokenizer, "legacy", tokenizer.init_kwargs.get("legacy", False)))
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, config: ForgeryLlavaConfig, detector_inputs: Mapping[str, Input]
+        cls,
+        folder: str | Path,
+        config: ForgeryLlavaConfig,
+        detector_inputs: Mapping[str, Input],
+        lacking: Callable[[Mapping[str, str]], str] = all_reasons,
     ) -> ExplainerProcessor:
-        """Read the tokeniser beside the model."""
-        return cls(read_tokenizer(folder), config, detector_inputs)
+        """Read the tokeniser beside the model; `lacking` is the detector's."""
+        return cls(read_tokenizer(folder), config, detector_inputs, lacking)
 
     def pixels(self, image: np.ndarray | Content) -> Pixels:
         """Give pixel_values (3, S, S) and the detector's tensors (V, ...), one per view, from uint8 (H, W, 3).
@@ -90,13 +95,13 @@ class ExplainerProcessor:
     def collate(self, items: Sequence[dict[str, Any]], side: str = "right") -> dict[str, Any]:
         """Pad ids (and labels) to one length and stack the pictures; `side` is left for generation.
 
-        Raises ValueError for a picture that lacks what the detector reads.
+        Raises ValueError for a picture that lacks what the detector cannot do without.
         """
-        reasons = next((item["reasons"] for item in items if item.get("reasons")), None)
-        if reasons:
+        why = next((why for item in items if (why := self.lacking(item.get("reasons", {})))), "")
+        if why:
             raise ValueError(
-                f"An explainer is taught with pictures, and its detector judges none: {all_reasons(reasons)}. Merge "
-                "a detector that reads single images."
+                f"An explainer is taught with pictures, and its detector judges none: {why}. Merge a detector that "
+                "reads single images."
             )
         batch: dict[str, Any] = {
             "input_ids": _padded([i["input_ids"] for i in items], self.pad_id, side),
