@@ -13,11 +13,11 @@ import pytest
 from clips import grey, write_clip, write_sound
 from PIL import Image
 from scipy.stats import trim_mean
-from tiny_world import draw
+from tiny_world import calibration_of, draw
 
 import llava
 from llava import cli
-from llava.core.score_map import Calibration, ScoreMap, write_calibration
+from llava.core.score_map import write_calibration
 from llava.core.types import FrameScore, VerdictLabel, VideoVerdict
 from llava.data.images import read_image
 from llava.detectors.base import load
@@ -90,18 +90,8 @@ def test_a_calibration_is_applied_to_the_video_s_score(
     tiny_explainer: Path, tmp_path: Path, clip: Path, edge: float, label: str
 ) -> None:
     shutil.copytree(tiny_explainer.parent / "detector", tmp_path / "detector")
-    calibration = Calibration(
-        score_map=ScoreMap(method="temperature", scale=0.5),
-        real_below=0.0,
-        fake_above=edge,
-        coverage=0.9,
-        prior=0.5,
-        data="checkerboards",
-        images=40,
-        groups=40,
-        class_groups=(20, 20),
-        weights_sha256=load(tmp_path / "detector").fingerprint(),
-    )
+    own = calibration_of(load(tmp_path / "detector").fingerprint())
+    calibration = replace(own, real_below=0.0, fake_above=edge)
     write_calibration(tmp_path / "detector", calibration)
     verdict = llava.load(str(tmp_path / "detector"), device="cpu", faces=WHOLE).detect_video(clip)
     raw = np.array([frame.raw_p_fake for frame in verdict.frames])

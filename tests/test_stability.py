@@ -6,17 +6,18 @@ import csv
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import draw
+from tiny_world import calibration_of, draw
 from toy_detector import HandMadeConfig, HandMadeDetector
 
 import llava
 from llava import cli
-from llava.core.score_map import Calibration, ScoreMap
+from llava.core.score_map import Calibration
 from llava.core.types import Explanation, Verdict, VerdictLabel
 from llava.data.inputs import NamedImage
 from llava.jobs.commands import table_text, write_csv
@@ -38,17 +39,7 @@ def pipeline(measure: str = "brightness", turning_point: float = 0.5, **options)
 
 
 def calibration(**ends: float) -> Calibration:
-    return Calibration(
-        score_map=ScoreMap(method="temperature", scale=0.5),
-        **{"real_below": 0.5, "fake_above": 0.5, **ends},
-        coverage=0.9,
-        prior=0.5,
-        data="checks",
-        images=40,
-        groups=40,
-        class_groups=(20, 20),
-        weights_sha256="0" * 64,
-    )
+    return replace(calibration_of("0" * 64), **ends)
 
 
 def test_a_verdict_that_delivery_turns_round_is_uncertain_and_says_by_what() -> None:
