@@ -547,7 +547,7 @@ def test_regions_are_named_evidence_of_the_verdict():
     inputs, _ = batch_for(detector)
     output = detector(**inputs)
     assert detector.evidence_names == ("p_real", "p_fake", *REGIONS)
-    assert detector.evidence_meanings["nose"] == "Share of the map: nose"
+    assert detector.evidence_meanings["nose"] == "Map: nose"
     assert output.evidence.shape == (4, 7) and output.evidence.min() >= 0
     torch.testing.assert_close(output.evidence[:, 2:].sum(dim=1), torch.ones(4))
     assert M2F2Det.evidence_names == ("p_real", "p_fake"), "the class is left as it is"

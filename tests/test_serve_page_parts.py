@@ -40,7 +40,7 @@ PHOTO = FACES / "astronaut.png"
 
 def verdict(label: VerdictLabel = VerdictLabel.FAKE, p_fake: float | None = 0.87, **more: Any) -> Verdict:
     known: dict[str, Any] = {"probabilities": {}, "evidence": {"p_fake": 0.87, "eyes": 0.5}, "detector": "toy"}
-    known["meanings"] = {"p_fake": "Score for fake", "eyes": "Share of the map: eyes"}
+    known["meanings"] = {"p_fake": "Score for fake", "eyes": "Map: eyes"}
     return Verdict(label=label, p_fake=p_fake, **(known | more))
 
 
@@ -89,7 +89,7 @@ def test_a_card_says_it_all_in_words() -> None:
         "87 % forged",
         "Calibrated on validation",
         "80 % to 80 % in 1 delivered versions",
-        "Share of the map: eyes",
+        "Map: eyes",
     ):
         assert part in text, part
     assert "not calibrated" not in text and "Looks fake" not in text

@@ -126,7 +126,7 @@ class M2F2Det(Detector):
     name = "m2f2det"
     Config = M2F2DetConfig
     config: M2F2DetConfig
-    own_meanings: ClassVar[Mapping[str, str]] = {name: f"Share of the map: {name}" for name in REGIONS}
+    own_meanings: ClassVar[Mapping[str, str]] = {name: f"Map: {name}" for name in REGIONS}
 
     def __init__(self, config: M2F2DetConfig) -> None:
         super().__init__(config)
