@@ -55,6 +55,11 @@ class Running:
         words_of = {pid: words for pid, words in processes_with(self.mark).items() if "m2f2:engine" in words}
         return [pid for pid, words in words_of.items() if "engine-2" not in words and "__init__" not in words]
 
+    @property
+    def answering(self) -> int:
+        """Give the process of the explainer that has written the last answer: Ray knows that it is ready."""
+        return int(re.findall(r"m2f2:engine pid=(\d+)\)[^\n]*answer model=", self.log.read_text())[-1])
+
 
 @contextmanager
 def serving(models: Sequence[Path], folder: Path, *flags: str) -> Iterator[Running]:
@@ -200,7 +205,7 @@ def test_a_replica_that_is_killed_under_load_hangs_nobody(server: Running) -> No
         asking = [threads.submit(ask, index) for index in range(60)]
         while not answered:
             time.sleep(0.01)
-        os.kill(server.replicas[0], signal.SIGKILL)
+        os.kill(server.answering, signal.SIGKILL)
         for each in asking:
             each.result(timeout=120)
     refused = [said for said in answered if said.startswith("503 What wrote this answer has failed")]
