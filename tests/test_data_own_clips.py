@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clips import grey, write_clip
+from PIL import Image
 
 from llava.core.runtime import item_rng
 from llava.data.sources import DataConfig, open_source
@@ -49,7 +51,21 @@ def test_a_folder_of_videos_is_a_record_a_training_clip_and_frames_of_all_others
     assert len(drawn) > 3, "any frame of a training clip"
 
 
-def test_a_table_of_videos_says_class_video_and_group(folder: Path, tmp_path: Path) -> None:
+def test_videos_in_one_folder_are_none_of_each_others_frames(folder: Path, tmp_path: Path) -> None:
+    """Pictures below the class folder are frames of one video, videos there are not."""
+    for place in ("real/anna", "fake/bert"):
+        (tmp_path / place).mkdir(parents=True)
+        for name in ("1.mp4", "2.mp4"):
+            (tmp_path / place / name).write_bytes((folder / "val" / "real" / "clip.mp4").read_bytes())
+            Image.new("RGB", (32, 32)).save(tmp_path / place / f"{name}.png")
+    assert {r.video for r in opened(tmp_path).records} == {
+        f"{place}/{n}.mp4" for place in ("real/anna", "fake/bert") for n in (1, 2)
+    }
+    assert {r.video for r in open_source(DataConfig(path=str(tmp_path))).records} == {"real/anna", "fake/bert"}
+
+
+def test_a_table_of_videos_says_class_video_and_group(folder: Path, tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.INFO)
     table = tmp_path / "t.csv"
     with table.open("w", newline="") as file:
         rows = csv.writer(file)
@@ -58,6 +74,7 @@ def test_a_table_of_videos_says_class_video_and_group(folder: Path, tmp_path: Pa
         rows.writerow(["train/face_swap/clip.mp4", "face_swap", "test", "anna"])
         rows.writerow(["val/real/poster.png", "real", "test", "anna"])
     source = opened(table, root=str(folder))
+    assert "1 of 3 rows name no video and are left out" in caplog.text
     assert len(source.records) == 6 and {r.group for r in source.records} == {"anna"}
     assert {(r.label, r.class_name) for r in source.records} == {(0, "real"), (1, "face_swap")}
     assert np.asarray(source.load(source.records[0]).image).shape == (48, 64, 3)

@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +28,23 @@ _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, RuntimeError)
 MEMBER_MARK = "::"
 NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileKind:
+    """What kind of files a source lists. are_frames: several in one folder below the class are frames of one video."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    are_frames: bool
+
+    @property
+    def plural(self) -> str:
+        """Give the name of several."""
+        return f"{self.name}s"
+
+
+IMAGE_FILES = FileKind(name="image", suffixes=IMAGE_SUFFIXES, are_frames=True)
 
 
 class UnreadableImage(ValueError):

@@ -19,11 +19,20 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import numpy as np
 
 from llava.core.config import setting
-from llava.data.images import IMAGE_SUFFIXES, MEMBER_MARK, UnreadableImage, list_images, read_image, stored_image
+from llava.data.images import (
+    IMAGE_SUFFIXES,
+    MEMBER_MARK,
+    FileKind,
+    UnreadableImage,
+    list_images,
+    read_image,
+    stored_image,
+)
 
 T = TypeVar("T")
 SCHEMES = ("http", "https")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv")
+VIDEO_FILES = FileKind(name="video", suffixes=VIDEO_SUFFIXES, are_frames=False)
 SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 CHUNK_BYTES = 1 << 16
 

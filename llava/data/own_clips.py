@@ -8,7 +8,7 @@ from pathlib import Path
 from llava.data.clips import ClipSource, require_plain
 from llava.data.frames import FrameReader, clip_records, is_drawn
 from llava.data.images import MEMBER_MARK, open_store
-from llava.data.inputs import VIDEO_SUFFIXES
+from llava.data.inputs import VIDEO_FILES
 from llava.data.sources import DataConfig
 from llava.data.stills import folder_records, table_records
 
@@ -24,14 +24,14 @@ class OwnClipSource(ClipSource):
     def __init__(self, config: DataConfig) -> None:
         require_plain(config)
         if Path(config.path).is_dir():
-            listed = folder_records(config, VIDEO_SUFFIXES)
+            listed = folder_records(config, VIDEO_FILES)
         else:
-            listed, _ = table_records(config, open_store(config.root or Path(config.path).parent), VIDEO_SUFFIXES)
+            listed, _ = table_records(config, open_store(config.root or Path(config.path).parent), VIDEO_FILES)
         packed = next((clip.where for clip in listed if MEMBER_MARK in clip.where), None)
         if packed is not None:
             raise ValueError(f"root: {packed!r} lies in a zip, where no video can be read; unpack it.")
         if not listed:
-            raise ValueError(f"{config.path!r} names no video; known are {', '.join(VIDEO_SUFFIXES)}.")
+            raise ValueError(f"{config.path!r} names no video; known are {', '.join(VIDEO_FILES.suffixes)}.")
         reader = FrameReader(config.frames, config.frame_rate)
         counts = {clip.where: 0 if is_drawn(clip, config) else reader.frame_count(clip.where) for clip in listed}
         log.info("%s: %d videos", config.path, len(listed))

@@ -16,7 +16,8 @@ from llava.core.registry import nearest
 from llava.core.types import LABEL_NAMES, REAL, Record, Sample
 from llava.data.faces import Place, crop_face, find_faces, place_in_crop
 from llava.data.images import (
-    IMAGE_SUFFIXES,
+    IMAGE_FILES,
+    FileKind,
     ImageStore,
     list_images,
     open_store,
@@ -117,24 +118,20 @@ class FolderSource(ImageSource):
         super().__init__(config, folder_records(config))
 
 
-def folder_records(config: DataConfig, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Record]:
+def folder_records(config: DataConfig, kind: FileKind = IMAGE_FILES) -> list[Record]:
     """List the files of class folders, see `FolderSource`. Raises FileNotFoundError or ValueError naming the folder."""
     root = Path(config.path)
     if not root.is_dir():
         raise FileNotFoundError(f"Folder {config.path!r} does not exist; give one that holds class folders.")
     folders = _split_folders(root, config)
-    records = [r for split, folder in folders for r in _records(root, folder, split, config, suffixes)]
+    records = [r for split, folder in folders for r in _records(root, folder, split, config, kind)]
     if not records:
         raise ValueError(
-            f"Folder {config.path!r} holds no {_named(suffixes)}; expected <split>/<class>/*{suffixes[0]} or "
-            f"<class>/*{suffixes[0]}."
+            f"Folder {config.path!r} holds no {kind.plural}; expected <split>/<class>/*{kind.suffixes[0]} or "
+            f"<class>/*{kind.suffixes[0]}."
         )
     _require_trainable(records, config)
     return records
-
-
-def _named(suffixes: tuple[str, ...]) -> str:
-    return "images" if suffixes == IMAGE_SUFFIXES else "videos"
 
 
 def _require_trainable(records: Sequence[Record], config: DataConfig) -> None:
@@ -154,19 +151,19 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _records(root: Path, folder: Path, split: str, config: DataConfig, suffixes: tuple[str, ...]) -> Iterator[Record]:
-    images = list_images(folder, suffixes)
-    loose = [p for p in images if p.parent == folder]
+def _records(root: Path, folder: Path, split: str, config: DataConfig, kind: FileKind) -> Iterator[Record]:
+    files = list_images(folder, kind.suffixes)
+    loose = [p for p in files if p.parent == folder]
     if loose:
         raise ValueError(
-            f"{len(loose)} {_named(suffixes)} lie directly in {str(folder)!r} (first: {loose[0].name}), outside any "
+            f"{len(loose)} {kind.plural} lie directly in {str(folder)!r} (first: {loose[0].name}), outside any "
             "class folder; move them into a folder such as real or fake."
         )
-    frames = Counter(p.parent for p in images)
-    for path in images:
+    neighbours = Counter(p.parent for p in files)
+    for path in files:
         class_name = path.relative_to(folder).parts[0]
         label = label_of_class(class_name, config.real_names)
-        is_frame = suffixes == IMAGE_SUFFIXES and frames[path.parent] > 1 and path.parent.parent != folder
+        is_frame = kind.are_frames and neighbours[path.parent] > 1 and path.parent.parent != folder
         video = (path.parent if is_frame else path).relative_to(root).as_posix()
         yield Record(
             id=path.relative_to(root).as_posix(),
@@ -194,18 +191,15 @@ class CsvSource(ImageSource):
         super().__init__(config, records, store)
 
 
-def table_records(
-    config: DataConfig, store: ImageStore, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
-) -> tuple[list[Record], int]:
+def table_records(config: DataConfig, store: ImageStore, kind: FileKind = IMAGE_FILES) -> tuple[list[Record], int]:
     """List the files of a csv table, see `CsvSource`, and count the rows that name others. Raises as that does."""
     table = Path(config.path)
     rows = _read(table)
     columns = _columns(config, list(rows[0]), table)
-    chosen = [(i, row) for i, row in enumerate(rows, start=2) if row[columns["file"]].lower().endswith(suffixes)]
+    chosen = [(i, row) for i, row in enumerate(rows, start=2) if row[columns["file"]].lower().endswith(kind.suffixes)]
     left_out = len(rows) - len(chosen)
     if left_out:
-        kind = _named(suffixes).removesuffix("s")
-        log.info("%s: %d of %d rows name no %s and are left out", table, left_out, len(rows), kind)
+        log.info("%s: %d of %d rows name no %s and are left out", table, left_out, len(rows), kind.name)
     places = require_files([row[columns["file"]] for _, row in chosen], store, str(table))
     groups = _groups([row for _, row in chosen], columns, config.group_ids)
     records = [
