@@ -11,8 +11,8 @@ import pytest
 from clips import grey, write_clip, write_damaged, write_sound
 
 from llava.data import frames as reading
-from llava.data.frames import UnreadableVideo, open_clip, read_frames, read_numbers
-from llava.data.images import UnreadableImage
+from llava.data.frames import open_clip, read_frames, read_numbers
+from llava.data.images import UnreadableImage, UnreadableVideo
 from llava.data.inputs import NamedImage, NamedVideo, expand, is_video, open_input
 
 

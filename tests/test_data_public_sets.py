@@ -433,8 +433,11 @@ def test_a_damaged_frame_gives_way_to_the_next_sound_one(tmp_path: Path) -> None
 
 
 def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
+    source = source_of("celebdf_v2", celebdf(tmp_path))
+    record = next(r for r in source.records if r.video == "Celeb-real/id0_0000")
+    assert record.split == "test" and [r.video for r in source.records].count(record.video) == 1, "so it is counted"
     with pytest.raises(UnreadableImage, match=r"Celeb-real/id0_0000\.mp4"):
-        source_of("celebdf_v2", celebdf(tmp_path))
+        source.load(record)
 
 
 def test_faces_can_be_cut_out_and_what_there_is_not_is_refused(ffpp: Path) -> None:

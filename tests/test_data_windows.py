@@ -16,11 +16,12 @@ from PIL import Image
 from llava.core.input_specs import FramesSpec, MissingInput, NativeSpec, SoundSpec, TimesSpec
 from llava.core.runtime import item_rng
 from llava.core.types import Content, InputSpec, Record, Sample
-from llava.data.clips import Hdf5Source, ListingSource
+from llava.data.clips import Hdf5Source
 from llava.data.dataset import DetectionDataset, collate, degraded, input_tensors, to_tensor, view_tensors, wants_of
 from llava.data.frames import open_clip, read_sound
 from llava.data.images import read_image
 from llava.data.sources import DataConfig, open_source, split_of
+from llava.data.video_sources import ListingSource
 from llava.ops.degrade import DegradeConfig, flip
 
 SMALL = InputSpec(size=8, mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -1,10 +1,9 @@
-"""Sources of clips: HDF5 files, and the videos of public sets with the face crops that were extracted from them."""
+"""Sources of clips: what all have in common, and HDF5 files."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,20 +16,9 @@ import numpy as np
 
 from llava.core.input_specs import MissingInput, Wants
 from llava.core.types import FAKE, LABEL_NAMES, REAL, Record, Sample
-from llava.data.frames import DRAWN, Frame, FrameReader, clip_records, drawn_number, even_seconds, is_drawn
+from llava.data.frames import DRAWN, Frame, clip_records, drawn_number, even_seconds
 from llava.data.images import MEMBER_MARK, UnreadableImage, read_image, report_missing
-from llava.data.public_sets import (
-    KINDS,
-    LISTINGS,
-    ORIGINAL,
-    ListedVideo,
-    Pair,
-    VideoTree,
-    file_name,
-    group_names,
-    keys_of,
-    read_pairs,
-)
+from llava.data.public_sets import KINDS, ORIGINAL, Pair, file_name, group_names, keys_of, read_pairs
 from llava.data.sources import DataConfig, parse_label
 from llava.data.stills import ImageSource
 from llava.data.windows import ClipStore, read_window, sound_fields
@@ -345,46 +333,3 @@ def _hdf5_files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.suffix in HDF5_SUFFIXES)
     return [path] if path.is_file() else []
-
-
-def require_plain(config: DataConfig) -> None:
-    """Refuse settings that videos have no use for. Raises ValueError."""
-    for name, reason in (("masks", "videos have none that are read"), ("cache", "drawn frames would fill the memory")):
-        if getattr(config, name):
-            raise ValueError(f"{name}: {reason}; give --data.{name} false.")
-
-
-class ListingSource(ClipSource):
-    """Single frames of the videos of a set of LISTINGS, which `DataConfig.source` names; `path` is its root.
-
-    Raises FileNotFoundError or ValueError naming what is wrong or missing.
-    """
-
-    def __init__(self, config: DataConfig) -> None:
-        require_plain(config)
-        reader = FrameReader(config.frames, config.frame_rate)
-        tree = VideoTree(config.path)
-        videos = LISTINGS[config.source](tree, config)
-        places = tree.locate([video.place for video in videos])
-        report_missing({config.path: [v.name for v in videos if v.place not in places]}, config.allow_missing)
-        found = [video for video in videos if video.place in places]
-        if not found:
-            raise FileNotFoundError(f"{config.path!r} holds none of the {len(videos)} videos that are listed there.")
-        counts = Counter(video.split for video in found)
-        form = "folders of frames" if places[found[0].place].is_dir() else "video files"
-        log.info("%s, %s: %s", config.source, form, ", ".join(f"{n} {split}" for split, n in counts.items()))
-        records = [r for v in found for r in _frame_records(v, places[v.place], reader, config)]
-        super().__init__(config, records, reader)
-
-
-def _frame_records(video: ListedVideo, path: Path, reader: FrameReader, config: DataConfig) -> Iterator[Record]:
-    clip = Record(
-        id=video.name,
-        label=video.label,
-        class_name=video.class_name,
-        video=video.name,
-        group=video.group,
-        where=str(path),
-        split=video.split,
-    )
-    return clip_records(clip, 0 if is_drawn(clip, config) else reader.frame_count(clip.where), config)

@@ -30,6 +30,7 @@ from llava.core.input_specs import (
 from llava.core.runtime import item_rng
 from llava.core.types import FAKE, REAL, Content, InputSpec, Record, Sample, View
 from llava.data.faces import FaceBox, Place, face_square
+from llava.data.images import UnreadableVideo
 from llava.data.sources import Source
 
 _RESAMPLING = {
@@ -116,7 +117,7 @@ def input_tensors(
 
     with_views: (V, ...), V as many as the input with the most views has; one with fewer repeats its own in turn.
     """
-    most = max((len(spec.views) for spec in inputs.values()), default=1)
+    most = _most_views(inputs)
     tensors, reasons = {}, {}
     for name, spec in inputs.items():
         try:
@@ -126,6 +127,16 @@ def input_tensors(
         views = [spec.views[i % len(spec.views)] for i in range(most)]
         tensors[name] = _seen(plain, views) if with_views else plain
     return tensors, reasons
+
+
+def missing_tensors(inputs: Mapping[str, Input], with_views: bool = False) -> dict[str, Tensor]:
+    """Give NaN for each input by its name, as `input_tensors` does where all are missing."""
+    views = (_most_views(inputs),) if with_views else ()
+    return {name: torch.full((*views, *spec.shape), torch.nan) for name, spec in inputs.items()}
+
+
+def _most_views(inputs: Mapping[str, Input]) -> int:
+    return max((len(spec.views) for spec in inputs.values()), default=1)
 
 
 def wants_of(inputs: Mapping[str, Input]) -> Wants | None:
@@ -203,9 +214,10 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     forged part of each cell of the image, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
     `EpochSampler` yields it; equal items are equal tensors on any worker. Raises ValueError when labels are unknown.
 
-    lacking: says of the reasons of missing inputs why an item cannot be used, as `Detector.lacking` does. Of a clip
-    another window is then drawn, at last the middle one; when that cannot be used either (`why_unusable`) it raises
-    ValueError. With `with_reasons` nothing is drawn again: the item has that sentence, often empty, as `lacks`.
+    lacking: says of the reasons of missing inputs why an item cannot be used, as `Detector.lacking` does; a clip that
+    cannot be decoded never can. Of a clip another window is then drawn, at last the middle one; when that cannot be
+    used either (`why_unusable`) it raises ValueError. With `with_reasons` nothing is drawn again: the item has that
+    sentence, often empty, as `lacks`, and inputs that are missing are NaN.
     """
 
     def __init__(
@@ -241,27 +253,32 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         rng = item_rng(self.seed, epoch, index)
         for draw in range(1 if self.with_reasons else DRAWS + 1):
-            sample = self._load(self.records[index], None if draw == DRAWS else rng)
-            if self.degrade is not None:
-                sample = degraded(sample, self.degrade, rng)
-            tensors, why = self._read(sample)
+            tensors, mask, why = self._read(index, None if draw == DRAWS else rng, rng)
             if not why:
                 break
         if why and not self.with_reasons:
             raise ValueError(f"{self.records[index].id!r} cannot be used: {why}; leave such records out.")
         others: dict[str, Any] = {"lacks": why} if self.with_reasons else {}
         if self.mask_grid is not None:
-            others["masks"] = self._cells(sample.mask, self.mask_grid)
+            others["masks"] = self._cells(mask, self.mask_grid)
         return {**tensors, **others, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
 
     def why_unusable(self, index: int) -> str:
         """Say why a record cannot be used in any epoch; empty when it can."""
-        return self._read(self._load(self.records[index], None))[1]
+        return self._read(index, None)[-1]
 
-    def _read(self, sample: Sample) -> tuple[dict[str, Tensor], str]:
-        """Give the tensors of a sample, and why they cannot be used."""
+    def _read(
+        self, index: int, rng: np.random.Generator | None, noise: np.random.Generator | None = None
+    ) -> tuple[dict[str, Tensor], np.ndarray | None, str]:
+        """Give the tensors and the mask of a record, and why they cannot be used. noise: degrades it, None: nothing."""
+        try:
+            sample = self._load(self.records[index], rng)
+        except UnreadableVideo as error:
+            return missing_tensors(self.inputs, self.with_views), None, error.reason
+        if self.degrade is not None and noise is not None:
+            sample = degraded(sample, self.degrade, noise)
         tensors, reasons = input_tensors(sample, self.inputs, self.with_views)
-        return tensors, self.lacking(reasons) if reasons else ""
+        return tensors, sample.mask, self.lacking(reasons) if reasons else ""
 
     def _cells(self, mask: np.ndarray | None, grid: int) -> Tensor:
         spec = next((spec for spec in self.inputs.values() if isinstance(spec, InputSpec)), None)

@@ -24,7 +24,15 @@ from av.video.stream import VideoStream
 
 from llava.core.input_specs import SAMPLE_RATE_HZ, SHORT_BY, MissingInput
 from llava.core.types import Record
-from llava.data.images import IMAGE_SUFFIXES, MAX_PIXELS, MEMBER_MARK, UnreadableImage, check_size, read_image
+from llava.data.images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    MEMBER_MARK,
+    UnreadableImage,
+    UnreadableVideo,
+    check_size,
+    read_image,
+)
 from llava.data.sources import DataConfig
 
 # Containers alone: a playlist (HLS, DASH, concat) makes FFmpeg open whatever other files it names.
@@ -36,10 +44,6 @@ WHOLE_FROM = 0.9
 # A decoder of sound needs a block or two before the first that counts; a jump is to earlier than what is wanted.
 LEAD_SECONDS = 0.5
 DRAWN = "*"  # instead of a frame's number: any frame of the clip
-
-
-class UnreadableVideo(UnreadableImage):
-    """A clip that is refused; the message names the file and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,7 +387,10 @@ def frame_files(folder: Path) -> tuple[Path, ...]:
 @lru_cache(maxsize=1024)
 def _clip(path: Path, changed: int) -> Clip:
     """Keep when the frames of a file are shown; `changed` makes a replaced file another one."""
-    return open_clip(path)
+    try:
+        return open_clip(path)
+    except UnreadableImage as error:  # its frames are too small or too large
+        raise UnreadableVideo(str(error)) from error
 
 
 def _sound(frame: Frame | None, clip: Clip, number: int) -> Frame:

@@ -55,6 +55,15 @@ class ImageTooLarge(UnreadableImage):
     """An image with more pixels than are decoded."""
 
 
+class UnreadableVideo(UnreadableImage):
+    """A video that is refused; the message names the file and the reason."""
+
+    @property
+    def reason(self) -> str:
+        """Give the message as a part of a sentence."""
+        return str(self).removesuffix(".")
+
+
 def read_image(
     source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> np.ndarray:

@@ -30,8 +30,12 @@ class Source(Protocol):
     def load(self, record: Record, rng: np.random.Generator | None = None, wants: Wants | None = None) -> Sample:
         """Read one record's content. `rng` serves sources that choose a frame at random.
 
-        wants: frames and sound of a clip, in step; what a record has not is None in the sample, which says why.
+        wants: frames and sound of a clip, in step; what a record has not is None in the sample, which says why. Raises
+        UnreadableVideo for a video file that cannot be decoded.
         """
+
+    def why_unreadable(self, record: Record) -> str:
+        """Say why a record's video file cannot be decoded; empty when it can, and at once where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,10 @@ class RenamedSource:
     def load(self, record: Record, rng: np.random.Generator | None = None, wants: Wants | None = None) -> Sample:
         """Read one record's content, as the source does."""
         return self._source.load(record, rng, wants)
+
+    def why_unreadable(self, record: Record) -> str:
+        """Say what the source says."""
+        return self._source.why_unreadable(record)
 
 
 def split_of(source: Source, name: str) -> list[Record]:

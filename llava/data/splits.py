@@ -65,18 +65,19 @@ def near_duplicates(
 ) -> list[tuple[str, str, int]]:
     """List (id, id, distance) of images in different splits that look alike, nearest first.
 
-    distance: differing bits of the 64-bit DCT hash (ImageHash's phash). Reads every image of the splits once.
+    distance: differing bits of the 64-bit DCT hash (ImageHash's phash). Reads every image of the splits once; clips
+    that cannot be decoded look like none.
     """
-    hashes = {
-        name: np.array([_perceptual_hash(source.load(r).image) for r in records], dtype=np.uint64)
-        for name, records in splits.items()
-    }
+    hashed = [
+        [(r.id, _perceptual_hash(source.load(r).image)) for r in records if not source.why_unreadable(r)]
+        for records in splits.values()
+    ]
     pairs = []
-    for name_a, name_b in combinations(splits, 2):
-        for i, row in enumerate(hashes[name_a]):
-            distances = np.bitwise_count(hashes[name_b] ^ row)
-            near = np.flatnonzero(distances <= max_distance).tolist()
-            pairs += [(splits[name_a][i].id, splits[name_b][j].id, int(distances[j])) for j in near]
+    for some, others in combinations(hashed, 2):
+        codes = np.array([code for _, code in others], dtype=np.uint64)
+        for name, code in some:
+            distances = np.bitwise_count(codes ^ np.uint64(code))
+            pairs += [(name, others[j][0], int(distances[j])) for j in np.flatnonzero(distances <= max_distance)]
     return sorted(pairs, key=lambda pair: (pair[2], pair[0], pair[1]))
 
 

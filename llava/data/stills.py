@@ -63,6 +63,10 @@ class ImageSource:
         mask = self._mask(record, image) if self.config.masks else None
         return Sample(record=record, image=image, mask=mask, face=place)
 
+    def why_unreadable(self, record: Record) -> str:
+        """Say nothing: an image that cannot be read is an error of its own, which names the file."""
+        return ""
+
     def _mask(self, record: Record, image: np.ndarray) -> np.ndarray | None:
         """Read the mask of forged pixels that the record's tag names; nothing is forged in a real image."""
         if record.label == REAL:

@@ -51,8 +51,8 @@ def score(
     """Give p_fake and class scores of every record, averaged over the views that the detector declares, in fp32.
 
     degrade: changes each image first, random only through (seed, index). inputs: how images are prepared, by the names
-    of the detector's inputs; None = as it declares. Records that lack an input are left out, with a warning; raises
-    ValueError when all do, or when the detector gives no number.
+    of the detector's inputs; None = as it declares. Records that lack an input, or cannot be decoded, are left out with
+    a warning; raises ValueError when all do, or when the detector gives no number.
     """
     detector.require_fitted()
     answer = partial(answers_of, detector)
@@ -102,17 +102,19 @@ def answers_over(
 
 
 def usable_data(detector: Detector, data: PhaseData) -> PhaseData:
-    """Leave out the records of each split that lack an input, with a warning, before any training.
+    """Leave out the records of each split that lack an input or cannot be decoded, with a warning, before any training.
 
-    Each record is read once, of a detector that reads more than an image crop. Raises ValueError when none is left, or
-    none of a class.
+    Each record is read once, of a detector that reads more than an image crop; for any other only a record of a video
+    file, without looking for faces. Raises ValueError when none is left, or none of a class.
     """
-    if all(isinstance(spec, InputSpec) for spec in detector.inputs.values()):
-        return data
+    is_crop_only = all(isinstance(spec, InputSpec) for spec in detector.inputs.values())
     kept = []
     for use, records in (("trained on", data.train), ("validated on", data.val), ("tested on", data.test)):
         dataset = DetectionDataset(data.source, records, detector.inputs, lacking=detector.lacking)
-        kept.append(without_lacking(records, [dataset.why_unusable(i) for i in range(len(dataset))], use))
+        reasons = (
+            map(data.source.why_unreadable, records) if is_crop_only else map(dataset.why_unusable, range(len(dataset)))
+        )
+        kept.append(without_lacking(records, list(reasons), use))
         gone = set(map(detector.target, records)) - set(map(detector.target, kept[-1]))
         if gone:
             raise ValueError(f"No record that can be {use} is {detector.classes[min(gone)]!r}; add some to that split.")
