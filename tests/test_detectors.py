@@ -109,7 +109,7 @@ def test_forward_gives_logits_loss_and_named_evidence(detector):
 
 def test_every_trainable_weight_learns_and_no_frozen_one_does(detector):
     inputs, labels = batch_for(detector)
-    loss = detector.train()(**inputs, labels=labels).loss
+    loss = detector.train()(**inputs, labels=labels, **told_of(detector, len(labels))).loss
     assert loss.requires_grad == has_weights_to_train(detector)
     if loss.requires_grad:
         loss.backward()
@@ -181,11 +181,20 @@ def take_steps(detector, steps=2):
     for seed in range(steps):
         inputs, labels = batch_for(detector, seed=seed)
         optimiser.zero_grad()
-        detector(**inputs, labels=labels).loss.backward()
+        detector(**inputs, labels=labels, **told_of(detector, len(labels))).loss.backward()
         still -= {name for name, p in detector.named_parameters() if p.grad is not None and p.grad.any()}
         optimiser.step()
     assert len(still) < 3
     return still
+
+
+def told_of(detector, count):
+    """Give what training tells a detector that is taught more than classes."""
+    if not detector.taught:
+        return {}
+    masks = torch.zeros(count, detector.mask_grid, detector.mask_grid)
+    masks[::2, 0] = 1.0
+    return {"masks": masks, **{tag: torch.arange(count) % len(values) for tag, values in detector.taught.items()}}
 
 
 def test_a_missing_input_leaves_no_verdict_and_is_told_from_the_others(detector):

@@ -21,7 +21,6 @@ from llava.ops.forge import (
     SELF_BLENDED,
     ForgeConfig,
     Forgery,
-    SelfBlendConfig,
     blending_boundary,
     blur,
     colour_mismatch,
@@ -30,9 +29,9 @@ from llava.ops.forge import (
     lay_over,
     over_smooth,
     resampling,
-    self_blend,
     warp,
 )
+from llava.ops.self_blend import SelfBlendConfig, self_blend
 
 SIDE = 128
 KINDS = [(region, artefact) for region, allowed in PAIRS.items() for artefact in allowed]
@@ -232,12 +231,12 @@ def test_self_blending_keeps_to_its_settings() -> None:
         "translate",
     }
     config = replace(SelfBlendConfig(), **dict.fromkeys(still, (0.0, 0.0)), shrink_factor=(1.0, 1.0))
-    content, weight = self_blend(image, mask, replace(config, blend_ratio=(0.7, 0.7)), item_rng(0, 0, 0))
+    _, (content, weight) = self_blend(image, mask, replace(config, blend_ratio=(0.7, 0.7)), item_rng(0, 0, 0))
     assert np.abs(content - image).max() < 1.5  # through HSV and back
     assert weight.max() == pytest.approx(0.7, abs=1e-3)
     config = replace(config, elastic=(0.0, 0.0), mask_blur=(0.0, 0.0), blend_ratio=(1.0, 1.0))
-    assert np.abs(self_blend(image, mask, config, item_rng(0, 0, 0))[1] - mask).max() < 0.1
-    moved = self_blend(image, mask, replace(config, translate=(5.0, 5.0)), item_rng(0, 0, 0))[0]
+    assert np.abs(self_blend(image, mask, config, item_rng(0, 0, 0))[1][1] - mask).max() < 0.1
+    moved = self_blend(image, mask, replace(config, translate=(5.0, 5.0)), item_rng(0, 0, 0))[1][0]
     shift = 5 * SIDE / 100
     candidates = [
         ndimage.shift(image.astype(float), (a * shift, b * shift, 0), order=3) for a in (-1, 1) for b in (-1, 1)

@@ -40,7 +40,7 @@ _RESAMPLING = {
 }
 # `llava.ops.degrade.DegradeConfig` is one: settings that can be called on an image and its mask.
 Degradation = Callable[[np.ndarray, np.ndarray | None, np.random.Generator], tuple[np.ndarray, np.ndarray | None]]
-UNKNOWN_CELL = -1.0
+UNKNOWN_CELL, UNKNOWN_TAG = -1.0, -1
 DRAWS = 4  # windows of a training clip that are drawn, as long as each lacks something
 
 
@@ -210,6 +210,9 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     targets: the class of each record, as the detector numbers them, which `labels` are; None = 0 real, 1 fake.
 
+    A fake whose tag `untouched` is that of a real record here shares its generator, and so what is done to both is the
+    same. taught: tags that are given too, each as the number of its value among those listed, -1 for any other.
+
     Each input has its spec's shape, or (V, ...) with `with_views`. mask_grid: also give `masks` (grid, grid), the
     forged part of each cell of the image, -1 where it is unknown. An item is an index (epoch 0), or (epoch, index) as
     `EpochSampler` yields it; equal items are equal tensors on any worker. Raises ValueError when labels are unknown.
@@ -229,6 +232,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         with_views: bool = False,
         mask_grid: int | None = None,
+        taught: Mapping[str, Sequence[str]] | None = None,
         targets: Sequence[int] | None = None,
         lacking: Callable[[Mapping[str, str]], str] = all_reasons,
         with_reasons: bool = False,
@@ -236,13 +240,15 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         unknown = [r.id for r in records if r.label is None]
         if unknown:
             raise ValueError(f"{len(unknown)} of {len(records)} records have no label (first: {unknown[0]}); add it.")
-        reserved = {"labels", "index", "masks", "lacks"} & inputs.keys()
+        self.taught = dict(taught or {})
+        reserved = {"labels", "index", "masks", "lacks", *self.taught} & inputs.keys()
         if reserved:
             raise ValueError(f"inputs: the name {sorted(reserved)[0]!r} is taken by the data set; rename the input.")
         self.source, self.records, self.inputs = source, tuple(records), dict(inputs)
         self.degrade, self.seed, self.with_views, self.mask_grid = degrade, seed, with_views, mask_grid
         self.targets = [int(r.label or REAL) for r in records] if targets is None else list(targets)
         self.lacking, self.with_reasons = lacking, with_reasons
+        self._origins = _origins(records)
         wants = wants_of(inputs)
         self._load = source.load if wants is None else partial(source.load, wants=wants)
 
@@ -251,17 +257,15 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        rng = item_rng(self.seed, epoch, index)
+        rng = item_rng(self.seed, epoch, self._origins[index])
         for draw in range(1 if self.with_reasons else DRAWS + 1):
-            tensors, mask, why = self._read(index, None if draw == DRAWS else rng, rng)
+            tensors, told, why = self._read(index, None if draw == DRAWS else rng, rng)
             if not why:
                 break
         if why and not self.with_reasons:
             raise ValueError(f"{self.records[index].id!r} cannot be used: {why}; leave such records out.")
-        others: dict[str, Any] = {"lacks": why} if self.with_reasons else {}
-        if self.mask_grid is not None:
-            others["masks"] = self._cells(mask, self.mask_grid)
-        return {**tensors, **others, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
+        others = {"lacks": why} if self.with_reasons else {}
+        return {**tensors, **told, **others, "labels": torch.tensor(self.targets[index]), "index": torch.tensor(index)}
 
     def why_unusable(self, index: int) -> str:
         """Say why a record cannot be used in any epoch; empty when it can."""
@@ -269,16 +273,28 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def _read(
         self, index: int, rng: np.random.Generator | None, noise: np.random.Generator | None = None
-    ) -> tuple[dict[str, Tensor], np.ndarray | None, str]:
-        """Give the tensors and the mask of a record, and why they cannot be used. noise: degrades it, None: nothing."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+        """Give a record's inputs and what is told beside them, and why they cannot be used.
+
+        noise: degrades it; None = nothing does.
+        """
         try:
             sample = self._load(self.records[index], rng)
         except UnreadableVideo as error:
-            return missing_tensors(self.inputs, self.with_views), None, error.reason
+            return missing_tensors(self.inputs, self.with_views), self._told(None, {}), error.reason
         if self.degrade is not None and noise is not None:
             sample = degraded(sample, self.degrade, noise)
         tensors, reasons = input_tensors(sample, self.inputs, self.with_views)
-        return tensors, sample.mask, self.lacking(reasons) if reasons else ""
+        told = self._told(sample.mask, sample.record.tags)
+        return tensors, told, self.lacking(reasons) if reasons else ""
+
+    def _told(self, mask: np.ndarray | None, tags: Mapping[str, str]) -> dict[str, Tensor]:
+        """Give the mask's cells and the numbers of the tags' values, as far as they are asked for."""
+        told = {} if self.mask_grid is None else {"masks": self._cells(mask, self.mask_grid)}
+        for name, values in self.taught.items():
+            number = values.index(tags[name]) if tags.get(name) in values else UNKNOWN_TAG
+            told[name] = torch.tensor(number)
+        return told
 
     def _cells(self, mask: np.ndarray | None, grid: int) -> Tensor:
         spec = next((spec for spec in self.inputs.values() if isinstance(spec, InputSpec)), None)
@@ -342,6 +358,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
             passes, rest = divmod(base + (position < extra), len(members))
             drawn += [np.tile(members, passes), rng.permutation(members)[:rest]]
         return np.concatenate(drawn)
+
+
+def _origins(records: Sequence[Record]) -> list[int]:
+    """Give the number of each record, but to a fake that of the real record that it was made from, where it is here."""
+    reals = {r.tags["untouched"]: i for i, r in enumerate(records) if r.label == REAL and r.tags.get("untouched")}
+    return [reals.get(r.tags.get("untouched", ""), i) for i, r in enumerate(records)]
 
 
 def _pairs(labels: Sequence[int], origins: Sequence[str]) -> list[tuple[int, list[int]]]:

@@ -26,7 +26,7 @@ from llava.data.images import (
     stored_image,
 )
 from llava.data.sources import DataConfig, label_of_class, parse_label
-from llava.data.splits import connected_groups, require_both_classes
+from llava.data.splits import connected_groups
 
 log = logging.getLogger(__name__)
 FIELDS = ("file", "label", "split", "video", "group", "class_name")
@@ -134,14 +134,7 @@ def folder_records(config: DataConfig, kind: FileKind = IMAGE_FILES) -> list[Rec
             f"Folder {config.path!r} holds no {kind.plural}; expected <split>/<class>/*{kind.suffixes[0]} or "
             f"<class>/*{kind.suffixes[0]}."
         )
-    _require_trainable(records, config)
     return records
-
-
-def _require_trainable(records: Sequence[Record], config: DataConfig) -> None:
-    training = [r for r in records if r.split == config.train]
-    if training:
-        require_both_classes(training, f"Training split {config.train!r} of {config.path!r}")
 
 
 def _split_folders(root: Path, config: DataConfig) -> list[tuple[str, Path]]:
@@ -211,7 +204,6 @@ def table_records(config: DataConfig, store: ImageStore, kind: FileKind = IMAGE_
         for (i, row), place, group in zip(chosen, places, groups, strict=True)
     ]
     _require_unique(records, table)
-    _require_trainable(records, config)
     return records, left_out
 
 

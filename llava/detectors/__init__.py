@@ -7,6 +7,7 @@ DETECTORS: Registry[type[Detector]] = Registry(
     "detector",
     {
         "m2f2det": "llava.detectors.m2f2det:M2F2Det",
+        "cnn": "llava.detectors.cnn:FaceCnn",
         "vit3": "llava.detectors.vit3:ViT3",
         "ensemble": "llava.detectors.ensemble:Ensemble",
     },

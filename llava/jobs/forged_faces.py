@@ -37,14 +37,13 @@ from llava.jobs.forged_files import (
 )
 from llava.ops.augment import AugmentConfig, augment, dead_leaves
 from llava.ops.face_regions import disjoint, eyes_in_box, face_regions, usual_box
-from llava.ops.forge import ForgeConfig, Forgery, draw_kind, forge
+from llava.ops.forge import ForgeConfig, Forgery, draw_forgery
 from llava.pipeline.crops import faces_of
 from llava.pipeline.settings import FaceSettings
 
 log = logging.getLogger(__name__)
 
 UNREADABLE, NO_FACE, DOUBTFUL = "left_out_unreadable", "left_out_without_face", "left_out_doubtful_face"
-ATTEMPTS = 20  # draws for one forgery until one is strong enough to be seen
 
 
 class RegionFinder(Protocol):
@@ -266,7 +265,7 @@ def _write_photo(output: Path, photo: Photo, crop: FaceCrop, config: ForgeDataCo
         if variant == 0:
             first = number
             shown = _version(crop, config.augment, rng) if version else crop
-        forgery = visible_forgery(shown, config.forge, rng) if variant else None
+        forgery = draw_forgery(shown.image, shown.regions, config.forge, rng) if variant else None
         if variant and forgery is None:
             continue
         item = _item(photo, number, first, forgery, shown, SUFFIXES[config.format])
@@ -280,16 +279,6 @@ def _write_photo(output: Path, photo: Photo, crop: FaceCrop, config: ForgeDataCo
 def _version(crop: FaceCrop, config: AugmentConfig, rng: np.random.Generator) -> FaceCrop:
     image, regions = augment(crop.image, crop.regions, config, rng)
     return FaceCrop(image=image, regions=disjoint(regions, *image.shape[:2]))
-
-
-def visible_forgery(crop: FaceCrop, config: ForgeConfig, rng: np.random.Generator) -> Forgery | None:
-    """Draw region, artefact and strength until the change is large enough to be seen; None after 20 draws."""
-    for _ in range(ATTEMPTS):
-        region, artefact = draw_kind(crop.regions, config, rng)
-        forgery = forge(crop.image, crop.regions[region], region, artefact, rng, config)
-        if forgery is not None:
-            return forgery
-    return None
 
 
 def _item(photo: Photo, number: int, first: int, forgery: Forgery | None, crop: FaceCrop, suffix: str) -> Item:

@@ -22,7 +22,7 @@ class DegradeConfig:
     """Say how likely and how strong each degradation is; every strength is drawn evenly from its range.
 
     Defaults: blur 0.1, JPEG 0.1 and flip 0.5 of the M2F2-Det recipe, whose quality list (30, 100) we read as a
-    range; noise, rescaling and rotation are off. Calling the settings degrades an image.
+    range; noise, rescaling, gain and rotation are off. Calling the settings degrades an image.
     """
 
     blur_probability: float = setting(0.1, "chance of a Gaussian blur")
@@ -34,9 +34,11 @@ class DegradeConfig:
     jpeg_probability: float = setting(0.1, "chance of JPEG compression")
     jpeg_quality: tuple[int, int] = setting((30, 100), "range of the JPEG quality, both ends included")
     flip_probability: float = setting(0.5, "chance of a left-right flip")
+    gain: float = setting(0.0, "largest relative change of brightness; 0 = none")
     rotation: float = setting(0.0, "largest rotation to either side, in degrees; 0 = none")
 
     def __post_init__(self) -> None:
+        require_within("gain", (self.gain,), 0, 1)
         require_within("rotation", (self.rotation,), 0, 180)
         for name in ("blur", "rescale", "noise", "jpeg", "flip"):
             require_within(f"{name}_probability", (getattr(self, f"{name}_probability"),), 0, 1)
@@ -55,7 +57,7 @@ class DegradeConfig:
 def degrade(
     image: np.ndarray, mask: np.ndarray | None, config: DegradeConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Blur, rescale, add noise, compress and flip, each by its chance, and rotate; uint8 (H, W, 3), also the result.
+    """Blur, rescale, add noise, compress and flip, each by its chance, light and rotate; uint8 (H, W, 3), both.
 
     mask: (H, W), what belongs to the pixels; it is only flipped and rotated. All randomness comes from `rng`; the input
     is left as it is.
@@ -71,6 +73,9 @@ def degrade(
         image = compress_jpeg(image, int(rng.integers(low, high + 1)))
     if rng.random() < config.flip_probability:
         image, mask = flip(image), None if mask is None else flip(mask)
+    if config.gain:
+        lit = image * (1 + rng.uniform(-config.gain, config.gain))
+        image = np.clip(np.rint(lit), 0, 255).astype(np.uint8)
     if config.rotation:
         degrees = rng.uniform(-config.rotation, config.rotation)
         image = rotate(image, degrees)

@@ -3,9 +3,7 @@
 Every edit takes `image` uint8 (H, W, 3), `mask` float (H, W) in [0, 1] and lengths in pixels, and gives the edited
 content, float32 (H, W, 3), with the weight (H, W) in [0, 1] at which it is to be laid over the image: `lay_over`.
 
-Shiohara and Yamasaki, Detecting Deepfakes with Self-Blended Images, CVPR 2022. What differs: the paper changes the
-copy or the background, at random; we only change the copy, so that pixels outside the mask stay untouched. Its mask is
-a landmark hull; ours comes in as an argument. Ranges are ours, weaker, fixed in the recipe.
+A whole face is self-blended, see `llava.ops.self_blend`.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from llava.core.config import setting
 from llava.core.registry import nearest
 from llava.ops.degrade import require_within
 from llava.ops.face_regions import FACE
+from llava.ops.self_blend import SelfBlendConfig, draw_hull, self_blend
 
 Edit = tuple[np.ndarray, np.ndarray]
 SELF_BLENDED = "self_blended"
@@ -34,6 +33,7 @@ PAIRS: dict[str, tuple[str, ...]] = {
     "mouth": _LOCAL,
     FACE: (SELF_BLENDED,),
 }
+ATTEMPTS = 20  # draws for one forgery until one is strong enough to be seen
 SMALLEST_REGION = 64  # pixels; below this nobody sees what happened to it
 
 
@@ -119,97 +119,6 @@ def _nearest(size: int, cell: float, offset: float) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfBlendConfig:
-    """How far the copy is from the face, and how it is blended; lengths in percent of the image's shorter side.
-
-    Every strength is drawn evenly from its range, every sign by a fair coin.
-    """
-
-    colour_shift: tuple[float, float] = setting((8.0, 20.0), "shift of each colour channel, in grey levels of 255")
-    hue_shift: tuple[float, float] = setting((5.0, 16.0), "shift of the hue, in degrees")
-    saturation_change: tuple[float, float] = setting((0.15, 0.4), "relative change of the saturation")
-    contrast_change: tuple[float, float] = setting((0.08, 0.22), "relative change of the contrast")
-    sharpen_amount: tuple[float, float] = setting((0.8, 1.6), "weight of an unsharp mask, in half of the copies")
-    shrink_factor: tuple[float, float] = setting((1.8, 3.0), "shrinking and growing back, in the other half")
-    resize: tuple[float, float] = setting((0.0, 0.015), "relative change of the copy's size")
-    translate: tuple[float, float] = setting((0.4, 1.6), "displacement of the copy, along each axis")
-    elastic: tuple[float, float] = setting((1.0, 4.0), "largest elastic displacement of the mask's outline")
-    mask_blur: tuple[float, float] = setting((1.0, 3.0), "sigma of the mask's blur")
-    blend_ratio: tuple[float, float] = setting((0.75, 1.0), "weight of the copy inside the mask")
-
-    def __post_init__(self) -> None:
-        for name in ("saturation_change", "contrast_change", "resize", "blend_ratio"):
-            require_within(name, getattr(self, name), 0, 1)
-        for name in ("translate", "elastic", "mask_blur"):
-            require_within(name, getattr(self, name), 0, 100)
-        require_within("colour_shift", self.colour_shift, 0, 255)
-        require_within("hue_shift", self.hue_shift, 0, 180)
-        require_within("sharpen_amount", self.sharpen_amount, 0, 10)
-        require_within("shrink_factor", self.shrink_factor, 1, 16)
-
-
-def self_blend(image: np.ndarray, mask: np.ndarray, config: SelfBlendConfig, rng: np.random.Generator) -> Edit:
-    """Give a changed copy of the face, float32 (H, W, 3), and its weight (H, W) in [0, 1], soft and deformed.
-
-    image: uint8 (H, W, 3); mask: the face, float (H, W) in [0, 1].
-    """
-    side = min(image.shape[:2]) / 100
-    copy = _recolour(image.astype(np.float32), config, rng)
-    copy = _refocus(copy, config, rng)
-    copy = _displace(copy, config, side, rng)
-    weight = _deform(mask, side * rng.uniform(*config.elastic), 8 * side, rng)
-    weight = cv2.GaussianBlur(weight, (0, 0), sigmaX=max(side * rng.uniform(*config.mask_blur), 0.3))
-    weight = np.clip(weight * rng.uniform(*config.blend_ratio), 0, 1)
-    return copy, np.where(weight < 1 / 255, 0, weight).astype(np.float32)
-
-
-def _recolour(image: np.ndarray, config: SelfBlendConfig, rng: np.random.Generator) -> np.ndarray:
-    """Shift channels, hue, saturation and contrast."""
-    shift = [_signed(config.colour_shift, rng) for _ in range(3)]
-    shifted = np.clip(image + np.array(shift, dtype=np.float32), 0, 255)
-    hsv = cv2.cvtColor(shifted / 255, cv2.COLOR_RGB2HSV)  # hue in [0, 360)
-    hsv[..., 0] = (hsv[..., 0] + _signed(config.hue_shift, rng)) % 360
-    hsv[..., 1] = np.clip(hsv[..., 1] * (1 + _signed(config.saturation_change, rng)), 0, 1)
-    rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255
-    mean = rgb.mean(axis=(0, 1))
-    return np.clip(mean + (rgb - mean) * (1 + _signed(config.contrast_change, rng)), 0, 255).astype(np.float32)
-
-
-def _refocus(image: np.ndarray, config: SelfBlendConfig, rng: np.random.Generator) -> np.ndarray:
-    """Sharpen, or lose detail by shrinking and growing back."""
-    if rng.random() < 0.5:
-        detail = image - cv2.GaussianBlur(image, (0, 0), sigmaX=1.0)
-        return np.clip(image + rng.uniform(*config.sharpen_amount) * detail, 0, 255)
-    height, width = image.shape[:2]
-    factor = rng.uniform(*config.shrink_factor)
-    small = cv2.resize(image, (round(width / factor), round(height / factor)), interpolation=cv2.INTER_AREA)
-    return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def _displace(image: np.ndarray, config: SelfBlendConfig, side: float, rng: np.random.Generator) -> np.ndarray:
-    """Resize about the centre and move."""
-    height, width = image.shape[:2]
-    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), 0, 1 + _signed(config.resize, rng))
-    matrix[:, 2] += np.array([side * _signed(config.translate, rng) for _ in range(2)])
-    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-
-
-def _deform(mask: np.ndarray, amount: float, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Move the mask by a smooth random field (`sigma` pixels) whose largest displacement per axis is `amount`."""
-    height, width = mask.shape
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    fields = [
-        cv2.GaussianBlur(rng.uniform(-1, 1, mask.shape).astype(np.float32), (0, 0), sigmaX=sigma) for _ in range(2)
-    ]
-    dx, dy = (field * (amount / np.abs(field).max()) for field in fields)
-    return cv2.remap(mask.astype(np.float32), x + dx, y + dy, cv2.INTER_LINEAR)
-
-
-def _signed(limits: tuple[float, float], rng: np.random.Generator) -> float:
-    return float(rng.uniform(*limits) * rng.choice((-1.0, 1.0)))
-
-
-@dataclass(frozen=True, kw_only=True)
 class ForgeConfig:
     """How often what is forged, and how strongly; lengths in percent of the image's shorter side.
 
@@ -227,6 +136,7 @@ class ForgeConfig:
     resample_cell: tuple[float, float] = setting((2.2, 3.2), "side of the squares that resampling leaves")
     warp_shift: tuple[float, float] = setting((5.0, 8.0), "displacement in the middle of a warped part")
     least_change: float = setting(5.0, "smallest mean change inside the mask, in grey levels; below it, none is given")
+    hulls: bool = setting(False, "draw the outline of a self-blended face among five hulls, not always the whole face")
     self_blend: SelfBlendConfig = setting(SelfBlendConfig())
 
     def __post_init__(self) -> None:
@@ -242,7 +152,8 @@ class ForgeConfig:
 class Forgery:
     """A forged image, uint8 (H, W, 3), and what was done to it.
 
-    mask: float32 (H, W) in [0, 1], above 0 wherever a pixel may differ from the original.
+    mask: float32 (H, W) in [0, 1], above 0 wherever a pixel may differ from the original; where the background of a
+    self-blended face was changed, wherever it is not the background.
     """
 
     image: np.ndarray
@@ -265,6 +176,35 @@ def draw_kind(regions: Mapping[str, np.ndarray], config: ForgeConfig, rng: np.ra
     return region, PAIRS[region][rng.integers(len(PAIRS[region]))]
 
 
+def draw_forgery(
+    image: np.ndarray,
+    regions: Mapping[str, np.ndarray],
+    config: ForgeConfig,
+    rng: np.random.Generator,
+    artefact: str | None = None,
+) -> Forgery | None:
+    """Draw region, artefact and strength until the change is large enough to be seen; None after 20 draws.
+
+    regions: masks of `image` as `face_regions` gives them. artefact: the one that is wanted; None = draw it, too.
+    """
+    for _ in range(ATTEMPTS):
+        region, drawn = draw_kind(regions, config, rng) if artefact is None else _region_for(artefact, regions, rng)
+        mask = draw_hull(regions, rng) if config.hulls and drawn == SELF_BLENDED else regions[region]
+        forgery = forge(image, mask, region, drawn, rng, config)
+        if forgery is not None:
+            return forgery
+    return None
+
+
+def _region_for(artefact: str, regions: Mapping[str, np.ndarray], rng: np.random.Generator) -> tuple[str, str]:
+    """Draw a region that an artefact can be put on and that is large enough, alike among these."""
+    fit = [name for name, artefacts in PAIRS.items() if artefact in artefacts]
+    large = [name for name in fit if np.count_nonzero(regions[name]) >= SMALLEST_REGION]
+    if not large:
+        raise ValueError(f"artefact: {artefact!r} needs {SMALLEST_REGION} pixels of {', '.join(fit) or 'no region'}.")
+    return large[rng.integers(len(large))], artefact
+
+
 def forge(
     image: np.ndarray,
     mask: np.ndarray,
@@ -276,15 +216,18 @@ def forge(
     """Edit one region of a face with one artefact; None when the result differs too little to be seen.
 
     image: uint8 (H, W, 3); mask: the region, float (H, W) in [0, 1]. Where the forgery's mask is 0 (at least wherever
-    `mask` is, but for a self-blended face, whose outline is moved) pixels are exactly those of the image. Raises
-    ValueError for a pair that `PAIRS` does not allow, an empty mask or wrong shapes.
+    `mask` is, but for a self-blended face, whose outline is moved) pixels are exactly those of the image, or of the
+    changed background. Raises ValueError for a pair that `PAIRS` does not allow, an empty mask or wrong shapes.
     """
     config = config or ForgeConfig()
     _check(image, mask, region, artefact)
-    edit = _EDITS[artefact](image, mask, config, min(image.shape[:2]) / 100, rng)
-    forged = lay_over(image, edit)
-    weight = edit[1]
-    change = np.abs(forged.astype(np.float32) - image).mean(axis=2)
+    background = image
+    if artefact == SELF_BLENDED:
+        background, edit = self_blend(image, mask, config.self_blend, rng)
+    else:
+        edit = _EDITS[artefact](image, mask, config, min(image.shape[:2]) / 100, rng)
+    forged, weight = lay_over(background, edit), edit[1]
+    change = np.abs(forged.astype(np.float32) - background).mean(axis=2)
     if weight.max() == 0 or float((change * weight).sum() / weight.sum()) < config.least_change:
         return None
     return Forgery(image=forged, mask=weight, region=region, artefact=artefact)
@@ -321,12 +264,6 @@ def _warp(image: np.ndarray, mask: np.ndarray, config: ForgeConfig, unit: float,
     return warp(image, mask, unit * rng.uniform(*config.warp_shift), rng)
 
 
-def _self_blend(
-    image: np.ndarray, mask: np.ndarray, config: ForgeConfig, unit: float, rng: np.random.Generator
-) -> Edit:
-    return self_blend(image, mask, config.self_blend, rng)
-
-
 _EDITS: dict[str, Callable[[np.ndarray, np.ndarray, ForgeConfig, float, np.random.Generator], Edit]] = {
     "blending_boundary": _boundary,
     "colour_mismatch": _colour,
@@ -334,9 +271,8 @@ _EDITS: dict[str, Callable[[np.ndarray, np.ndarray, ForgeConfig, float, np.rando
     "over_smooth": _smooth,
     "resampling": _resample,
     "warp": _warp,
-    SELF_BLENDED: _self_blend,
 }
-ARTEFACTS = tuple(_EDITS)
+ARTEFACTS = (*_EDITS, SELF_BLENDED)
 
 
 def _check(image: np.ndarray, mask: np.ndarray, region: str, artefact: str) -> None:

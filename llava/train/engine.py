@@ -177,6 +177,7 @@ class DetectorTrainer(Trainer):
             phase.degrade,
             phase.seed,
             mask_grid=detector.mask_grid,
+            taught=detector.taught,
             targets=list(map(detector.target, data.train)),
             lacking=detector.lacking,
         )

@@ -27,6 +27,7 @@ from llava.detectors.fitted import CALIBRATION
 from llava.evaluation.calibration import CalibrationConfig
 from llava.evaluation.metrics import ThresholdRule
 from llava.ops.degrade import DegradeConfig
+from llava.train.forging import ForgingConfig, ForgingSource
 
 log = logging.getLogger(__name__)
 OWN_FRACTION = 0.15  # of the images, for validation and for test, when the data come without splits
@@ -86,6 +87,9 @@ class PhaseConfig:
     )
     fold: str = setting("", "fit: the split of the data; empty = the validation split")
     data: DataConfig | None = setting(None, "where images come from")
+    forge: ForgingConfig | None = setting(
+        None, "forge the fakes in memory, of the data's real faces; none = data have fakes"
+    )
     degrade: DegradeConfig | None = setting(DegradeConfig(), "what is done to training images; none = nothing")
     optim: OptimConfig = setting(OptimConfig())
     loss: LossConfig = setting(LossConfig())
@@ -212,10 +216,10 @@ def open_phase(phase: PhaseConfig) -> PhaseData | Fold:
     """Open what a phase is trained on, or the fold that it fits on. Raises as `open_data`."""
     assert phase.data is not None
     if phase.kind == "train":
-        return open_data(phase.data, phase.seed)
+        return open_data(phase.data, phase.seed, phase.forge)
     if phase.fold in ("", phase.data.val):
-        return validation_fold(phase, open_data(phase.data, phase.seed))
-    source = open_source(phase.data)
+        return validation_fold(phase, open_data(phase.data, phase.seed, phase.forge))
+    source = forging_source(phase.data, phase.forge)
     records = split_of(source, phase.fold)
     require_both_classes(records, f"Split {phase.fold!r} of {phase.data.path!r}")
     return Fold(phase.data, phase.fold, source, records)
@@ -227,13 +231,19 @@ def validation_fold(phase: PhaseConfig, data: PhaseData) -> Fold:
     return Fold(phase.data, phase.data.val, data.source, data.val)
 
 
-def open_data(config: DataConfig, seed: int) -> PhaseData:
+def forging_source(config: DataConfig, forge: ForgingConfig | None) -> Source:
+    """Open a source; with `forge`, its real faces and what is forged of them, by a seed that never changes."""
+    source = open_source(config)
+    return source if forge is None else ForgingSource(source, forge, config.train, seed=0)
+
+
+def open_data(config: DataConfig, seed: int, forge: ForgingConfig | None = None) -> PhaseData:
     """Open a source and pick its splits; data without splits are divided by groups, 70 : 15 : 15.
 
     Raises LeakError when splits share a group (with `allow_leaks` it is a warning), ValueError when one lacks a class,
     is empty, or has unknown labels.
     """
-    source = open_source(config)
+    source = forging_source(config, forge)
     names = {config.train, config.val, config.test}
     if not names & {r.split for r in source.records}:
         train, val, test = _divide(source.records, config, seed)

@@ -137,7 +137,7 @@ def last_training(phases: Sequence[PhaseConfig], data: Sequence[PhaseData | Fold
         if isinstance(each, PhaseData):
             return phase, each
     assert phases[-1].data is not None
-    return phases[-1], open_data(phases[-1].data, phases[-1].seed)
+    return phases[-1], open_data(phases[-1].data, phases[-1].seed, phases[-1].forge)
 
 
 def class_counts(detector: Detector, data: PhaseData | Fold) -> dict[str, dict[str, int]]:
