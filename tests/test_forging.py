@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from llava.core.config import build
-from llava.core.runtime import item_rng
+from llava.core.config import build, to_dict
+from llava.core.runtime import Incomplete, item_rng, write_json
 from llava.core.types import FAKE, REAL, REGIONS
 from llava.data.dataset import DetectionDataset, EpochSampler
 from llava.data.sources import DataConfig, open_source
 from llava.detectors.base import create
+from llava.evaluation.predictions import read_csv
+from llava.jobs.diagnose import DiagnoseConfig, diagnose
 from llava.ops.degrade import DegradeConfig
 from llava.ops.face_regions import FACE, face_regions
 from llava.ops.forge import ARTEFACTS, SELF_BLENDED, ForgeConfig, draw_forgery
 from llava.ops.self_blend import BELOW_BROWS, HULLS, SelfBlendConfig, draw_hull, self_blend
+from llava.train.evaluate import ScoreConfig, data_of_training, evaluate, split_to_score, training_of
 from llava.train.forging import FORGED, MARGIN, ForgingConfig, ForgingSource
 from llava.train.recipe import PhaseConfig, PhaseData, open_phase
 
@@ -171,3 +175,62 @@ def test_a_wanted_artefact_is_put_on_a_region_that_can_carry_it() -> None:
     only_eyes = {name: mask * (name == "eyes") for name, mask in regions.items()}
     with pytest.raises(ValueError, match="'over_smooth' needs 64 pixels of skin"):
         draw_forgery(image, only_eyes, ForgeConfig(), item_rng(0, 0, 0), "over_smooth")
+
+
+# ---- asked about what it was trained on --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(table: Path, tmp_path: Path) -> Path:
+    """Save a detector as if it had been trained on forgeries of the photos, by two phases and a fit."""
+    torch.manual_seed(0)
+    create("cnn", {"backbone": "conv_tiny", "image_size": 64, "width": 8}).save(tmp_path / "detector")
+    config = {
+        "data": {"source": "csv", "path": str(table), "cache": True},
+        "forge": to_dict(ForgingConfig(held_out=ForgeConfig(hulls=True))),
+        "phases": [
+            {"name": "first", "forge": {"margin": [0.0, 0.0]}},
+            {"name": "last", "forge": {"held_out": {"least_change": 0.5}}},
+            {"name": "fit", "kind": "fit", "forge": None},
+        ],
+    }
+    write_json(tmp_path / "detector" / "run.json", {"config": config})
+    return tmp_path / "detector"
+
+
+def test_the_forging_is_that_of_the_last_phase_that_trained(trained: Path, tmp_path: Path) -> None:
+    forge = training_of(trained).forge
+    assert forge == ForgingConfig(held_out=ForgeConfig(hulls=True, least_change=0.5))
+    run = json.loads((trained / "run.json").read_text())
+    run["config"]["phases"][1]["forge"] = "none"
+    write_json(trained / "run.json", run)
+    assert training_of(trained).forge is None and data_of_training(trained).source == "csv"
+    with pytest.raises(ValueError, match=r"does not say what it was trained on; give --data\.path"):
+        data_of_training(tmp_path)
+
+
+def test_a_split_is_scored_on_the_forgeries_of_the_training_and_on_no_others(trained: Path, table: Path) -> None:
+    source, records = split_to_score(ScoreConfig(split="test"), trained)
+    forge = training_of(trained).forge
+    whole = open_phase(PhaseConfig(data=data_of_training(trained), forge=forge))
+    assert isinstance(whole, PhaseData)
+    assert [r.id for r in records] == [r.id for r in whole.test] == [r.id for r in source.records]
+    for record in records:
+        assert np.array_equal(source.load(record).image, whole.source.load(record).image)
+    with pytest.raises(ValueError, match=r"Split 'tset' has no records\. Splits here: .*Did you mean 'test'"):
+        split_to_score(ScoreConfig(split="tset"), trained)
+    own = DataConfig(source="csv", path=str(table))
+    with pytest.raises(ValueError, match=r"Split 'test' of .* has no fake images"):
+        split_to_score(ScoreConfig(split="test", data=own), trained)
+    forged = split_to_score(ScoreConfig(split="test", data=own, forge=ForgingConfig()), trained)[0]
+    assert isinstance(forged, ForgingSource) and forged.config == ForgingConfig()
+    again = split_to_score(ScoreConfig(split="test", forge=ForgingConfig()), trained)[0]
+    assert isinstance(again, ForgingSource) and again.config == ForgingConfig(), "a flag overrides the training's"
+
+
+def test_evaluate_and_diagnose_forge_in_memory(trained: Path, tmp_path: Path) -> None:
+    asked = {"model": str(trained), "split": "val", "device": "cpu", "output_dir": str(tmp_path / "out")}
+    evaluate(build(ScoreConfig, {**asked, "resamples": 20}))
+    assert {p.class_name for p in read_csv(tmp_path / "out" / "predictions.csv")} == {"real", *ARTEFACTS}
+    with pytest.raises(Incomplete, match=r"ignores the image \(8 images, split 'val'\)"):
+        list(diagnose(build(DiagnoseConfig, {**asked, "resamples": 20})))

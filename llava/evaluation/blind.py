@@ -85,6 +85,32 @@ def read_training(path: str | Path) -> list[TrainingPair]:
     return pairs
 
 
+def against_blind_guess(
+    truths: Sequence[str], answers: Sequence[str], groups: Sequence[str], n_boot: int = 2000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Give the shares of right answers: of all, of the blind guess, the first minus the second, and of each truth.
+
+    The blind guess is the most frequent truth among these; the key names it. All see the same resamples; as plain
+    values with the number of `images`.
+    """
+    counts = Counter(truths)
+    guess = min(counts, key=lambda name: (-counts[name], name))
+    right, names = np.asarray(truths) == np.asarray(answers), np.asarray(truths)
+
+    def shares(weights: np.ndarray) -> np.ndarray:
+        whole, blind = (np.average(hits, weights=weights) for hits in (right, names == guess))
+        drawn = [(names == name) * weights for name in sorted(counts)]
+        return np.array([whole, blind, whole - blind, *(w @ right / w.sum() if w.any() else math.nan for w in drawn)])
+
+    titles = {name: len(truths) for name in ("all", f"blind guess ({guess})", "all minus blind guess")}
+    titles |= {name: counts[name] for name in sorted(counts)}
+    intervals = group_bootstraps(groups, shares, n_boot, seed, jointly=False)
+    return {
+        title: interval.to_dict() | {"images": images}
+        for (title, images), interval in zip(titles.items(), intervals, strict=True)
+    }
+
+
 def leak_report(
     items: Sequence[CaptionItem], training: Sequence[TrainingPair], n_boot: int = 2000, seed: int = 0
 ) -> dict[str, Any]:

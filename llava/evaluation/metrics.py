@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from llava.core.registry import nearest
+from llava.core.types import FAKE, REAL
 from llava.evaluation.predictions import Predictions, by_video, refuse_shared_groups
 from llava.evaluation.statistics import Interval, group_bootstrap, group_bootstraps
 
@@ -302,6 +303,32 @@ def auc_interval(
     """Give the AUC of items (N,) with its 95 % group-bootstrap interval."""
     ranked = RankedScores(labels, p_fake)
     return group_bootstrap(groups, lambda weights: ranked.curve(weights).auc(), n_boot, seed)
+
+
+def class_aucs(
+    predictions: Predictions, means: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Give the AUC of every class of fakes, and of the means over some of them, each against all reals.
+
+    means: name -> classes. All see the same resamples; as plain values, with the numbers of images, `real` and `fake`.
+    """
+    labels, names, groups = predictions.labels, predictions.class_names, predictions.groups
+    chosen = {str(name): (labels == FAKE) & (names == name) for name in sorted(set(names[labels == FAKE]))}
+    kept = {name: is_class | (labels == REAL) for name, is_class in chosen.items()}
+    ranked = {name: RankedScores(labels[kept[name]], predictions.p_fake[kept[name]]) for name in chosen}
+
+    def statistics(weights: np.ndarray) -> np.ndarray:
+        areas = {name: scores.curve(weights[kept[name]]).auc() for name, scores in ranked.items()}
+        return np.array([*areas.values(), *(np.mean([areas[name] for name in some]) for some in means.values())])
+
+    counts = {name: int(is_class.sum()) for name, is_class in chosen.items()}
+    counts |= {name: sum(counts[each] for each in some) for name, some in means.items()}
+    intervals = group_bootstraps(groups, statistics, n_boot, seed, jointly=False)
+    reals = int((labels == REAL).sum())
+    return {
+        name: interval.to_dict() | {"real": reals, "fake": count}
+        for (name, count), interval in zip(counts.items(), intervals, strict=True)
+    }
 
 
 def _mean_interval(values: np.ndarray, groups: np.ndarray, n_boot: int, seed: int) -> Interval:

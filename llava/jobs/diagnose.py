@@ -68,7 +68,7 @@ def diagnose(config: DiagnoseConfig) -> Iterator[str]:
     Raises Incomplete (exit code 1) for a detector that is not healthy, ValueError or FileNotFoundError.
     """
     folder = ready_detector(config.model)
-    source, records = split_to_score(config.data, config.split, folder)
+    source, records = split_to_score(config, folder)
     detector, device = load(folder), pick_device(config.device)
     write_run(Path(config.output_dir), asdict(config), config.seed)
     options: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers, "seed": config.seed}

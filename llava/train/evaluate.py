@@ -19,7 +19,7 @@ from llava.core.config import build, setting
 from llava.core.runtime import pick_device, write_json, write_run
 from llava.core.terminal import aligned, progress
 from llava.core.types import Record
-from llava.data.sources import DataConfig, Source, open_source, split_of
+from llava.data.sources import DataConfig, Source, split_of
 from llava.data.splits import require_both_classes
 from llava.detectors.base import Detector, load
 from llava.detectors.published import ready_detector
@@ -30,6 +30,8 @@ from llava.evaluation.published_csv import published_ids, write_published
 from llava.evaluation.robustness import robustness_report
 from llava.evaluation.tables import multiclass_lines
 from llava.ops.degrade import Change, every_change
+from llava.train.forging import ForgingConfig
+from llava.train.recipe import PhaseConfig, forging_source
 from llava.train.scoring import measured, score, scored_records
 from llava.train.stage_1 import describe_level
 
@@ -42,12 +44,12 @@ def degraded_scores(score_degraded: Callable[..., Predictions]) -> dict[Change, 
     score_degraded: `score` of everything but `degrade`.
     """
     return {
-        change: score_degraded(degrade=partial(_changed, change)).p_fake
+        change: score_degraded(degrade=partial(changed, change)).p_fake
         for change in progress(every_change(), "degrading")
     }
 
 
-def _changed(
+def changed(
     change: Change, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Change an image that is scored; nobody reads its mask."""
@@ -104,6 +106,10 @@ class SplitConfig:
     """Which records a detector is asked about, and how."""
 
     data: DataConfig | None = setting(None, "where images come from (default: what the detector was trained on)")
+    forge: ForgingConfig | None = setting(
+        None,
+        "forge fakes in memory, of the data's real faces (default: as in its training, on the data of its training)",
+    )
     split: str = setting("test", "split to look at; all = every image")
     batch_size: int = setting(32, "images per batch")
     workers: int = setting(0, "processes that prepare images; 0 = none beside the scoring")
@@ -141,7 +147,7 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     robustness.json and robustness.png. Raises ValueError or FileNotFoundError.
     """
     folder = ready_detector(config.model)
-    source, records = split_to_score(config.data, config.split, folder)
+    source, records = split_to_score(config, folder)
     if config.published:
         published_ids(records)  # what has none is refused before anything is scored
     detector = load(folder)
@@ -173,29 +179,41 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
     return report
 
 
-def split_to_score(data: DataConfig | None, split: str, folder: Path) -> tuple[Source, list[Record]]:
-    """Open data (None = those that the detector in `folder` was trained on) and give the records of a split.
+def split_to_score(config: SplitConfig, folder: Path) -> tuple[Source, list[Record]]:
+    """Open the data that a detector, in `folder`, is to be asked about, and give the records of the split.
 
+    Without data of one's own: those that it was trained on, with fakes forged in memory where it was trained on such.
     Raises ValueError or FileNotFoundError.
     """
-    data = data or data_of_training(folder)
-    source = open_source(data)
-    records = split_of(source, {"train": data.train, "val": data.val, "test": data.test}.get(split, split))
-    require_both_classes(records, f"Split {split!r} of {data.path!r}")
+    data, forge = config.data, config.forge
+    if data is None:
+        data, forge = data_of_training(folder), forge or training_of(folder).forge
+    split = {"train": data.train, "val": data.val, "test": data.test}.get(config.split, config.split)
+    source = forging_source(data, forge, split)
+    records = split_of(source, split)
+    require_both_classes(records, f"Split {config.split!r} of {data.path!r}")
     return source, records
 
 
 def data_of_training(folder: Path) -> DataConfig:
     """Give the data settings of the last phase that trained the detector. Raises ValueError when unknown."""
+    data = training_of(folder).data
+    if data is None:
+        raise ValueError(f"{str(folder)!r} does not say what it was trained on; give --data.path FOLDER_OR_CSV.")
+    return data
+
+
+def training_of(folder: Path) -> PhaseConfig:
+    """Give `data` and `forge` of the last phase that trained the detector, as far as its run.json says; no others."""
     record = folder / "run.json"
     recipe = json.loads(record.read_text(encoding="utf-8")).get("config", {}) if record.is_file() else {}
-    settings = dict(recipe.get("data") or {})
     phases = recipe.get("phases", [])
-    for phase in [p for p in phases if p.get("kind", recipe.get("kind")) != "fit"] or phases:
-        settings |= phase.get("data") or {}
-    if not settings:
-        raise ValueError(f"{str(folder)!r} does not say what it was trained on; give --data.path FOLDER_OR_CSV.")
-    return build(DataConfig, settings, where="data")
+    trained = [phase for phase in phases if phase.get("kind", recipe.get("kind")) != "fit"] or phases
+    shared, last = (
+        {name: settings[name] for name in ("data", "forge") if name in settings}
+        for settings in (recipe, (trained or [{}])[-1])
+    )
+    return build(PhaseConfig, last, base=build(PhaseConfig, shared))
 
 
 def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:

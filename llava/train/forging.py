@@ -14,7 +14,7 @@ from llava.core.runtime import item_rng
 from llava.core.terminal import progress
 from llava.core.types import FAKE, REAL, Record, Sample
 from llava.data.faces import FaceBox, face_square, find_faces
-from llava.data.sources import Source
+from llava.data.sources import EVERY_SPLIT, Source, split_of
 from llava.ops.augment import AugmentConfig, augment
 from llava.ops.degrade import require_within
 from llava.ops.face_regions import disjoint, eyes_in_box, face_regions
@@ -49,15 +49,17 @@ class ForgingSource:
     Of a training record one fake is made, of any other one fake of each kind, named by its class. All that is random is
     a function of the generator that a record is loaded with; without one, or outside the training split, of (seed,
     number of the record). A record and its fakes agree in the tag `untouched`. Images without a face are left out, with
-    a warning; raises ValueError when all are.
+    a warning; raises ValueError when all are. only: the split that it has the records of, and looks for faces in; what
+    is forged of them is the same whatever it is.
     """
 
-    def __init__(self, source: Source, config: ForgingConfig, train: str, seed: int) -> None:
+    def __init__(self, source: Source, config: ForgingConfig, train: str, seed: int, only: str = EVERY_SPLIT) -> None:
         self.config, self._source, self._train, self._seed = config, source, train, seed
         reals = [record for record in source.records if record.label == REAL]
-        self._boxes = _boxes(source, reals)
         self._numbers = {record.id: number for number, record in enumerate(reals)}
-        self._records = tuple(each for r in reals if r.id in self._boxes for each in self._with_fakes(r))
+        chosen = [record for record in split_of(source, only) if record.id in self._numbers]
+        self._boxes = _boxes(source, chosen)
+        self._records = tuple(each for r in chosen if r.id in self._boxes for each in self._with_fakes(r))
 
     @property
     def records(self) -> Sequence[Record]:

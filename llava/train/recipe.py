@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from llava.core.config import build, setting
 from llava.core.types import Record
-from llava.data.sources import DataConfig, Source, open_source, split_of
+from llava.data.sources import EVERY_SPLIT, DataConfig, Source, open_source, split_of
 from llava.data.splits import (
     LeakError,
     check_leaks,
@@ -231,10 +231,13 @@ def validation_fold(phase: PhaseConfig, data: PhaseData) -> Fold:
     return Fold(phase.data, phase.data.val, data.source, data.val)
 
 
-def forging_source(config: DataConfig, forge: ForgingConfig | None) -> Source:
-    """Open a source; with `forge`, its real faces and what is forged of them, by a seed that never changes."""
+def forging_source(config: DataConfig, forge: ForgingConfig | None, only: str = EVERY_SPLIT) -> Source:
+    """Open a source; with `forge`, its real faces and what is forged of them, by a seed that never changes.
+
+    only: the split whose faces are forged.
+    """
     source = open_source(config)
-    return source if forge is None else ForgingSource(source, forge, config.train, seed=0)
+    return source if forge is None else ForgingSource(source, forge, config.train, seed=0, only=only)
 
 
 def open_data(config: DataConfig, seed: int, forge: ForgingConfig | None = None) -> PhaseData:
