@@ -135,7 +135,7 @@ def measure(bench: Bench) -> Iterator[tuple[str, Rows]]:
         if number == 0:
             yield f"Calibration and stability, portraits {split}", {**forged.calibration_rows(), **forged.flip_rows()}
     aucs: Rows = {}
-    for name, public in PUBLIC_SETS.items():
+    for name, public in progress(list(PUBLIC_SETS.items()), "public sets"):
         if getattr(settings, public.setting) is None:
             _skip(public.setting)
             continue
