@@ -81,7 +81,12 @@ def test_visits_are_forgotten_by_time_by_room_and_on_request() -> None:
 
 def test_a_card_says_it_all_in_words() -> None:
     calibrated = verdict(
-        calibration="calibrated on faces, n = 90", band=(0.3, 0.7), coverage=0.9, likelihood_ratio=9.0, prior=0.5, stability={"x": 0.8}
+        calibration="calibrated on faces, n = 90",
+        band=(0.3, 0.7),
+        coverage=0.9,
+        likelihood_ratio=9.0,
+        prior=0.5,
+        stability={"x": 0.8},
     )
     text = re.sub(r"<[^>]+>", " ", card(Finding(verdict=calibrated), "x.png"))
     for part in (

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from llava.train.scoring import (
     plain_text,
     probe_answers,
     score,
+    with_versions,
 )
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
@@ -211,9 +212,10 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
     They are fitted on validation, unless the last phase has fitted them on a fold of its own.
     """
     device = pick_device()
-    scored = {"val": score(detector, data.source, data.val, device, phase.batch_size, phase.workers)}
+    score_val = partial(score, detector, data.source, data.val, device, phase.batch_size, phase.workers)
+    scored = {"val": score_val()}
     if not recipe.fits_calibration:
-        settle(detector, scored["val"], recipe, validation_fold(phase, data))
+        settle(detector, fitted_on(recipe, scored["val"], score_val), recipe, validation_fold(phase, data))
     if data.test:
         scored["test"] = score(detector, data.source, data.test, device, phase.batch_size, phase.workers)
     if _is_main():
@@ -283,7 +285,8 @@ def fit_phase(detector: Detector, phase: PhaseConfig, fold: Fold, recipe: Recipe
     run = (fold.source, fold.records, device, phase.batch_size, phase.workers)
     for name in part_names(detector, phase):
         if name == CALIBRATION:
-            settle(detector, score(detector, *run), recipe, fold)
+            score_fold = partial(score, detector, *run)
+            settle(detector, fitted_on(recipe, score_fold(), score_fold), recipe, fold)
             continue
         part = detector.fitted_parts()[name]
         records, (observed,) = answers_over(detector, *run, partial(_observed, detector, name))
@@ -295,6 +298,14 @@ def fit_phase(detector: Detector, phase: PhaseConfig, fold: Fold, recipe: Recipe
 
 def _observed(detector: Detector, part: str, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
     return (detector.observe(part, inputs),)
+
+
+def fitted_on(recipe: Recipe, plain: Predictions, score_degraded: Callable[..., Predictions]) -> Predictions:
+    """Give what threshold and calibration are fitted on: predictions of a fold, and of its delivered versions if asked.
+
+    score_degraded: `score` of that fold, but for `degrade`.
+    """
+    return with_versions(plain, score_degraded) if recipe.calibrate_versions else plain
 
 
 def settle(detector: Detector, predictions: Predictions, recipe: Recipe, fold: Fold) -> None:
