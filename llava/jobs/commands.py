@@ -145,7 +145,7 @@ class ChatSettings(AskSettings, WordSettings):
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
     names = _checked_inputs(settings)
-    pipeline = load(settings, settings.model)
+    pipeline = load(settings, settings.model, words=False)
 
     def ask_video(video: NamedVideo) -> Finding:
         return pipeline.video_finding(video, settings.video)

@@ -168,7 +168,12 @@ def _begin(settings: ForgedSettings, output: str, seed: int | None) -> Pipeline:
     write_run(Path(output).with_name(f"{Path(output).stem}_run"), to_dict(settings), seed)
     disable_progress_bar()
     return Pipeline.from_pretrained(
-        settings.model, settings.device, settings.precision, settings.quantization, batch_size=settings.batch_size
+        settings.model,
+        settings.device,
+        settings.precision,
+        settings.quantization,
+        batch_size=settings.batch_size,
+        words=False,
     )
 
 
