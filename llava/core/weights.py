@@ -15,7 +15,7 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, device, nn, uint8
+from torch import Tensor, bfloat16, device, float16, float32, nn, uint8
 from torch.overrides import TorchFunctionMode
 
 from llava.core.registry import nearest
@@ -165,6 +165,15 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{str(path)!r} is damaged or incomplete ({error}); copy the folder again.") from error
 
 
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Round float32 tensors to half precision; all others stay. Raises ValueError for values beyond its range."""
+    rounded = {name: tensor.half() if tensor.dtype == float32 else tensor for name, tensor in tensors.items()}
+    beyond = [name for name, tensor in rounded.items() if not tensor.isfinite().equal(tensors[name].isfinite())]
+    if beyond:
+        raise ValueError(f"{len(beyond)} tensors hold values beyond 65504, the range of half precision: {beyond[0]}.")
+    return rounded
+
+
 def sha256_of(path: str | Path) -> str:
     """Give the SHA-256 of a file in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -172,9 +181,13 @@ def sha256_of(path: str | Path) -> str:
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Give one SHA-256 in hexadecimal over names, types, shapes and values, in the order of the names."""
+    """Give one SHA-256 in hexadecimal over names, types, shapes and values, in the order of the names.
+
+    Floats of 16 bit count as the same values in float32, into which they are loaded.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        tensor = tensor.float() if tensor.dtype in (bfloat16, float16) else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
     return digest.hexdigest()
