@@ -21,12 +21,13 @@ from test_shared_tower import made, merged
 from tiny_world import calibration_of, draw
 
 import llava
+from llava.cli import main
 from llava.core import weights
 from llava.core.config import parse
 from llava.core.score_map import write_calibration
 from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_in, write_shards
 from llava.core.types import STARTER
-from llava.core.weights import halved
+from llava.core.weights import STARTER_DIR, halved, sha256_of
 from llava.detectors.base import load
 from llava.explainer.delta import fingerprint
 from llava.explainer.generation import load_model
@@ -39,6 +40,8 @@ from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.options import ServeSettings
 
+ROOT = Path(__file__).parents[1]
+PHOTO = ROOT / "utils" / "demo_faces" / "astronaut.png"
 WHOLE = FaceSettings(face="off")
 
 
@@ -260,7 +263,38 @@ def test_shards_are_halved_one_by_one(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_the_script_says_what_is_wrong(world: Path, tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "halve_weights.py"
+    script = ROOT / "scripts" / "halve_weights.py"
     words = ["--model_path", str(world / "start"), "--save_path", str(tmp_path / "out")]
     done = forked.run([str(script), *words], cwd=tmp_path)
     assert done.returncode == 1 and "halve: error: The calibration of" in done.stderr
+
+
+# ---- the one that ships -----------------------------------------------------------------------------------------
+
+
+def test_what_ships_is_small_calibrated_and_described() -> None:
+    stored = load_file(STARTER_DIR / "model.safetensors")
+    own = [tensor for name, tensor in stored.items() if name.startswith("detector.")]
+    assert {tensor.dtype for tensor in stored.values()} <= {torch.float16, torch.int64}
+    assert sum(tensor.numel() for tensor in own) <= 6_000_000 and sum(tensor.nbytes for tensor in own) <= 12_000_000
+    assert sum(path.stat().st_size for path in STARTER_DIR.iterdir()) <= 25_000_000
+    detector = load(STARTER_DIR)
+    assert detector.name == "cnn" and detector.calibration is not None
+    assert sha256_of(STARTER_DIR / "model.safetensors") in (STARTER_DIR / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for name in ("config.json", "certificate.json", "calibration.json", "tokenizer_config.json"):
+        assert '"/' not in (STARTER_DIR / name).read_text(encoding="utf-8"), "a path of the machine it was made on"
+
+
+@pytest.mark.e2e
+def test_what_ships_answers_anywhere_and_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("M2F2_CHECKPOINTS", raising=False)
+    monkeypatch.setattr(weights, "snapshot_download", None)  # the hub can not be asked
+    answers = {}
+    for command in ("detect", "explain"):
+        assert main([command, str(PHOTO), "--json", "--device", "cpu"]) == 0
+        answers[command] = json.loads(capsys.readouterr().out)
+    assert answers["explain"]["text"] and answers["detect"]["label"] in ("REAL", "FAKE", "UNCERTAIN")
+    assert {name: answers["explain"]["verdict"][name] for name in answers["detect"]} == answers["detect"]
