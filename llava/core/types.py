@@ -23,6 +23,7 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
+STARTER = "starter"  # name of the model that comes with the package: it is asked where none is named
 
 
 @dataclass(frozen=True, kw_only=True)

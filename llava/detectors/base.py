@@ -20,7 +20,7 @@ from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
 from llava.core.types import REAL, Decision, Record, VerdictLabel
 from llava.core.weights import read_config, save_module, sha256_of_tensors, without_random_weights
-from llava.detectors.members import MEMBERS, Composite, read_members, save_members, write_trained_on
+from llava.detectors.members import MEMBERS, Composite, own_description, read_members, save_members, write_trained_on
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
 
@@ -360,7 +360,7 @@ def from_description(description: Mapping[str, Any]) -> Detector:
 
 
 def load(folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None) -> Detector:
-    """Load a saved detector with its calibration, in eval mode.
+    """Load a saved detector with its calibration, in eval mode; from an explainer's folder the one inside.
 
     description: what its config.json says, where that was read already. Raises ValueError when the folder holds
     another kind of model, a calibration of other weights, or a detector with parts that are still to be fitted.
@@ -375,7 +375,8 @@ def load_uncalibrated(
     folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None
 ) -> Detector:
     """Load a saved detector in eval mode, fitted or not, without its calibration. Raises ValueError as `load` does."""
-    description = read_config(folder) if description is None else description
+    whole = read_config(folder) if description is None else description
+    description = own_description(whole)
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):
         found = f"detector {kind!r}" if kind else f"model type {description.get('model_type')!r}"
@@ -383,6 +384,11 @@ def load_uncalibrated(
         raise ValueError(f"{str(folder)!r} holds {found}, not {wanted}; give another folder.")
     with without_random_weights():
         detector = from_description(description)
+    if description is not whole:
+        if detector.shares_vision:
+            raise ValueError(f"{str(folder)!r}: its detector reads the explainer's vision tower; give that of stage 1.")
+        detector.load_hosted_weights(folder)
+        return detector.eval()
     detector.load_weights(folder)
     read_members(folder, detector.members, description.get(MEMBERS, {}))
     return detector.eval()

@@ -1,4 +1,4 @@
-"""What a detector is made of, and what lies in its folder beside its own weights: members, groups trained on."""
+"""What a detector is made of, and how it lies in a folder: its own with members and groups trained on, or a host's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from llava.core.runtime import write_json
+from llava.core.tensor_files import TensorFiles, tensor_files_in
 from llava.core.weights import load_strictly, read_config, read_weights
 from llava.detectors.fitted import FittedPart
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 MEMBERS = "members"  # attribute, sub-folder, and how the names of their tensors begin
 TRAINED_ON = "trained_on.json"
+HOST = "detector."  # how the names of its tensors begin in an explainer
 
 
 class Composite(nn.Module):
@@ -54,6 +56,12 @@ class Composite(nn.Module):
         load_strictly(self, read_tensors(folder, self.members), str(folder))
         self.trained_on = read_trained_on(folder)
 
+    def load_hosted_weights(self, folder: str | Path) -> None:
+        """Load the weights that it has inside an explainer, strictly. Raises ValueError or FileNotFoundError."""
+        stored = TensorFiles(tensor_files_in(folder))  # maps of the files: nothing else is read
+        own = {name.removeprefix(HOST): stored[name] for name in stored if name.startswith(HOST)}
+        load_strictly(self, own, str(folder))
+
     def take_over(self, other: Composite, what: str) -> None:
         """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError."""
         load_strictly(self, other.state_dict(), what)
@@ -61,6 +69,12 @@ class Composite(nn.Module):
         for name, member in self.members.items():
             own = other.members[name]
             member.decision, member.calibration, member.trained_on = own.decision, own.calibration, own.trained_on
+
+
+def own_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give what a config.json says of a detector: all of a detector's own, the part about it of an explainer's."""
+    inside = config.get("detector")
+    return inside if isinstance(inside, Mapping) else config
 
 
 def save_members(folder: str | Path, members: Mapping[str, Detector]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from llava.core.config import build as build_settings
 from llava.core.runtime import log_json, setup_logging
 from llava.core.weights import read_config
 from llava.data.inputs import Image, NamedVideo
-from llava.pipeline.settings import is_detector, load
+from llava.pipeline.settings import is_detector, load, model_folder
 from llava.pipeline.verdict import Finding, VideoFinding
 from llava.serve.engine import Piece, Question, Refusal, from_thread, joined
 from llava.serve.options import ServeSettings
@@ -230,14 +230,8 @@ def application(settings: ServeSettings) -> Application:
 
 def _model_of(path: str) -> tuple[Path, bool]:
     """Give the folder of a model that is served, and whether it writes words; a published one is converted first."""
-    from llava.detectors.published import ready_detector  # here, because the ingress needs no PyTorch
-
-    folder = ready_detector(path)
-    if is_detector(read_config(folder)):
-        return folder, False
-    from llava.explainer.convert import ready  # here, because a detector needs no language model
-
-    return ready(folder), True
+    folder = model_folder(path)
+    return folder, not is_detector(read_config(folder))
 
 
 def _set_up(settings: ServeSettings) -> None:
