@@ -15,6 +15,7 @@ from llava.core.types import FAKE, REAL, REGIONS
 from llava.data.dataset import DetectionDataset, EpochSampler
 from llava.data.sources import DataConfig, open_source
 from llava.detectors.base import create, load
+from llava.explainer.merge import halve
 from llava.ops.degrade import DegradeConfig
 from llava.ops.face_regions import FACE, face_regions
 from llava.ops.forge import ARTEFACTS, SELF_BLENDED, ForgeConfig, draw_forgery
@@ -145,6 +146,9 @@ def test_the_starters_recipe_trains_on_real_faces_alone(table: Path, tmp_path: P
     assert set(results["test"]["classes"]) == set(ARTEFACTS), "one number for each kind of forgery"
     trained = load(tmp_path / "model")
     assert trained.name == "cnn" and len(trained.trained_on) == 1
+    assert all(torch.equal(t, t.half().float()) for t in trained.state_dict().values() if t.is_floating_point())
+    halve(str(tmp_path / "model"), tmp_path / "half")
+    assert load(tmp_path / "half").fingerprint() == trained.fingerprint()
 
 
 def test_hulls_cover_their_regions_and_are_convex() -> None:

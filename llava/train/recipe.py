@@ -126,6 +126,9 @@ class Recipe(PhaseConfig):
     calibrate_versions: bool = setting(
         False, "choose threshold and calibration on delivered versions of the validation images too (JPEG, size, crop)"
     )
+    round_to_half: bool = setting(
+        False, "round the finished weights to half precision before they are scored: half the bytes, the same answers"
+    )
     near_duplicates: bool = setting(True, "look for near-duplicates across splits (reads every image once)")
     resamples: int = setting(2000, "bootstrap resamples behind each final interval")
 

@@ -22,7 +22,7 @@ from llava.core.config import parse, to_dict
 from llava.core.registry import nearest
 from llava.core.runtime import other_settings, pick_device, setup_logging, write_json, write_run
 from llava.core.types import Decision, Record
-from llava.core.weights import CONFIG_NAME, shapes_only
+from llava.core.weights import CONFIG_NAME, halved, load_strictly, shapes_only
 from llava.data.splits import group_hashes
 from llava.detectors.base import Detector, create, load, load_uncalibrated
 from llava.detectors.fitted import CALIBRATION
@@ -120,6 +120,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         previous = _run_phase(recipe, phase, phase_data, folder / "phases" / str(i), previous)
     assert previous is not None
     detector = load(previous, expected=recipe.detector)
+    if recipe.round_to_half:
+        load_strictly(detector, halved(detector.state_dict()), "the rounded weights")
     results = finish(detector, recipe, last, splits, folder)
     results |= {
         "targets": counts,
