@@ -30,7 +30,7 @@ from llava.evaluation.published_csv import published_ids, write_published
 from llava.evaluation.robustness import robustness_report
 from llava.evaluation.tables import multiclass_lines
 from llava.ops.degrade import Change, every_change
-from llava.train.scoring import measured, score, scored_records
+from llava.train.scoring import changed, measured, score, scored_records
 from llava.train.stage_1 import describe_level
 
 log = logging.getLogger(__name__)
@@ -42,16 +42,9 @@ def degraded_scores(score_degraded: Callable[..., Predictions]) -> dict[Change, 
     score_degraded: `score` of everything but `degrade`.
     """
     return {
-        change: score_degraded(degrade=partial(_changed, change)).p_fake
+        change: score_degraded(degrade=partial(changed, change)).p_fake
         for change in progress(every_change(), "degrading")
     }
-
-
-def _changed(
-    change: Change, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Change an image that is scored; nobody reads its mask."""
-    return change(image, rng), mask
 
 
 def write_robustness(

@@ -123,6 +123,12 @@ class Recipe(PhaseConfig):
     calibration: CalibrationConfig | None = setting(
         CalibrationConfig(), "how the score is calibrated on validation; none = not at all"
     )
+    calibrate_versions: bool = setting(
+        False, "choose threshold and calibration on delivered versions of the validation images too (JPEG, size, crop)"
+    )
+    round_to_half: bool = setting(
+        False, "round the finished weights to half precision before they are scored: half the bytes, the same answers"
+    )
     near_duplicates: bool = setting(True, "look for near-duplicates across splits (reads every image once)")
     resamples: int = setting(2000, "bootstrap resamples behind each final interval")
 
