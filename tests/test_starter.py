@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_architecture import LLM_STACK
-from test_shared_tower import made, merged
+from test_shared_tower import delta, made, merged
 from tiny_world import calibration_of, draw
 
 import llava
@@ -29,9 +29,10 @@ from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_
 from llava.core.types import STARTER
 from llava.core.weights import STARTER_DIR, halved, sha256_of
 from llava.detectors.base import load
+from llava.detectors.members import write_trained_on
 from llava.explainer.delta import fingerprint
 from llava.explainer.generation import load_model
-from llava.explainer.merge import halve
+from llava.explainer.merge import halve, merge_delta
 from llava.jobs.bulk import ScoreSettings
 from llava.jobs.commands import ChatSettings, DetectSettings, ExplainSettings
 from llava.jobs.ddvqa_answers import JudgeSettings, ReasonSettings
@@ -72,11 +73,12 @@ def test_who_names_no_model_asks_the_starter(settings: Any, words: list[str]) ->
         assert parse(settings, words).models == {STARTER: STARTER}
 
 
-def test_python_asks_the_starter_too(tiny_explainer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "STARTER_DIR", tiny_explainer)
+def test_python_asks_the_starter_too(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "STARTER_DIR", world / "start")
     model = llava.load(device="cpu")
     assert model.name == STARTER and model.explainer is not None
-    assert llava.load(tiny_explainer.parent / "detector").explainer is None
+    assert llava.load(device="cpu", words=False).explainer is None
+    assert llava.load(world / "detector").name == str(world / "detector")
 
 
 # ---- a verdict needs no language model --------------------------------------------------------------------------
@@ -87,6 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder with a calibrated CNN as `detector`, and the explainer merged from it as `start`."""
     folder = tmp_path_factory.mktemp("starter")
     made(folder, "cnn")
+    write_trained_on(folder / "detector", ["somebody"])
     merged(folder)
     return folder
 
@@ -117,10 +120,12 @@ def test_a_detector_taken_out_says_what_the_whole_explainer_says(world: Path, pr
         alone.explain(draw(1, 1))
 
 
-def test_a_detector_that_reads_the_explainers_tower_stays_inside(tiny_explainer: Path) -> None:
-    assert Pipeline.from_pretrained(tiny_explainer, "cpu", words=False).explainer is not None
+def test_a_detector_that_reads_the_explainers_tower_stays_inside(tmp_path: Path) -> None:
+    made(tmp_path, "m2f2det")
+    merged(tmp_path)
+    assert Pipeline.from_pretrained(tmp_path / "start", "cpu", words=False).explainer is not None
     with pytest.raises(ValueError, match="its detector reads the explainer's vision tower; give that of stage 1"):
-        load(tiny_explainer)
+        load(tmp_path / "start")
 
 
 def test_a_detector_is_taken_out_of_shards_and_by_its_kind(world: Path, tmp_path: Path) -> None:
@@ -242,6 +247,14 @@ def test_a_calibration_of_other_values_does_not_go_along(world: Path, tmp_path: 
 def test_values_beyond_half_precision_are_refused() -> None:
     with pytest.raises(ValueError, match="1 tensors hold values beyond 65504, the range of half precision: b"):
         halved({"a": torch.tensor([65504.0, float("inf")]), "b": torch.tensor([7e4]), "c": torch.tensor(100_000)})
+
+
+def test_who_it_was_trained_on_is_remembered_to_the_end(small: Path, tmp_path: Path) -> None:
+    assert load(small / "small").trained_on == {"somebody"}
+    shutil.copytree(small / "start", tmp_path / "start")
+    delta(tmp_path, "deepfake_projector")
+    merge_delta(str(tmp_path / "start"), str(tmp_path / "delta"), tmp_path / "folded")
+    assert load(tmp_path / "folded").trained_on == {"somebody"}
 
 
 def test_what_lies_beside_the_weights_goes_along(world: Path, small: Path) -> None:

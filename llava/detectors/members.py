@@ -61,6 +61,7 @@ class Composite(nn.Module):
         stored = TensorFiles(tensor_files_in(folder))  # maps of the files: nothing else is read
         own = {name.removeprefix(HOST): stored[name] for name in stored if name.startswith(HOST)}
         load_strictly(self, own, str(folder))
+        self.trained_on = read_trained_on(folder)
 
     def take_over(self, other: Composite, what: str) -> None:
         """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError."""

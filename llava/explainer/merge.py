@@ -26,7 +26,7 @@ from llava.core.types import Turn
 from llava.core.weights import halved, read_config, shapes_only
 from llava.detectors.base import Detector, load_uncalibrated
 from llava.detectors.base import load as load_detector
-from llava.detectors.members import MEMBERS, own_description
+from llava.detectors.members import MEMBERS, own_description, read_trained_on, write_trained_on
 from llava.detectors.published import ready_detector
 from llava.explainer.convert import ready, ready_delta
 from llava.explainer.delta import Model, attach, detector_fingerprint, fingerprint, inner, read_record
@@ -166,6 +166,7 @@ def merge_detector(
         del model, llava  # one model in memory at a time
         certificate = certify_detector(staged, alone)
         _stamp(staged, alone.calibration, certificate["detector_sha256"])
+        write_trained_on(staged, alone.trained_on)
         write_json(staged / CERTIFICATE, certificate)
     log.info(
         "merged %s and %s into %s (max |delta p_fake| %.1e)", base, guest.name, out, certificate["max_delta_p_fake"]
@@ -195,6 +196,7 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
         processor.tokenizer.save_pretrained(staged)
         detector_sha256 = detector_fingerprint(staged, detector)
         _stamp(staged, detector.calibration, detector_sha256)  # the words rest on it
+        write_trained_on(staged, read_trained_on(base_folder))
         del model, live, merged  # one model in memory at a time
         difference = max_difference(expected, sample_logits(load_model(staged, dtype="stored"), processor))
         if not difference <= tolerance:
