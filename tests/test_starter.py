@@ -292,7 +292,7 @@ def test_what_ships_is_small_calibrated_and_described() -> None:
     assert sum(tensor.numel() for tensor in own) <= 6_000_000 and sum(tensor.nbytes for tensor in own) <= 12_000_000
     assert sum(path.stat().st_size for path in STARTER_DIR.iterdir()) <= 25_000_000
     detector = load(STARTER_DIR)
-    assert detector.name == "cnn" and detector.calibration is not None
+    assert detector.name == "cnn" and detector.calibration is not None and "never seen" in detector.scope
     assert sha256_of(STARTER_DIR / "model.safetensors") in (STARTER_DIR / "MODEL_CARD.md").read_text(encoding="utf-8")
     for name in ("config.json", "certificate.json", "calibration.json", "tokenizer_config.json"):
         assert '"/' not in (STARTER_DIR / name).read_text(encoding="utf-8"), "a path of the machine it was made on"

@@ -26,7 +26,7 @@ class Composite(nn.Module):
     """What a detector may be made of, beside layers: other detectors, and parts that are fitted instead of trained.
 
     members: detectors by name, which are saved in folders of their own. trained_on: SHA-256 of the names of all groups
-    that it, or a member, was trained on.
+    that it, or a member, was trained on. own_scope: what was said of what it sees and has never seen.
     """
 
     name: ClassVar[str]
@@ -36,6 +36,7 @@ class Composite(nn.Module):
         super().__init__()
         self.members = {}
         self.trained_on: frozenset[str] = frozenset()
+        self.own_scope = ""
 
     def fitted_parts(self) -> dict[str, FittedPart]:
         """Give the parts that a phase of kind `fit` makes, by name in the order of fitting; not those of members."""
@@ -66,10 +67,11 @@ class Composite(nn.Module):
     def take_over(self, other: Composite, what: str) -> None:
         """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError."""
         load_strictly(self, other.state_dict(), what)
-        self.trained_on = other.trained_on
+        self.trained_on, self.own_scope = other.trained_on, other.own_scope
         for name, member in self.members.items():
             own = other.members[name]
             member.decision, member.calibration, member.trained_on = own.decision, own.calibration, own.trained_on
+            member.own_scope = own.own_scope
 
 
 def own_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -108,8 +110,8 @@ def read_members(folder: str | Path, members: Mapping[str, Detector], recorded: 
     recorded: fingerprints by name, as the detector's config.json has them. Raises ValueError.
     """
     for name, member in members.items():
-        described, own = read_config(member_folder(folder, name)), member.describe()
-        found = member.fingerprint()
+        described = {"scope": ""} | read_config(member_folder(folder, name))  # files of before have none
+        found, own = member.fingerprint(), member.describe()
         if recorded.get(name) != found or any(described.get(key) != value for key, value in own.items()):
             raise ValueError(
                 f"Member {name!r} of {str(folder)!r} is not the one that it was saved with (sha256 {found[:12]}, "

@@ -384,7 +384,9 @@ def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> De
             f"The detector was trained on another vision tower ({len(differ)} of {len(mine)} tensors differ), its "
             "scores would change. Train stage 1 with --model.clip_name set to this base, or merge into its own base."
         )
-    return detector.without_vision()
+    guest = detector.without_vision()
+    guest.decision, guest.own_scope = detector.decision, detector.own_scope
+    return guest
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -18,6 +18,7 @@ from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -309,7 +310,8 @@ class _Rate(ProgressColumn):
 
 def _table(listed: ImageList, totals: Totals) -> str:
     """Give the counts as a table."""
-    table = Table("images", "count")
+    table = Table("images", "count", caption=escape(f"Scope of the detector: {totals.scope}") if totals.scope else None)
+    table.caption_justify = "left"
     table.columns[1].justify = "right"
     for name, count in (
         ("ok", totals.ok),

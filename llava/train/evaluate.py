@@ -146,6 +146,7 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
         "model": config.model,
         "detector": detector.name,
         "decision": asdict(detector.decision),
+        "scope": detector.scope,
         "split": config.split,
         **detection_report(predictions, detector.decision.threshold, config.resamples, config.seed, config.trim),
         "calibration": measured(detector.calibration, predictions, config.resamples),
@@ -201,6 +202,8 @@ def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:
     yield from multiclass_lines(report)
     decision = report["decision"]
     yield f"threshold {decision['threshold']:.3f}, chosen on {decision['chosen_on']}"
+    if report["scope"]:
+        yield f"scope: {report['scope']}"
     if decision["chosen_on"] == "default":
         log.warning("no threshold was chosen on validation: 0.5 is only a convention")
     files = ["predictions.csv", "videos.csv", "report.json", "roc.png"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from llava.core.config import build, setting
-from llava.core.types import Record
+from llava.core.types import Record, checked_scope
 from llava.data.sources import DataConfig, Source, open_source, split_of
 from llava.data.splits import (
     LeakError,
@@ -117,6 +117,9 @@ class Recipe(PhaseConfig):
     detector: str = setting("m2f2det", "name of the detector")
     model: dict[str, Any] = setting({}, "settings of the detector, as --model.fusion bridge")
     phases: list[dict[str, Any]] = setting([], "what each phase overrides; empty = one phase")
+    scope: str = setting(
+        "", "what the detector sees and what it has never seen, in a few words; stands beside each of its verdicts"
+    )
     output_dir: str = setting("checkpoints/stage_1", "folder of the trained detector and its numbers")
     resume: bool = setting(True, "go on with an interrupted run in output_dir; false starts afresh")
     threshold_rule: ThresholdRule = setting("youden", "how the decision threshold is chosen on validation")
@@ -134,6 +137,7 @@ class Recipe(PhaseConfig):
 
     def __post_init__(self) -> None:
         self.detector_config()
+        checked_scope(self.scope)
         few = len(DETECTORS.get(self.detector).classes) < 3
         if few and any(phase.best == "macro_f1" for phase in self.phase_list()):
             raise ValueError(f"best: {self.detector!r} has two classes, which macro_f1 is not for; use auc.")

@@ -123,11 +123,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if recipe.round_to_half:
         load_strictly(detector, halved(detector.state_dict()), "the rounded weights")
     results = finish(detector, recipe, last, splits, folder)
-    results |= {
-        "targets": counts,
-        "near_duplicates": duplicates,
-        "minutes": round((time.monotonic() - started) / 60, 2),
-    }
+    minutes = round((time.monotonic() - started) / 60, 2)
+    results |= {"targets": counts, "near_duplicates": duplicates, "minutes": minutes}
     if _is_main():
         write_json(folder / RESULTS, results)
     log_results(results, folder)
@@ -205,7 +202,20 @@ def start(recipe: Recipe, phase: PhaseConfig, previous: Path | None) -> Detector
     else:
         detector.take_over(load_uncalibrated(origin, expected=recipe.detector), str(origin))
     detector.freeze(phase.freeze)
+    detector.own_scope = scope_after(phase, recipe.scope, detector.own_scope)
     return detector
+
+
+def scope_after(phase: PhaseConfig, said: str, before: str) -> str:
+    """Give the scope that holds after a phase: what the recipe says, or, where nothing is trained, what held before."""
+    if before and not said and phase.kind == "train":
+        log.warning(
+            "what is trained here starts from a detector whose scope is %r; it may see other things afterwards, so "
+            "nothing is said of them: say it with --scope",
+            before,
+        )
+        return ""
+    return said or before
 
 
 def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path) -> dict[str, Any]:
@@ -229,6 +239,7 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
     return {
         "detector": detector.name,
         "decision": dataclasses.asdict(detector.decision),
+        "scope": detector.scope,
         "data": data.summary(),
         "calibration": measured(detector.calibration, scored.get("test"), recipe.resamples),
         "plain_images": probe_answers(detector, device),
