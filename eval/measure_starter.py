@@ -44,9 +44,9 @@ from llava.evaluation.robustness import Verdicts
 from llava.evaluation.tables import interval_text, run_script
 from llava.ops.degrade import DEGRADATIONS, VERSIONS, Change
 from llava.ops.forge import ARTEFACTS, SELF_BLENDED, ForgeConfig
-from llava.train.evaluate import changed, training_of
+from llava.train.evaluate import training_of
 from llava.train.recipe import forging_source
-from llava.train.scoring import answers_of, answers_over, evaluating, measured, score
+from llava.train.scoring import answers_of, answers_over, changed, evaluating, measured, score
 
 Row: TypeAlias = dict[str, Any]  # value, low, high; images and groups as far as they make sense
 Rows: TypeAlias = dict[str, Row]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import draw
+from tiny_world import SCOPE, draw
 
 from llava import cli
 from llava.detectors.base import Detector
@@ -67,6 +67,8 @@ def test_detect_prints_a_table(ask, folder: Path, capsys: pytest.CaptureFixture[
     assert ask("detect", folder, "--face", "off", "--batch-size", "3") == 0
     out = capsys.readouterr().out
     assert "(not calibrated)" in out
+    said = f"Scope of the detector: {SCOPE}. REAL says nothing about what lies outside of it."
+    assert " ".join(out.split()).count(said) == out.count("Scope of the detector") == 1, "once, however many faces"
     lines = [line for line in out.splitlines() if ".png" in line]
     assert [line.split("│")[1].strip() for line in lines] == ["REAL", "FAKE", "REAL", "FAKE"]
     assert all(0 <= float(line.split("│")[2]) <= 1 for line in lines)
@@ -77,7 +79,7 @@ def test_detect_prints_json_lines(ask, folder: Path, capsys: pytest.CaptureFixtu
     rows = json_rows(capsys.readouterr().out)
     assert [row["image"] for row in rows] == [str(folder / f"{i}.png") for i in range(4)]
     assert [row["label"] for row in rows] == ["REAL", "FAKE"] * 2
-    assert all(row["calibration"] == "not calibrated" for row in rows)
+    assert all(row["calibration"] == "not calibrated" and row["scope"] == SCOPE for row in rows)
 
 
 def test_a_detector_alone_answers_detect_and_not_explain(
@@ -195,8 +197,8 @@ def test_chat_answers_what_is_piped_in(
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n\nWhy?\n/quit\nnot asked\n"))
     assert ask("chat", folder / "1.png", "--face", "off") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("FAKE: p_fake ") and lines[1] == f"> {QUESTION}"
-    assert lines[2] == "The image is fake."
+    assert lines[0].startswith("FAKE: p_fake ") and lines[1] == f"Scope of the detector: {SCOPE}."
+    assert lines[2:4] == [f"> {QUESTION}", "The image is fake."]
     assert "> Why?" in lines and lines[-1] == "> /quit"
 
 
@@ -205,7 +207,8 @@ def test_chat_ends_with_the_input(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert ask("chat", folder / "1.png", "--face", "off") == 0
-    assert capsys.readouterr().out.count("\n") == 2
+    verdict, scope, prompt = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("FAKE") and SCOPE in scope and prompt == "> "
 
 
 def test_chat_without_a_face_or_a_picture_says_so(ask, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,7 @@ def test_published_weights_fill_the_backbone_and_nothing_else(tmp_path: Path) ->
     for tensor, theirs in zip(detector.backbone.state_dict().values(), state.values(), strict=False):
         assert torch.equal(tensor, theirs)
     assert torch.equal(detector.classifier.weight, before)
+    assert str(tmp_path) not in str(detector.describe()), "a saved detector says nothing of where the file lay"
     first, *rest = state.items()
     torch.save(dict([*rest[:1], first, *rest[1:]]), tmp_path / "lite0.pth")
     with pytest.raises(ValueError, match="another network"):

@@ -193,12 +193,19 @@ def test_the_hash_sees_names_types_shapes_and_values():
         {**base, "a": torch.zeros(3, 2)},
         {**base, "a": torch.zeros(2, 3, dtype=torch.int32)},
         {**base, "b": torch.tensor(2)},
-        {**base, "a": base["a"].bfloat16()},
+        {**base, "a": base["a"].double()},
     ]
     hashes = {sha256_of_tensors(tensors) for tensors in (base, *others)}
     assert len(hashes) == 6
     assert sha256_of_tensors(dict(reversed(base.items()))) == sha256_of_tensors(base)
     assert sha256_of_tensors({**base, "a": torch.zeros(3, 2).T}) == sha256_of_tensors(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_hash_is_of_the_values_that_floats_of_16_bit_are_loaded_as(dtype):
+    stored = {"a": torch.rand(5).to(dtype)}
+    assert sha256_of_tensors(stored) == sha256_of_tensors({"a": stored["a"].float()})
+    assert sha256_of_tensors(stored) != sha256_of_tensors({"a": stored["a"].float() + 1e-3})
 
 
 # ---- said in words ----------------------------------------------------------------------------------------------

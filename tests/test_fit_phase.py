@@ -77,7 +77,7 @@ def toys(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train two toys, the members of ensembles."""
     root = tmp_path_factory.mktemp("toys")
     for name, seed in (("a", 1), ("b", 2)):
-        stage_1.train(recipe(images, root / name, "toy", [], model=TOY, seed=seed))
+        stage_1.train(recipe(images, root / name, "toy", [], model=TOY, seed=seed, scope=f"sees noise {name}"))
     return root
 
 
@@ -270,8 +270,10 @@ def test_members_stay_as_they_were_and_speak_in_the_evidence(
         assert load(out / "members" / name).calibration == load(toys / name).calibration is not None
     assert str(load(out).calibration) == f"calibrated on {images.name}, split 'val', n = 32"
     assert load(out).trained_on == load(toys / "a").trained_on, "who trains on it, or fits, can know"
+    scope = "a (sees noise a), b (sees noise b)"
+    assert load(out).scope == results["scope"] == scope and load(out / "members" / "a").scope == "sees noise a"
     said = evaluate(ScoreConfig(model=str(out), output_dir=str(tmp_path), resamples=50, device="cpu"))
-    assert "split 'val'" in said
+    assert "split 'val'" in said and f"\nscope: {scope}\n" in said
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["frame"]["auc"]["value"] == results["test"]["frame"]["auc"]["value"] > 0.9
     picture = np.asarray(Image.open(images / "test" / "fake" / "00.png"))
@@ -284,9 +286,11 @@ def test_members_stay_as_they_were_and_speak_in_the_evidence(
 def test_a_next_phase_takes_over_all_that_is_known_of_members(toys: Path) -> None:
     before, after = (create("ensemble", both(toys)) for _ in range(2))
     before.load_pretrained()
-    before.trained_on = frozenset(["x"])
+    before.trained_on, before.own_scope = frozenset(["x"]), "sees y"
+    before.members["a"].own_scope = "sees z"
     after.take_over(before, "the phase before")
     assert after.fingerprint() == before.fingerprint() and after.trained_on == {"x"}
+    assert after.scope == "sees y" and after.members["a"].scope == "sees z"
     for name, member in after.members.items():
         alone = load(toys / name)
         assert member.calibration == alone.calibration is not None

@@ -10,23 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from llava.core.config import build, to_dict
+from llava.core.config import build, parse, to_dict
 from llava.core.runtime import Incomplete, item_rng, write_json
 from llava.core.types import FAKE, REAL, REGIONS
 from llava.data.dataset import DetectionDataset, EpochSampler
 from llava.data.sources import DataConfig, open_source
-from llava.detectors.base import create
+from llava.detectors.base import create, load
 from llava.evaluation.predictions import read_csv
+from llava.explainer.merge import halve
 from llava.jobs.diagnose import DiagnoseConfig, diagnose
 from llava.ops.degrade import DegradeConfig
 from llava.ops.face_regions import FACE, face_regions
 from llava.ops.forge import ARTEFACTS, SELF_BLENDED, ForgeConfig, draw_forgery
 from llava.ops.self_blend import BELOW_BROWS, HULLS, SelfBlendConfig, draw_hull, self_blend
+from llava.train import stage_1
 from llava.train.evaluate import ScoreConfig, data_of_training, evaluate, split_to_score, training_of
 from llava.train.forging import FORGED, MARGIN, ForgingConfig, ForgingSource
-from llava.train.recipe import PhaseConfig, PhaseData, open_phase
+from llava.train.recipe import PhaseConfig, PhaseData, Recipe, open_phase
 
-FACES = Path(__file__).resolve().parents[1] / "utils" / "demo_faces"
+ROOT = Path(__file__).resolve().parents[1]
+FACES = ROOT / "utils" / "demo_faces"
 PHOTOS = {"grace_hopper.jpg": "train", "portrait_cc0_1.png": "val", "astronaut.png": "test"}
 
 
@@ -134,6 +137,22 @@ def test_a_face_on_which_nothing_shows_is_an_error(table: Path) -> None:
     source = ForgingSource(open_source(DataConfig(source="csv", path=str(table))), config, "train", 0)
     with pytest.raises(ValueError, match=r"portrait_cc0_1.*cannot be forged so that it shows"):
         source.load(next(r for r in source.records if r.split == "val" and r.label == FAKE))
+
+
+def test_the_starters_recipe_trains_on_real_faces_alone(table: Path, tmp_path: Path) -> None:
+    flags = ["--data.source", "csv", "--data.path", str(table), "--output_dir", str(tmp_path / "model")]
+    flags += ["--model.backbone", "conv_tiny", "--model.image_size", "64", "--model.width", "8", "--steps", "2"]
+    flags += ["--batch_size", "2", "--eval_steps", "2", "--workers", "0", "--resamples", "10"]
+    flags += ["--collapse.min_recall", "0", "--collapse.min_sd", "0"]  # two steps teach nothing
+    recipe = parse(Recipe, ["--config", str(ROOT / "scripts/configs/stage_1/starter.yaml"), *flags])
+    results = stage_1.train(recipe)
+    assert results["targets"]["training"] == {"real": 1, "fake": 1}
+    assert set(results["test"]["classes"]) == set(ARTEFACTS), "one number for each kind of forgery"
+    trained = load(tmp_path / "model")
+    assert trained.name == "cnn" and len(trained.trained_on) == 1
+    assert all(torch.equal(t, t.half().float()) for t in trained.state_dict().values() if t.is_floating_point())
+    halve(str(tmp_path / "model"), tmp_path / "half")
+    assert load(tmp_path / "half").fingerprint() == trained.fingerprint()
 
 
 def test_hulls_cover_their_regions_and_are_convex() -> None:

@@ -19,7 +19,8 @@ from bad_images import plant
 from forked import Forked
 from PIL import Image
 from processes import processes_with
-from tiny_world import draw, train_detector
+from pyarrow.parquet import read_schema
+from tiny_world import SCOPE, draw, train_detector
 
 from llava.core.cluster import ClusterSettings
 from llava.core.runtime import Incomplete
@@ -105,6 +106,10 @@ def test_every_image_has_one_row_with_its_verdict(
         assert p_fake == pytest.approx(verdict.p_fake, abs=1e-6) and detector == verdict.detector
     assert (good.probability_fake - good.p_fake).abs().max() < 1e-6
     assert good.faces.eq(1).all() and good.sha256.str.fullmatch("[0-9a-f]{64}").all() and good.problem.isna().all()
+    assert f"Scope of the detector: {SCOPE}" in " ".join(said.split())
+    for part in Path(settings.out, "rows").glob("*.parquet"):
+        assert read_schema(part).metadata[b"scope"].decode() == SCOPE
+    assert "scope" not in table, "it is of the run, not of a row"
     assert re.search(r"ok +│ +60 │", said) and re.search(r"FAKE +│ +30 │", said) and "70 images in" in said
 
 

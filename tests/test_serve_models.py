@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from servers import ROOT, Process, free_port, ready_address, running, wait_for
 from test_serve_api import messages, png
 from test_serve_verdicts import last
-from tiny_world import draw
+from tiny_world import SCOPE, draw
 
 from llava.core.cluster import ClusterSettings
 from llava.pipeline import Pipeline
@@ -95,8 +95,8 @@ def test_a_model_that_is_missing_is_said_before_another_one_is_loaded(
 def test_programs_list_both_and_ask_each_by_its_name(
     address: str, client: openai.OpenAI, models: dict[str, Path]
 ) -> None:
-    listed = [(model.id, model.capabilities) for model in client.models.list()]
-    assert listed == [("explainer", ["detect", "explain"]), ("detector", ["detect"])]
+    listed = [(model.id, model.capabilities, model.scope) for model in client.models.list()]
+    assert listed == [("explainer", ["detect", "explain"], SCOPE), ("detector", ["detect"], SCOPE)]
     health = httpx.get(f"{address}/health").json()
     assert health["models"] == list(models) and health["model"] == "explainer"
     said = {}
@@ -110,7 +110,8 @@ def test_programs_list_both_and_ask_each_by_its_name(
         if name == "explainer":
             assert said[name] == pipeline.explain(photo()).text and reply.usage.completion_tokens > 0
         else:
-            assert said[name] == f"The detector's verdict is {wanted}; no language model wrote this."
+            scope = f"Scope of the detector: {SCOPE}."
+            assert said[name] == f"The detector's verdict is {wanted}; no language model wrote this. {scope}"
             assert reply.usage.total_tokens == 0
     head, *_ = client.chat.completions.create(model="detector", messages=messages(photo()), stream=True)
     assert head.model == "detector"

@@ -81,18 +81,23 @@ def test_visits_are_forgotten_by_time_by_room_and_on_request() -> None:
 
 def test_a_card_says_it_all_in_words() -> None:
     calibrated = verdict(
-        calibration="validation", band=(0.3, 0.7), coverage=0.9, likelihood_ratio=9.0, prior=0.5, stability={"x": 0.8}
+        calibration="calibrated on faces, n = 90",
+        band=(0.3, 0.7),
+        coverage=0.9,
+        likelihood_ratio=9.0,
+        prior=0.5,
+        stability={"x": 0.8},
     )
     text = re.sub(r"<[^>]+>", " ", card(Finding(verdict=calibrated), "x.png"))
     for part in (
         "Fake",
         "87 % forged",
-        "Calibrated on validation",
+        "Calibrated on faces, n = 90",
         "80 % to 80 % in 1 delivered versions",
         "Map: eyes",
     ):
         assert part in text, part
-    assert "not calibrated" not in text and "Looks fake" not in text
+    assert "not calibrated" not in text and "on calibrated" not in text and "Looks fake" not in text
     for label, word in (views.HEADLINES | views.UNCALIBRATED).items():
         score = None if label == VerdictLabel.INCONCLUSIVE else 0.5
         shown = card(Finding(verdict=verdict(label, score, reason="both look alike", evidence={})), "x")

@@ -23,7 +23,7 @@ import openai
 import pytest
 from processes import listening_beyond_loopback, processes_with
 from test_serve_api import messages
-from tiny_world import draw
+from tiny_world import SCOPE, draw
 
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
@@ -141,8 +141,8 @@ def test_answers_are_those_of_one_process(server: Running, tiny_explainer: Path)
 
 @pytest.mark.e2e
 def test_a_detector_beside_it_gives_the_verdict_of_one_process(server: Running, tiny_explainer: Path) -> None:
-    listed = [(model.id, model.capabilities) for model in server.client.models.list()]
-    assert listed == [("explainer", ["detect", "explain"]), ("detector", ["detect"])]
+    listed = [(model.id, model.capabilities, model.scope) for model in server.client.models.list()]
+    assert listed == [("explainer", ["detect", "explain"], SCOPE), ("detector", ["detect"], SCOPE)]
     detector = tiny_explainer.parent / "detector"
     (alone,) = Pipeline.from_pretrained(detector, faces=FaceSettings(face="off"), stability=False).detect(draw(1, 3))
     reply = server.client.chat.completions.create(model="detector", messages=messages(draw(1, 3)))

@@ -22,7 +22,7 @@ from PIL import Image
 from servers import ROOT, Process, ready_address, running, wait_for
 from test_architecture import LLM_STACK
 from test_serve_api import data_uri, messages, png
-from tiny_world import draw
+from tiny_world import SCOPE, draw
 
 from llava.core.types import GenerationSettings, Turn, Verdict
 from llava.data.answer_texts import VERDICT_QUESTION
@@ -74,7 +74,7 @@ def asked(engine: Any, image: np.ndarray, *said: str) -> list[Piece]:
 
 
 def sentence(verdict: Verdict) -> str:
-    return f"The detector's verdict is {verdict}; no language model wrote this."
+    return f"The detector's verdict is {verdict}; no language model wrote this. {verdict.scope_text}"
 
 
 def close_to(found: Verdict, wanted: Verdict) -> bool:
@@ -274,9 +274,13 @@ def last(screens: Iterator[Screen]) -> Screen:
 @pytest.mark.e2e
 def test_the_page_of_a_controller_learns_it_from_the_verdict(worker: str) -> None:
     remote = RemoteEngine(Controller(worker), "detector", FaceSettings(face="off"))
-    assert remote.has_words is None, "nobody was asked yet"
-    shown = last(Flow({"m": remote}).look("page", "m", lambda: (png(draw(1, 3)), "x.png")))
+    assert remote.has_words is None and remote.scope == "", "nobody was asked yet"
+    flow = Flow({"m": remote})
+    shown = last(flow.look("page", "m", lambda: (png(draw(1, 3)), "x.png")))
     assert 'data-label="FAKE"' in str(shown.card) and shown.has_words is False and remote.has_words is False
+    report = flow.report("page", "html")["text"]
+    assert f"<bdi>{worker}</bdi>" in report and "<h3>Calibration</h3>" not in report, "what is not known here"
+    assert remote.scope == SCOPE and f"Scope of the detector: {SCOPE}." in str(shown.card)
     assert WORDLESS in str(shown.words) and "language model wrote this" not in str(shown.words)
 
 

@@ -16,6 +16,7 @@ from toy_detector import EyeConfig, EyeDetector
 from transformers import LlavaForConditionalGeneration
 
 from llava.core.score_map import read_calibration
+from llava.core.types import Decision
 from llava.detectors import DETECTORS
 from llava.detectors.base import Detector, load
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
@@ -39,6 +40,7 @@ def made(folder: Path, name: str) -> Detector:
         for parameter in detector.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     detector.calibration = calibration_of(detector.fingerprint())
+    detector.own_scope, detector.decision = f"sees what {name} sees", Decision(threshold=0.4, chosen_on="a test")
     detector.save(folder / "detector")
     make_base(folder / "base", folder / "detector")
     return detector
@@ -71,6 +73,7 @@ def test_any_detector_is_merged_and_scores_the_same_inside(tmp_path: Path, name:
     assert found.logits.std(dim=0).min() > 1e-6
     assert certificate["stage_1_sha256"] == certificate["detector_sha256"] == detector.fingerprint()
     assert model.detector.calibration == detector.calibration
+    assert model.detector.scope == f"sees what {name} sees" and model.detector.decision == detector.decision
     pipeline = Pipeline(model.detector, explainer, str(tmp_path / "start"))
     assert model_facts(pipeline)["detector_sha256"] == detector.fingerprint()
 
@@ -126,6 +129,7 @@ def test_folding_a_delta_keeps_the_calibration(half: Path, tmp_path: Path) -> No
     own = detector_fingerprint(tmp_path / "folded", folded)
     assert certificate["detector_sha256"] == own != read_calibration(half / "start").weights_sha256
     assert folded.calibration == calibration_of(own)
+    assert folded.scope == "sees what m2f2det sees" and folded.decision.threshold == 0.4
 
 
 @pytest.mark.parametrize("part", ["detector.classifier", "model.vision_tower"])

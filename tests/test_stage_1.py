@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from llava.detectors.base import create, load
 from llava.detectors.m2f2det import M2F2DetConfig
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
+from llava.ops.degrade import VERSIONS, Change
 from llava.train import stage_1
 from llava.train.engine import (
     CollapseError,
@@ -35,7 +37,7 @@ from llava.train.engine import (
     training_arguments,
 )
 from llava.train.recipe import CollapseConfig, Fold, LossConfig, PhaseConfig, Recipe, data_name, open_data
-from llava.train.scoring import measured, probe_answers, score
+from llava.train.scoring import changed, measured, probe_answers, score, with_versions
 from llava.train.stage_1 import settle
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
@@ -354,6 +356,26 @@ def test_too_few_validation_groups_leave_a_detector_uncalibrated_with_a_warning(
     settle(detector, items, replace(recipe, calibration=None), Fold(data, "val", None, []))
     assert detector.calibration is None
     assert (found is None) == (measured(found, items, 10) is None)
+
+
+def test_calibration_may_look_at_delivered_versions_too(trained, tmp_path):
+    recipe, results, output = trained
+    recipe = replace(recipe, calibrate_versions=True, resamples=10)
+    phase = recipe.phase_list()[0]
+    data = open_data(phase.data, phase.seed)
+    detector = load(output)
+    found = stage_1.finish(detector, recipe, phase, data, tmp_path)
+    count = len(data.val)
+    assert found["decision"]["chosen_on"] == f"validation split 'val', {count * (1 + len(VERSIONS))} images, youden"
+    assert read_calibration(tmp_path).images == count * (1 + len(VERSIONS))
+    assert found["val"]["frame"]["auc"]["value"] == results["val"]["frame"]["auc"]["value"], "reports are of the images"
+    score_val = partial(score, detector, data.source, data.val, torch.device("cpu"))
+    plain = score_val()
+    both = with_versions(plain, score_val)
+    assert sorted(both.groups.tolist()) == sorted(plain.groups.tolist() * (1 + len(VERSIONS)))
+    saved_again = [p.p_fake for p in both if p.id.endswith(" (JPEG 30)")]
+    assert saved_again == score_val(degrade=partial(changed, Change("JPEG", 30))).p_fake.tolist()
+    assert saved_again != plain.p_fake.tolist()
 
 
 def test_data_are_named_without_their_place(tmp_path):

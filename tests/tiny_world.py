@@ -15,6 +15,7 @@ from llava.data.dataset import to_tensor
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
 from llava.train.tiny_base import TinyBaseConfig, make_llava, train_tokenizer
 
+SCOPE = "sees a checkerboard; has never seen a [bold] stripe"  # brackets, because they are markup for a terminal
 REASONS = {0: "The nose has natural pores.", 1: "The nose shows a regular grid."}
 
 CLASS_FOLDERS = {"real": "real", "fake": "deepfake", "aifake": "ai_generated"}
@@ -107,6 +108,7 @@ def train_detector(folder: Path, steps: int = 40) -> M2F2Det:
         optimiser.zero_grad()
         detector(pixels, labels=labels).loss.backward()
         optimiser.step()
+    detector.own_scope = SCOPE
     detector.eval().save(folder)
     return detector
 

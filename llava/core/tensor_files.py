@@ -27,6 +27,7 @@ _INERT_NAMES = ("collections.defaultdict", "builtins.dict")
 Shape = tuple[int, ...]
 SHARD_BYTES = 1 << 30  # tensors are gathered up to this before they are written
 REPORT_NAME = "conversion.json"
+INDEX_NAME = "model.safetensors.index.json"
 NAMED_AT_MOST = 5
 
 
@@ -321,7 +322,7 @@ def _number(folder: Path, shards: list[list[str]], total: int) -> None:
         (folder / f"part-{i}").rename(folder / file)
         index |= dict.fromkeys(names, file)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-    write_json(folder / "model.safetensors.index.json", content)
+    write_json(folder / INDEX_NAME, content)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -22,7 +22,9 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+SCOPE_LENGTH = 200
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
+STARTER = "starter"  # name of the model that comes with the package: it is asked where none is named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,16 @@ class Decision:
     chosen_on: str = "default"
 
 
+def checked_scope(scope: Any) -> str:
+    """Give a scope as it is. Raises ValueError unless it is one line that can stand beside every verdict."""
+    if isinstance(scope, str) and scope.isprintable() and len(scope) <= SCOPE_LENGTH:
+        return scope
+    raise ValueError(
+        f"scope: {str(scope)[:60]!r} can not stand beside each verdict; say in one line of at most {SCOPE_LENGTH} "
+        "characters what the detector sees and what it has never seen."
+    )
+
+
 class VerdictLabel(StrEnum):
     """What the product says of an image."""
 
@@ -167,6 +179,7 @@ class Verdict:
     `calibration` names what p_fake was calibrated on, or is "not calibrated". Only when calibrated: `band`, the p_fake
     between which the verdict is UNCERTAIN, for a `coverage` of each class; likelihood_ratio, posterior odds over prior
     odds: how many times likelier such a score is from a fake than from a real; prior, the share of fakes expected.
+    `scope`: what the detector sees and what it has never seen, in its own words; empty where nobody said.
     meanings: of each piece of evidence what it is. `stability`: p_fake of each delivered version of the face
     (`llava.ops.degrade`) by name, empty when not judged.
     `reason` says in words why there is no verdict, or what limits it. `image` is the name of what was looked at; it
@@ -180,6 +193,7 @@ class Verdict:
     probabilities: Mapping[str, float]
     evidence: Mapping[str, float]
     detector: str
+    scope: str = ""
     meanings: Mapping[str, str] = field(default_factory=dict)
     threshold: float = 0.5
     calibration: str = "not calibrated"
@@ -227,6 +241,14 @@ class Verdict:
         if not self.is_calibrated:
             return f"p_fake {self.p_fake:.3f}"
         return f"{_percent(self.p_fake)} forged"
+
+    @property
+    def scope_text(self) -> str:
+        """Say what the detector can see, and of REAL that it means no more than that; empty where nobody said."""
+        if not self.scope or self.p_fake is None:
+            return ""
+        limit = " REAL says nothing about what lies outside of it." if self.label == VerdictLabel.REAL else ""
+        return f"Scope of the detector: {self.scope.rstrip('.')}.{limit}"
 
     @property
     def p_fake_range(self) -> tuple[float, float] | None:
@@ -317,8 +339,9 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        """Say the verdict, then the text, then whether the two contradict each other."""
-        return "\n".join(part for part in (str(self.verdict), self.placed_text, self.remark) if part)
+        """Say the verdict and what it can rest on, then the text, then whether that contradicts the verdict."""
+        parts = (str(self.verdict), self.verdict.scope_text, self.placed_text, self.remark)
+        return "\n".join(part for part in parts if part)
 
     @property
     def placed_text(self) -> str:

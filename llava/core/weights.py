@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,16 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, device, nn, uint8
+from torch import Tensor, bfloat16, device, float16, float32, nn, uint8
 from torch.overrides import TorchFunctionMode
 
 from llava.core.registry import nearest
 from llava.core.runtime import atomic_path, write_json
+from llava.core.types import STARTER
 
+log = logging.getLogger(__name__)
+
+STARTER_DIR = Path(__file__).parents[1] / "starter"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 _RANDOM = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_"}
 _RANDOM |= {"xavier_uniform_", "orthogonal_"}
@@ -32,18 +37,21 @@ def checkpoints_dir() -> Path:
 
 
 def resolve(name: str | Path) -> Path:
-    """Turn a path, the name of a folder in `checkpoints/` or a hub id into a local folder.
+    """Turn `starter`, a path, the name of a folder in `checkpoints/` or a hub id into a local folder.
 
+    The word `starter` is the model in the package; a folder of that name is meant by its path, as ./starter or a Path.
     Raises FileNotFoundError that says what was tried.
     """
     root = checkpoints_dir()
+    if name == STARTER:
+        return _starter((Path(STARTER), root / STARTER))
     for candidate in (Path(name), root / name):
         if str(name) and candidate.is_dir():
             return candidate
     if Path(name).is_file():
         raise FileNotFoundError(f"{str(name)!r} is a file; give the folder that holds it.")
     known = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")] if root.is_dir() else []
-    there = nearest(Path(name).name, known) if known else "it holds none; make demo trains a small one"
+    there = nearest(Path(name).name, {STARTER, *known})
     tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({there})"
     owner, _, model = str(name).partition("/")
     if not model or "/" in model or owner in ("", "~") or owner.startswith("."):
@@ -55,6 +63,22 @@ def resolve(name: str | Path) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         why = "is switched off by HF_HUB_OFFLINE" if is_offline_mode() else f"gave nothing ({type(error).__name__})"
         raise FileNotFoundError(f"{tried} and the model hub {why}. Give the folder of a downloaded copy.") from error
+
+
+def _starter(namesakes: Sequence[Path]) -> Path:
+    """Give the folder of the model in the package. Raises FileNotFoundError where the package came without it.
+
+    namesakes: folders that somebody may have meant; one that is there is named in a warning.
+    """
+    if not (STARTER_DIR / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"This installation holds no model {STARTER!r} ({str(STARTER_DIR)!r} has no {CONFIG_NAME}); install the "
+            "package again, or name a model of yours."
+        )
+    for other in namesakes:
+        if other.is_dir() and not other.samefile(STARTER_DIR):
+            log.warning("%r is the model in the package; to mean the other one, give %s", STARTER, other.resolve())
+    return STARTER_DIR
 
 
 def save_module(folder: str | Path, module: nn.Module, config: dict[str, Any], apart: str | None = None) -> None:
@@ -141,6 +165,15 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{str(path)!r} is damaged or incomplete ({error}); copy the folder again.") from error
 
 
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Round float32 tensors to half precision; all others stay. Raises ValueError for values beyond its range."""
+    rounded = {name: tensor.half() if tensor.dtype == float32 else tensor for name, tensor in tensors.items()}
+    beyond = [name for name, tensor in rounded.items() if not tensor.isfinite().equal(tensors[name].isfinite())]
+    if beyond:
+        raise ValueError(f"{len(beyond)} tensors hold values beyond 65504, the range of half precision: {beyond[0]}.")
+    return rounded
+
+
 def sha256_of(path: str | Path) -> str:
     """Give the SHA-256 of a file in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -148,9 +181,13 @@ def sha256_of(path: str | Path) -> str:
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Give one SHA-256 in hexadecimal over names, types, shapes and values, in the order of the names."""
+    """Give one SHA-256 in hexadecimal over names, types, shapes and values, in the order of the names.
+
+    Floats of 16 bit count as the same values in float32, into which they are loaded.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        tensor = tensor.float() if tensor.dtype in (bfloat16, float16) else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
     return digest.hexdigest()

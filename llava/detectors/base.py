@@ -18,9 +18,9 @@ from llava.core.config import build, to_dict
 from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
-from llava.core.types import REAL, Decision, Record, VerdictLabel
+from llava.core.types import REAL, Decision, Record, VerdictLabel, checked_scope
 from llava.core.weights import read_config, save_module, sha256_of_tensors, without_random_weights
-from llava.detectors.members import MEMBERS, Composite, read_members, save_members, write_trained_on
+from llava.detectors.members import MEMBERS, Composite, own_description, read_members, save_members, write_trained_on
 
 LEAST_ODDS = 1e-6  # a score or threshold nearer to 0 or 1 counts as this
 
@@ -57,9 +57,7 @@ class Detector(Composite):
     A subclass sets `name`, `Config`, `classes` (one of them is `real`) and `evidence_names`, declares `inputs`, and
     writes `forward(<its inputs>, labels=None) -> DetectorOutput` without **kwargs. Of the evidence, `p_real` and
     `p_fake` are always there, and what is called `p_<class>` is the probability of that class; what other evidence is,
-    `own_meanings` says in a few words.
-
-    What it may be made of: see `Composite`.
+    `own_meanings` says in a few words. What it may be made of: see `Composite`.
     """
 
     Config: ClassVar[type]
@@ -104,6 +102,11 @@ class Detector(Composite):
         return {name: known[name] for name in self.evidence_names}
 
     @property
+    def scope(self) -> str:
+        """Say what it sees and what it has never seen, as each verdict repeats it; empty where nobody said."""
+        return self.own_scope
+
+    @property
     def shares_vision(self) -> bool:
         """Say whether the shared tower is not there: `forward` needs a host's features of it as `clip_features`."""
         return False
@@ -121,7 +124,7 @@ class Detector(Composite):
         return all_reasons(reasons)
 
     def without_vision(self) -> Detector:
-        """Give the same detector without its own vision tower, to live in a host that has the same one."""
+        """Give the same weights without their own vision tower, to live in a host that has the same one."""
         raise ValueError(f"Detector {self.name!r} has no vision tower that a host could share.")
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -336,7 +339,8 @@ class Detector(Composite):
 
     def describe(self) -> dict[str, Any]:
         """Give what `from_description` needs to build this detector again, without its weights."""
-        return {"detector": self.name, "config": to_dict(self.config), "decision": asdict(self.decision)}
+        known = {"decision": asdict(self.decision), "scope": self.own_scope}
+        return {"detector": self.name, "config": to_dict(self.config), **known}
 
 
 def is_there(tensor: Tensor) -> Tensor:
@@ -356,11 +360,12 @@ def from_description(description: Mapping[str, Any]) -> Detector:
     """Build the detector of a `describe()` dictionary, with fresh weights."""
     detector = create(description["detector"], description["config"])
     detector.decision = Decision(**description.get("decision", {}))
+    detector.own_scope = checked_scope(description.get("scope", ""))
     return detector
 
 
 def load(folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None) -> Detector:
-    """Load a saved detector with its calibration, in eval mode.
+    """Load a saved detector with its calibration, in eval mode; from an explainer's folder the one inside.
 
     description: what its config.json says, where that was read already. Raises ValueError when the folder holds
     another kind of model, a calibration of other weights, or a detector with parts that are still to be fitted.
@@ -375,7 +380,8 @@ def load_uncalibrated(
     folder: str | Path, expected: str | None = None, description: Mapping[str, Any] | None = None
 ) -> Detector:
     """Load a saved detector in eval mode, fitted or not, without its calibration. Raises ValueError as `load` does."""
-    description = read_config(folder) if description is None else description
+    whole = read_config(folder) if description is None else description
+    description = own_description(whole)
     kind = description.get("detector")
     if kind is None or (expected is not None and kind != expected):
         found = f"detector {kind!r}" if kind else f"model type {description.get('model_type')!r}"
@@ -383,6 +389,11 @@ def load_uncalibrated(
         raise ValueError(f"{str(folder)!r} holds {found}, not {wanted}; give another folder.")
     with without_random_weights():
         detector = from_description(description)
+    if description is not whole:
+        if detector.shares_vision:
+            raise ValueError(f"{str(folder)!r}: its detector reads the explainer's vision tower; give that of stage 1.")
+        detector.load_hosted_weights(folder)
+        return detector.eval()
     detector.load_weights(folder)
     read_members(folder, detector.members, description.get(MEMBERS, {}))
     return detector.eval()

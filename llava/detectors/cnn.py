@@ -7,14 +7,14 @@ artefact (`llava.ops.forge`). Learning from blends of a face with itself: Shioha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava.core.config import setting
+from llava.core.config import setting, to_dict
 from llava.core.types import NORMALISATIONS, REGIONS, InputSpec, View
 from llava.data.answer_texts import SIGNS
 from llava.detectors.backbones import LITE_EFFICIENTNETS, load_lite_weights, make_backbone, stage_channels
@@ -160,6 +160,10 @@ class FaceCnn(Detector):
         whole, *shares = evidence.split([len(self.classes), len(REGIONS), len(SIGNS)], dim=1)
         softer = [share ** exponent.to(share)[:, None] for share in shares]
         return torch.cat([whole, *(share / share.sum(dim=1, keepdim=True) for share in softer)], dim=1)
+
+    def describe(self) -> dict[str, Any]:
+        """Leave out where the ImageNet weights lay: a trained detector needs them no more."""
+        return {**super().describe(), "config": to_dict(replace(self.config, weights=None))}
 
     def load_pretrained(self) -> None:
         """Load the ImageNet weights that the config names. Raises FileNotFoundError or ValueError."""

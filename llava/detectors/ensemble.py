@@ -22,7 +22,7 @@ from llava.detectors.members import read_trained_on
 from llava.detectors.published import ready_detector
 
 MEMBER_NAME = re.compile("[a-z0-9_]+")
-DESCRIPTION = ("detector", "config", "decision")  # what builds a member, see `Detector.describe`
+DESCRIPTION = ("detector", "config", "decision", "scope")  # what builds a member, see `Detector.describe`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,14 @@ class Ensemble(Detector):
     def make_fusion(self) -> nn.Module:
         """Build what maps log odds (B, M), NaN where a member has none, to one for each image, (B,)."""
         return LogisticFusion(len(self.members))
+
+    @property
+    def scope(self) -> str:
+        """Give its own scope; without one those of its members by name, where these are as they were."""
+        said = {name: member.scope for name, member in self.members.items()}
+        if self.own_scope or not self.config.freeze_members or not any(said.values()):
+            return self.own_scope
+        return ", ".join(f"{name} ({scope or 'nobody said'})" for name, scope in said.items())
 
     @property
     def inputs(self) -> dict[str, Input]:

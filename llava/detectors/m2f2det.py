@@ -286,7 +286,6 @@ class M2F2Det(Detector):
         prefix = self.shared_tower().prefix
         own = {k: v for k, v in self.state_dict().items() if not k.startswith(prefix)}
         load_strictly(guest, own, "the detector without its tower")
-        guest.decision = self.decision
         return guest.train(self.training)
 
     def frozen_modules(self) -> list[nn.Module]:

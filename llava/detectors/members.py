@@ -1,4 +1,4 @@
-"""What a detector is made of, and what lies in its folder beside its own weights: members, groups trained on."""
+"""What a detector is made of, and how it lies in a folder: its own with members and groups trained on, or a host's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from llava.core.runtime import write_json
+from llava.core.tensor_files import TensorFiles, tensor_files_in
 from llava.core.weights import load_strictly, read_config, read_weights
 from llava.detectors.fitted import FittedPart
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 MEMBERS = "members"  # attribute, sub-folder, and how the names of their tensors begin
 TRAINED_ON = "trained_on.json"
+HOST = "detector."  # how the names of its tensors begin in an explainer
 
 
 class Composite(nn.Module):
     """What a detector may be made of, beside layers: other detectors, and parts that are fitted instead of trained.
 
     members: detectors by name, which are saved in folders of their own. trained_on: SHA-256 of the names of all groups
-    that it, or a member, was trained on.
+    that it, or a member, was trained on. own_scope: what was said of what it sees and has never seen.
     """
 
     name: ClassVar[str]
@@ -34,6 +36,7 @@ class Composite(nn.Module):
         super().__init__()
         self.members = {}
         self.trained_on: frozenset[str] = frozenset()
+        self.own_scope = ""
 
     def fitted_parts(self) -> dict[str, FittedPart]:
         """Give the parts that a phase of kind `fit` makes, by name in the order of fitting; not those of members."""
@@ -54,13 +57,27 @@ class Composite(nn.Module):
         load_strictly(self, read_tensors(folder, self.members), str(folder))
         self.trained_on = read_trained_on(folder)
 
+    def load_hosted_weights(self, folder: str | Path) -> None:
+        """Load the weights that it has inside an explainer, strictly. Raises ValueError or FileNotFoundError."""
+        stored = TensorFiles(tensor_files_in(folder))  # maps of the files: nothing else is read
+        own = {name.removeprefix(HOST): stored[name] for name in stored if name.startswith(HOST)}
+        load_strictly(self, own, str(folder))
+        self.trained_on = read_trained_on(folder)
+
     def take_over(self, other: Composite, what: str) -> None:
         """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError."""
         load_strictly(self, other.state_dict(), what)
-        self.trained_on = other.trained_on
+        self.trained_on, self.own_scope = other.trained_on, other.own_scope
         for name, member in self.members.items():
             own = other.members[name]
             member.decision, member.calibration, member.trained_on = own.decision, own.calibration, own.trained_on
+            member.own_scope = own.own_scope
+
+
+def own_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give what a config.json says of a detector: all of a detector's own, the part about it of an explainer's."""
+    inside = config.get("detector")
+    return inside if isinstance(inside, Mapping) else config
 
 
 def save_members(folder: str | Path, members: Mapping[str, Detector]) -> dict[str, str]:
@@ -93,8 +110,8 @@ def read_members(folder: str | Path, members: Mapping[str, Detector], recorded: 
     recorded: fingerprints by name, as the detector's config.json has them. Raises ValueError.
     """
     for name, member in members.items():
-        described, own = read_config(member_folder(folder, name)), member.describe()
-        found = member.fingerprint()
+        described = {"scope": ""} | read_config(member_folder(folder, name))  # files of before have none
+        found, own = member.fingerprint(), member.describe()
         if recorded.get(name) != found or any(described.get(key) != value for key, value in own.items()):
             raise ValueError(
                 f"Member {name!r} of {str(folder)!r} is not the one that it was saved with (sha256 {found[:12]}, "

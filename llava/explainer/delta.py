@@ -15,9 +15,10 @@ from llava.core.runtime import atomic_path, write_json
 from llava.core.tensor_files import TensorFiles, tensor_files_in
 from llava.core.weights import sha256_of, sha256_of_tensors
 from llava.detectors.base import Detector
+from llava.detectors.members import HOST
 from llava.explainer.modeling import ForgeryLlava
 
-DETECTOR, VISION_TOWER = "detector.", "model.vision_tower."  # how the names of their tensors begin in an explainer
+VISION_TOWER = "model.vision_tower."  # how the names of its tensors begin in an explainer
 LORA_WEIGHTS = "adapter_model.safetensors"
 OTHER_WEIGHTS = "non_lora_trainables.safetensors"
 RECORD = "delta.json"
@@ -58,7 +59,7 @@ def detector_fingerprint(folder: str | Path, detector: Detector) -> str:
     The host's vision tower is counted where the detector shares it. Where both are stored with the values of stage 1,
     it is `Detector.fingerprint()` of the detector alone; how the model is loaded makes no difference.
     """
-    own = [(DETECTOR, "")]
+    own = [(HOST, "")]
     if (tower := detector.shared_tower()) is not None and detector.shares_vision:
         own.append((VISION_TOWER, tower.prefix))
     stored = TensorFiles(tensor_files_in(folder))  # a map of the files, so nothing is copied into memory
@@ -106,7 +107,7 @@ def load_delta(model: Model, folder: str | Path) -> int:
     lora = load_file(Path(folder) / LORA_WEIGHTS) if record["lora"] else {}
     if bool(lora) != isinstance(model, PeftModel) or len(lora) != record["lora"]:
         raise ValueError(f"{str(folder)!r}: {len(lora)} LoRA tensors, {record['lora']} recorded; the file is damaged.")
-    if judging := [name for name in (*others, *lora) if DETECTOR in name or "vision_tower." in name]:
+    if judging := [name for name in (*others, *lora) if HOST in name or "vision_tower." in name]:
         raise ValueError(
             f"{str(folder)!r} would change the detector or the vision tower (first: {judging[0]}), and with them every "
             "score; no training of ours writes such a delta."

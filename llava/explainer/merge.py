@@ -1,8 +1,10 @@
-"""Merges, each with a certificate of what it changed: a detector into LLaVA, and a trained delta into its base."""
+"""Merges, each with a certificate of what it changed: detector into LLaVA, delta into base, weights into 16 bit."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,15 +15,18 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava.core.runtime import atomic_path, item_rng, write_json
-from llava.core.score_map import Calibration, write_calibration
+from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
+from llava.core.tensor_files import INDEX_NAME
 from llava.core.types import Turn
-from llava.core.weights import read_config, shapes_only
-from llava.detectors.base import Detector
+from llava.core.weights import halved, read_config, shapes_only
+from llava.detectors.base import Detector, load_uncalibrated
 from llava.detectors.base import load as load_detector
+from llava.detectors.members import MEMBERS, own_description, read_trained_on, write_trained_on
 from llava.detectors.published import ready_detector
 from llava.explainer.convert import ready, ready_delta
 from llava.explainer.delta import Model, attach, detector_fingerprint, fingerprint, inner, read_record
@@ -161,6 +166,7 @@ def merge_detector(
         del model, llava  # one model in memory at a time
         certificate = certify_detector(staged, alone)
         _stamp(staged, alone.calibration, certificate["detector_sha256"])
+        write_trained_on(staged, alone.trained_on)
         write_json(staged / CERTIFICATE, certificate)
     log.info(
         "merged %s and %s into %s (max |delta p_fake| %.1e)", base, guest.name, out, certificate["max_delta_p_fake"]
@@ -190,6 +196,7 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
         processor.tokenizer.save_pretrained(staged)
         detector_sha256 = detector_fingerprint(staged, detector)
         _stamp(staged, detector.calibration, detector_sha256)  # the words rest on it
+        write_trained_on(staged, read_trained_on(base_folder))
         del model, live, merged  # one model in memory at a time
         difference = max_difference(expected, sample_logits(load_model(staged, dtype="stored"), processor))
         if not difference <= tolerance:
@@ -205,6 +212,73 @@ def merge_delta(base: str, delta: str, out: Path) -> dict[str, Any]:
         difference,
     )
     return certificate
+
+
+def halve(name: str, out: Path) -> dict[str, Any]:
+    """Store a detector or an explainer with float32 weights rounded to half precision; gives the certificate.
+
+    It is loaded into float32 as before, with the rounded values. Its calibration goes along where the detector's
+    values stayed as they were. Raises ValueError for a calibration of others, or when an explainer's logits move by
+    more than 5 % of the largest one.
+    """
+    folder = ready(name)
+    is_detector = own_description(settings := read_config(folder)) is settings
+    with atomic_path(out) as staged:
+        changed, total = _write_halved(folder, staged)
+        model = None if is_detector else load_model(staged)
+        detector = model.detector if model else load_uncalibrated(staged)
+        detector_sha256 = detector_fingerprint(staged, detector) if model else own_fingerprint(detector)
+        detector.calibration = read_calibration(folder)
+        if detector.calibration and detector.calibration.weights_sha256 != detector_sha256:
+            raise ValueError(
+                f"The calibration of {name!r} is of its weights before rounding. Halve the detector alone, without its "
+                f"{CALIBRATION_NAME}; then score validation with the result, run eval/calibrate.py, and merge."
+            )
+        _stamp(staged, detector.calibration, str(detector_sha256))
+        certificate: dict[str, Any] = {"kind": "half", "base": {"name": name, "sha256": fingerprint(folder)}}
+        certificate |= {} if model is None else _moved_logits(name, folder, model)
+        certificate |= {"tensors_changed": changed, "tensors_total": total}
+        certificate |= {"detector_sha256": detector_sha256, "sha256": fingerprint(staged)}
+        write_json(staged / CERTIFICATE, certificate)
+    log.info("stored %s in half precision as %s: %d of %d tensors changed", name, out, changed, total)
+    return certificate
+
+
+def _write_halved(folder: Path, staged: Path) -> tuple[int, int]:
+    """Write a model folder with rounded weights, without calibration; gives how many tensors changed, and all.
+
+    Members of a detector keep their precision: they have folders of their own.
+    """
+    staged.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name != CALIBRATION_NAME:
+            shutil.copyfile(path, staged / path.name)
+        elif path.name == MEMBERS:
+            shutil.copytree(path, staged / MEMBERS)
+    changed = total = size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        rounded = halved(tensors)
+        changed += sum(not torch.equal(rounded[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
+        total, size = total + len(tensors), size + sum(tensor.nbytes for tensor in rounded.values())
+        save_file(rounded, staged / file.name, metadata={"format": "pt"})
+    if (index := staged / INDEX_NAME).is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["metadata"]["total_size"] = size
+        write_json(index, content)
+    return changed, total
+
+
+def _moved_logits(name: str, folder: Path, model: ForgeryLlava) -> dict[str, Any]:
+    """Say how far rounding moves the logits of the sample prompts. Raises ValueError where that is too far."""
+    before = load_model(folder)
+    processor = load_processor(folder, before)
+    expected = sample_logits(before, processor)
+    difference = max_difference(expected, sample_logits(model, processor))
+    tolerance = 0.05 * max(float(logits.abs().max()) for logits in expected)
+    if not difference <= tolerance:
+        raise ValueError(f"Rounding {name!r} changes the logits by {difference:.1e}, more than {tolerance:.0e}.")
+    return {"max_delta_logit": difference, "tolerance": tolerance, "sample_prompts": len(QUESTIONS)}
 
 
 def check_fingerprint(trained_on: dict[str, Any], found: str, name: str) -> None:
@@ -310,7 +384,9 @@ def share_vision(detector: Detector, llava: LlavaForConditionalGeneration) -> De
             f"The detector was trained on another vision tower ({len(differ)} of {len(mine)} tensors differ), its "
             "scores would change. Train stage 1 with --model.clip_name set to this base, or merge into its own base."
         )
-    return detector.without_vision()
+    guest = detector.without_vision()
+    guest.decision, guest.own_scope = detector.decision, detector.own_scope
+    return guest
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

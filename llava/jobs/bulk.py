@@ -18,6 +18,7 @@ from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -27,12 +28,12 @@ from llava.core.config import setting, to_dict
 from llava.core.registry import nearest
 from llava.core.runtime import Incomplete, setup_logging
 from llava.core.terminal import text_of
+from llava.core.types import STARTER
 from llava.core.weights import sha256_of
 from llava.data.images import IMAGE_SUFFIXES
 from llava.data.inputs import expand, is_url, is_video
-from llava.explainer.convert import ready
 from llava.jobs.bulk_parts import Parts, score_part
-from llava.pipeline.settings import PipelineSettings, load
+from llava.pipeline.settings import PipelineSettings, load, model_folder
 
 if TYPE_CHECKING:
     from llava.jobs.bulk_parts import Totals
@@ -167,7 +168,7 @@ class ScoreSettings(PipelineSettings):
 
     source: str = setting(help="folder, zip, image, or a list of images: .txt, .csv, .parquet", positional=True)
     out: str = setting(help="folder to write; its rows/ is one table for pandas and pyarrow")
-    model: str = setting("m2f2", "detector or merged explainer: folder, name in checkpoints/, or hub id")
+    model: str = setting(STARTER, "detector or merged explainer: starter, folder, name in checkpoints/, or hub id")
     face: Literal["largest", "off"] = setting("largest", "largest = the largest face, off = the whole image")
     column: str = setting("path", "column of a .csv or .parquet list that holds the names")
     root: str | None = setting(None, "folder where relative names of a list begin; none = that of the list")
@@ -196,7 +197,7 @@ class PartScorer:
         setup_logging()
         os.chdir(folder)  # relative names mean here what they mean where the command was typed
         self._parts = parts
-        self._pipeline = load(settings, settings.model)
+        self._pipeline = load(settings, settings.model, words=False)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Score and write parts; `batch` has their numbers and names, what comes back how many images they held."""
@@ -208,7 +209,7 @@ class PartScorer:
 
 def score_with_ray(settings: ScoreSettings, parts: Parts, missing: Missing) -> Iterator[int]:
     """Score the missing parts; yields how many images were done, part by part."""
-    settings = replace(settings, model=str(ready(settings.model).resolve()))
+    settings = replace(settings, model=str(model_folder(settings.model).resolve()))
     with connected(settings.cluster):
         import ray
         from ray.data import ActorPoolStrategy, DataContext
@@ -265,7 +266,7 @@ def score_here(settings: ScoreSettings, parts: Parts, missing: Missing) -> Itera
     """Score the missing parts in this process; yields how many images were done, batch by batch."""
     from llava.jobs.bulk_parts import score_part
 
-    pipeline = load(settings, settings.model)
+    pipeline = load(settings, settings.model, words=False)
     for number, names in missing.items():
         yield from score_part(pipeline, parts, number, names)
 
@@ -279,7 +280,7 @@ def _engine(settings: ScoreSettings) -> Engine:
 
 def _model_digest(name: str) -> str:
     """Give one SHA-256 over what a model's folder says and weighs."""
-    folder = ready(name)
+    folder = model_folder(name)
     files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
     return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in files).encode()).hexdigest()
 
@@ -309,7 +310,8 @@ class _Rate(ProgressColumn):
 
 def _table(listed: ImageList, totals: Totals) -> str:
     """Give the counts as a table."""
-    table = Table("images", "count")
+    table = Table("images", "count", caption=escape(f"Scope of the detector: {totals.scope}") if totals.scope else None)
+    table.caption_justify = "left"
     table.columns[1].justify = "right"
     for name, count in (
         ("ok", totals.ok),

@@ -34,10 +34,14 @@ BOX = ("box_x", "box_y", "box_width", "box_height")
 MARKS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
 LANDMARKS = tuple(f"{mark}_{axis}" for mark in MARKS for axis in "xy")
 COMPRESSION = "zstd"
+SCOPE = "scope"
 
 
 def schema_of(detector: Detector) -> pa.Schema:
-    """Give the columns; all but path, sha256, status and problem are empty where an image could not be read."""
+    """Give the columns; all but path, sha256, status and problem are empty where an image could not be read.
+
+    The metadata hold the detector's scope.
+    """
     named = [f"probability_{name}" for name in detector.classes]
     named += [f"evidence_{name}" for name in detector.evidence_names]
     return pa.schema(
@@ -48,7 +52,8 @@ def schema_of(detector: Detector) -> pa.Schema:
             *((name, pa.float64()) for name in (*NUMBERS, *named)),
             *((name, pa.int32()) for name in BOX),
             *((name, pa.float64()) for name in (*LANDMARKS, "face_roll")),
-        ]
+        ],
+        metadata={SCOPE: detector.scope},
     )
 
 
@@ -148,11 +153,15 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What a finished folder holds: images that were read, and those that were not; labels of the former."""
+    """What a finished folder holds: images that were read, and those that were not; labels of the former.
+
+    scope: of the detector that judged them.
+    """
 
     ok: int
     bad: int
     labels: Counter[str]
+    scope: str = ""
 
 
 def score_part(pipeline: Pipeline, parts: Parts, number: int, names: Sequence[str]) -> Iterator[int]:
@@ -193,11 +202,13 @@ def finish(parts: Parts, image_count: int) -> Totals:
     """Count what is there, write the list of bad files, and clear away what killed runs left behind."""
     status: Counter[str] = Counter()
     labels: Counter[str] = Counter()
+    scope = ""
     with atomic_path(parts.bad_list) as staged, staged.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "problem"))
         for path in sorted(parts.rows.glob("part-*.parquet")):
             table = pq.read_table(path, columns=["path", "status", "problem", "label"])
+            scope = (table.schema.metadata or {}).get(SCOPE.encode(), b"").decode()
             status.update(table["status"].to_pylist())
             labels.update(table["label"].drop_null().to_pylist())
             bad = table.filter(pc.equal(table["status"], BAD))
@@ -207,7 +218,7 @@ def finish(parts: Parts, image_count: int) -> Totals:
         raise ValueError(f"{str(parts.rows)!r} holds {counts}; something else wrote there. Remove it and begin anew.")
     for left in parts.rows.glob(".part-*"):
         shutil.rmtree(left, ignore_errors=True)
-    return Totals(ok=status[OK], bad=status[BAD], labels=labels)
+    return Totals(ok=status[OK], bad=status[BAD], labels=labels, scope=scope)
 
 
 def digest_of(names: Iterable[str]) -> str:

@@ -163,7 +163,8 @@ def entry_of(finding: Finding, source: NamedInput, said: Sequence[Explanation] |
     verdict = finding.verdict
     if said is None:
         said = [] if finding.explanation is None else [finding.explanation]
-    words = {"meaning": meaning(verdict), "band": band_in_words(verdict), "regions": regions_in_words(verdict)}
+    words = {"meaning": meaning(verdict), "scope": verdict.scope_text, "band": band_in_words(verdict)}
+    words["regions"] = regions_in_words(verdict)
     if verdict.likelihood_ratio is not None and verdict.prior is not None:
         words |= {"likelihood_ratio": ratio_in_words(verdict.likelihood_ratio), "prior": prior_in_words(verdict.prior)}
     image = source.pixels if isinstance(source, NamedImage) else None
@@ -190,6 +191,7 @@ def model_facts(pipeline: Pipeline) -> Facts:
     return {
         "name": pipeline.name,
         "detector": detector.name,
+        "scope": detector.scope,
         **_fingerprints(pipeline),
         "calibration": None if detector.calibration is None else to_dict(detector.calibration),
     }

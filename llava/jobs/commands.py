@@ -16,7 +16,7 @@ from rich.table import Table
 from llava.core.config import setting, to_dict
 from llava.core.runtime import Incomplete, atomic_path, batched, write_json
 from llava.core.terminal import progress, text_of, window
-from llava.core.types import LABEL_NAMES, Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import LABEL_NAMES, STARTER, Explanation, Verdict, VerdictLabel, VideoVerdict
 from llava.data.inputs import FetchLimits, NamedImage, NamedInput, NamedVideo, expand, in_order, open_input
 from llava.pipeline.settings import PipelineSettings, VideoSettings, WordSettings, load
 from llava.pipeline.verdict import Finding
@@ -43,7 +43,7 @@ def table_text(answers: Sequence[Verdict | Explanation]) -> str:
     """Give a table, in colour and as wide as the window on a terminal, plain and wide in a file or pipe."""
     has_text = any(isinstance(answer, Explanation) for answer in answers)
     is_calibrated = any(verdict_of(answer).is_calibrated for answer in answers)
-    table = Table(caption=_caption(answers), caption_justify="left") if is_calibrated else Table()
+    table = Table(caption=_caption(answers), caption_justify="left")
     score = "probability" if is_calibrated else "p_fake\n(not calibrated)"
     for head in ("verdict", score, "image", *(("text", "text") if has_text else ()), "remark"):
         table.add_column(head, overflow="fold")
@@ -81,15 +81,19 @@ def _cells(answer: Verdict | Explanation) -> list[str]:
 
 
 def _caption(answers: Sequence[Verdict | Explanation]) -> str:
-    """Say what the probabilities were calibrated on, and where the band lies."""
+    """Say what the probabilities were calibrated on, where the band lies, and once what the detector can see."""
+    verdicts = [verdict_of(answer) for answer in answers]
     shown = {}
-    for verdict in map(verdict_of, answers):
+    for verdict in verdicts:
         if verdict.band is not None and verdict.coverage is not None:
             low, high = verdict.band
             shown[verdict.calibration] = (
                 f"UNCERTAIN from {100 * low:.1f} % to {100 * high:.1f} %, coverage {100 * verdict.coverage:g} %"
             )
-    return escape("\n".join(f"{calibration}; {band}" for calibration, band in shown.items()))
+    bands = [f"{calibration}; {band}" for calibration, band in shown.items()]
+    real_last = sorted(verdicts, key=lambda verdict: verdict.label == VerdictLabel.REAL)
+    scopes = {verdict.scope: verdict.scope_text for verdict in real_last if verdict.scope_text}
+    return escape("\n".join([*bands, *scopes.values()]))
 
 
 def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
 class AskSettings(PipelineSettings):
     """Which model is asked."""
 
-    model: str = setting("m2f2", "folder, name in checkpoints/, or hub id")
+    model: str = setting(STARTER, "starter (the one in the package), folder, name in checkpoints/, or hub id")
     fetch: FetchLimits = setting(FetchLimits())
 
 
@@ -145,7 +149,7 @@ class ChatSettings(AskSettings, WordSettings):
 def detect(settings: DetectSettings) -> Iterator[str]:
     """Yield the verdicts as a table or as JSON lines. Raises Incomplete at the end when an input could not be read."""
     names = _checked_inputs(settings)
-    pipeline = load(settings, settings.model)
+    pipeline = load(settings, settings.model, words=False)
 
     def ask_video(video: NamedVideo) -> Finding:
         return pipeline.video_finding(video, settings.video)
@@ -183,7 +187,7 @@ def chat(settings: ChatSettings) -> Iterator[str]:
 
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
     session = pipeline.chat(image, words)
-    yield f"{session.verdict}\n"
+    yield "".join(f"{line}\n" for line in (str(session.verdict), session.verdict.scope_text) if line)
     if session.verdict.label == VerdictLabel.INCONCLUSIVE:
         raise Incomplete(f"{name}: there is no verdict to talk about.")
     for question in _questions():

@@ -14,11 +14,11 @@ import torch
 from llava.core.runtime import batched, pick_device
 from llava.core.score_map import require_share
 from llava.core.types import Content, Explanation, GenerationSettings, InputSpec, Turn, Verdict, VideoVerdict
-from llava.core.weights import read_config
+from llava.core.weights import read_config, shapes_only
 from llava.data.answer_texts import VERDICT_QUESTION
 from llava.data.dataset import image_of, input_tensors, wants_of
 from llava.data.inputs import Image, as_list, named
-from llava.detectors.base import Detector, DetectorOutput
+from llava.detectors.base import Detector, DetectorOutput, from_description
 from llava.detectors.base import load as load_detector
 from llava.detectors.published import ready_detector
 from llava.ops.degrade import VERSIONS
@@ -121,19 +121,21 @@ class Pipeline:
         batch_size: int = 8,
         prior: float | None = None,
         stability: bool = True,
+        words: bool = True,
     ) -> Pipeline:
-        """Load a detector folder or a merged explainer, by path, name in `checkpoints/` or hub id.
+        """Load a detector folder or a merged explainer: `starter`, a path, a name in `checkpoints/` or a hub id.
 
         prior: share of fakes expected, above 0 and below 1, for a calibrated detector; None = the calibration's own.
         precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.
+        words: False = only verdicts are wanted; then an explainer's detector is loaded alone, where it can stand alone.
         Raises FileNotFoundError or ValueError when the folder holds neither.
         """
         if prior is not None:
             require_share("prior", prior)
         folder, where = ready_detector(name), pick_device(device)
         settings = read_config(folder)
-        if is_detector(settings):
-            if quantization != "none":
+        if is_detector(settings) or (not words and _stands_alone(settings)):
+            if is_detector(settings) and quantization != "none":
                 raise ValueError(f"{str(name)!r} is a detector, which is never quantised; leave out --quantization.")
             detector = load_detector(folder, description=settings).to(where)
             return cls(detector, None, str(name), faces, batch_size, prior, stability)
@@ -228,8 +230,8 @@ class Pipeline:
         """Give the explainer. Raises ValueError for a detector on its own, which has no words."""
         if self.explainer is None:
             raise ValueError(
-                f"{self.name!r} is the detector {self.detector.name!r}, which gives verdicts and no words; use "
-                "`m2f2 detect`, or give a merged explainer (the output of stage 3)."
+                f"{self.name!r} is here as the detector {self.detector.name!r}, which gives verdicts and no words; use "
+                "`m2f2 detect`, or load a merged explainer (the output of stage 3), with words."
             )
         return self.explainer
 
@@ -360,6 +362,12 @@ class Pipeline:
             }
             for row in columns.float().tolist()
         ]
+
+
+def _stands_alone(config: Mapping[str, Any]) -> bool:
+    """Say of an explainer's config.json whether the detector inside scores without the explainer's vision tower."""
+    with shapes_only():
+        return isinstance(config.get("detector"), Mapping) and not from_description(config["detector"]).shares_vision
 
 
 def generation_settings(

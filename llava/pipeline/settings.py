@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from llava.core.config import setting
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llava.pipeline.pipeline import Pipeline
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
@@ -93,8 +95,29 @@ def is_detector(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("detector"), str)
 
 
-def load(settings: PipelineSettings, name: str, quantization: Quantization | None = None) -> Pipeline:
-    """Load a model; `quantization` where it was spelled in another way. Raises ValueError or FileNotFoundError."""
+def model_folder(name: str) -> Path:
+    """Give the folder of a detector or explainer that our loaders read; a published one is converted first.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    from llava.core.weights import read_config
+    from llava.detectors.published import ready_detector
+
+    folder = ready_detector(name)
+    if read_config(folder).get("detector"):
+        return folder
+    from llava.explainer.convert import ready  # here, because a model of ours needs no conversion
+
+    return ready(folder)
+
+
+def load(
+    settings: PipelineSettings, name: str, quantization: Quantization | None = None, words: bool = True
+) -> Pipeline:
+    """Load a model; `quantization` where it was spelled in another way. Raises ValueError or FileNotFoundError.
+
+    words: see `Pipeline.from_pretrained`.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from llava.pipeline.pipeline import Pipeline
@@ -109,4 +132,5 @@ def load(settings: PipelineSettings, name: str, quantization: Quantization | Non
         batch_size=settings.batch_size,
         prior=settings.prior,
         stability=settings.stability,
+        words=words,
     )

@@ -126,6 +126,7 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
         evidence=scores["evidence"] if scores else {},
         meanings=detector.evidence_meanings if scores else {},
         detector=detector.name,
+        scope=detector.scope,
         **face.place,
         image=face.image,
         face=face.number,

@@ -250,11 +250,13 @@ def _add_basics(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """List the models, first the one that is asked where none is named; `capabilities` is an extra key."""
+        """List the models, first the one that is asked where none is named; `capabilities`, `scope` are extra keys."""
         common = {"object": "model", "created": 0, "owned_by": "m2f2"}
-        capabilities = {name: ["detect", *["explain"] * bool(each.has_words)] for name, each in service.engines.items()}
-        data = [{"id": name, **common, "capabilities": able} for name, able in capabilities.items()]
-        return {"object": "list", "data": data}
+        extra = {
+            name: {"capabilities": ["detect", *["explain"] * bool(each.has_words)], "scope": each.scope}
+            for name, each in service.engines.items()
+        }
+        return {"object": "list", "data": [{"id": name, **common, **known} for name, known in extra.items()]}
 
 
 def _add_faces(app: FastAPI, service: Service) -> None:

@@ -211,7 +211,7 @@ class BatchingEngine:
 
     def __init__(self, pipeline: Pipeline, config: BatchConfig | None = None, model: str = "model") -> None:
         self.pipeline, self.config, self.model = pipeline, config or BatchConfig(), model
-        self.has_words = pipeline.explainer is not None
+        self.has_words, self.scope = pipeline.explainer is not None, pipeline.detector.scope
         if pipeline.explainer is not None:
             from llava.explainer.generation import Decoder  # here, because a detector needs no language model
 

@@ -127,6 +127,11 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def scope(self) -> str:
+        """Say what the model sees and what it has never seen; empty where nobody said, or not before a verdict."""
+        ...
+
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict on the image's largest face, then the text; `stop` ends it soon.
 
@@ -160,7 +165,8 @@ def plain_pieces(finding: Finding, turns: Sequence[Turn]) -> Iterator[Piece]:
     elif len(turns) > 1:
         yield Piece(text=WORDLESS)
     else:
-        yield Piece(text=f"The detector's verdict is {verdict}; no language model wrote this.")
+        said = f"The detector's verdict is {verdict}; no language model wrote this. {verdict.scope_text}"
+        yield Piece(text=said.rstrip())
 
 
 class Answer:

@@ -69,13 +69,14 @@ class Controller:
 class RemoteEngine:
     """The engine of one model behind a controller. Faces are found here, so that only crops of them are sent.
 
-    has_words: as the worker said with its last verdict; None before the first.
+    has_words, scope: as the worker said with its last verdict; None, or empty, before the first.
     """
 
     def __init__(self, controller: Controller, model: str, faces: FaceSettings | None = None) -> None:
         self._controller, self._model = controller, model
         self._faces = faces or FaceSettings()
         self.has_words: bool | None = None
+        self.scope = ""
 
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says. Raises ValueError with what the worker says."""
@@ -133,7 +134,7 @@ class RemoteEngine:
                     if chunk.error_code:
                         raise ValueError(chunk.text)
                     if chunk.verdict is not None:
-                        self.has_words = chunk.has_words
+                        self.has_words, self.scope = chunk.has_words, str(chunk.verdict.get("scope", ""))
                     yield chunk
         except httpx.HTTPError as error:
             raise ValueError(f"The model can not be reached now ({type(error).__name__}); try again soon.") from error

@@ -97,6 +97,11 @@ class MeasuredEngine:
         """Say whether it writes words, as `Engine.has_words` says."""
         return self._engine.has_words
 
+    @property
+    def scope(self) -> str:
+        """Say what the model can see, as `Engine.scope` says."""
+        return self._engine.scope
+
     def ask(self, question: Question, stop: Event) -> Iterator[Piece]:
         """Yield the verdict, then the text, as `Engine.ask` says; what was said until a caller left counts, too."""
         started, tokens = time.monotonic(), 0

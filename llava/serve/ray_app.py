@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI
 from ray import serve
@@ -28,7 +28,7 @@ from llava.core.config import build as build_settings
 from llava.core.runtime import log_json, setup_logging
 from llava.core.weights import read_config
 from llava.data.inputs import Image, NamedVideo
-from llava.pipeline.settings import is_detector, load
+from llava.pipeline.settings import is_detector, load, model_folder
 from llava.pipeline.verdict import Finding, VideoFinding
 from llava.serve.engine import Piece, Question, Refusal, from_thread, joined
 from llava.serve.options import ServeSettings
@@ -48,11 +48,11 @@ class RayEngine:
     """Answers questions as the engine of one replica does; which one, Ray Serve decides by how much they have to do.
 
     A replica that dies before its first piece is replaced once by another one; one that dies later ends the answer.
-    has_words: of the replicas' model, as `Engine.has_words` says.
+    has_words, scope: of the replicas' model, as `Engine` says.
     """
 
-    def __init__(self, handle: DeploymentHandle, has_words: bool) -> None:
-        self._handle, self.has_words = handle, has_words
+    def __init__(self, handle: DeploymentHandle, has_words: bool, scope: str) -> None:
+        self._handle, self.has_words, self.scope = handle, has_words, scope
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, name="ray-engine", daemon=True).start()
 
@@ -199,7 +199,7 @@ def application(settings: ServeSettings) -> Application:
     found = {name: _model_of(path) for name, path in settings.models.items()}
     settings = replace(
         settings,
-        model_path=[str(folder.resolve()) for folder, _ in found.values()],
+        model_path=[str(each.folder.resolve()) for each in found.values()],
         model_name=list(found),
         keys=str(Path(settings.keys).resolve()) if settings.keys else None,
     )
@@ -208,7 +208,7 @@ def application(settings: ServeSettings) -> Application:
     def make_api() -> FastAPI:
         _set_up(settings)
         handles = {name: serve.get_deployment_handle(place) for name, place in places.items()}
-        return build_api(settings, {name: RayEngine(handles[name], found[name][1]) for name in found})
+        return build_api(settings, {n: RayEngine(handles[n], each.has_words, each.scope) for n, each in found.items()})
 
     engine = serve.deployment(EngineReplica).options(
         max_ongoing_requests=_most_at_once(settings),
@@ -228,16 +228,24 @@ def application(settings: ServeSettings) -> Application:
     return ingress.bind(*engines)
 
 
-def _model_of(path: str) -> tuple[Path, bool]:
-    """Give the folder of a model that is served, and whether it writes words; a published one is converted first."""
-    from llava.detectors.published import ready_detector  # here, because the ingress needs no PyTorch
+class _Model(NamedTuple):
+    """A model that is served: its folder, whether it writes words, and what its detector says that it can see."""
 
-    folder = ready_detector(path)
-    if is_detector(read_config(folder)):
-        return folder, False
-    from llava.explainer.convert import ready  # here, because a detector needs no language model
+    folder: Path
+    has_words: bool
+    scope: str
 
-    return ready(folder), True
+
+def _model_of(path: str) -> _Model:
+    """Look into the folder of a model; a published one is converted first."""
+    from llava.core.weights import shapes_only  # here, because the ingress needs no PyTorch
+    from llava.detectors.base import from_description
+    from llava.detectors.members import own_description
+
+    folder = model_folder(path)
+    config = read_config(folder)
+    with shapes_only():
+        return _Model(folder, not is_detector(config), from_description(own_description(config)).scope)
 
 
 def _set_up(settings: ServeSettings) -> None:

@@ -32,7 +32,7 @@ from llava.evaluation.tables import multiclass_lines
 from llava.ops.degrade import Change, every_change
 from llava.train.forging import ForgingConfig
 from llava.train.recipe import PhaseConfig, forging_source
-from llava.train.scoring import measured, score, scored_records
+from llava.train.scoring import changed, measured, score, scored_records
 from llava.train.stage_1 import describe_level
 
 log = logging.getLogger(__name__)
@@ -47,13 +47,6 @@ def degraded_scores(score_degraded: Callable[..., Predictions]) -> dict[Change, 
         change: score_degraded(degrade=partial(changed, change)).p_fake
         for change in progress(every_change(), "degrading")
     }
-
-
-def changed(
-    change: Change, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Change an image that is scored; nobody reads its mask."""
-    return change(image, rng), mask
 
 
 def write_robustness(
@@ -159,6 +152,7 @@ def score_split(config: ScoreConfig) -> dict[str, Any]:
         "model": config.model,
         "detector": detector.name,
         "decision": asdict(detector.decision),
+        "scope": detector.scope,
         "split": config.split,
         **detection_report(predictions, detector.decision.threshold, config.resamples, config.seed, config.trim),
         "calibration": measured(detector.calibration, predictions, config.resamples),
@@ -226,6 +220,8 @@ def _lines(report: dict[str, Any], output: Path) -> Iterator[str]:
     yield from multiclass_lines(report)
     decision = report["decision"]
     yield f"threshold {decision['threshold']:.3f}, chosen on {decision['chosen_on']}"
+    if report["scope"]:
+        yield f"scope: {report['scope']}"
     if decision["chosen_on"] == "default":
         log.warning("no threshold was chosen on validation: 0.5 is only a convention")
     files = ["predictions.csv", "videos.csv", "report.json", "roc.png"]

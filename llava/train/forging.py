@@ -96,11 +96,8 @@ class ForgingSource:
         if record.label == REAL:
             return Sample(record=record, image=image, mask=np.zeros(image.shape[:2], np.uint8))
         # A generator of its own, so that what comes after it stays in step with the real record's.
-        dice = (
-            rng.spawn(1)[0]
-            if is_training
-            else item_rng(self._seed, 1 + ARTEFACTS.index(record.class_name), self._numbers[real])
-        )
+        number = 1 + (*ARTEFACTS, FORGED).index(record.class_name)
+        dice = rng.spawn(1)[0] if is_training else item_rng(self._seed, number, self._numbers[real])
         kind = None if record.class_name == FORGED else record.class_name
         kinds = self.config.kinds if is_training else self.config.held_out
         forgery = draw_forgery(image, regions, kinds, dice, kind)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from llava.core.config import build, setting
-from llava.core.types import Record
+from llava.core.types import Record, checked_scope
 from llava.data.sources import EVERY_SPLIT, DataConfig, Source, open_source, split_of
 from llava.data.splits import (
     LeakError,
@@ -117,17 +117,27 @@ class Recipe(PhaseConfig):
     detector: str = setting("m2f2det", "name of the detector")
     model: dict[str, Any] = setting({}, "settings of the detector, as --model.fusion bridge")
     phases: list[dict[str, Any]] = setting([], "what each phase overrides; empty = one phase")
+    scope: str = setting(
+        "", "what the detector sees and what it has never seen, in a few words; stands beside each of its verdicts"
+    )
     output_dir: str = setting("checkpoints/stage_1", "folder of the trained detector and its numbers")
     resume: bool = setting(True, "go on with an interrupted run in output_dir; false starts afresh")
     threshold_rule: ThresholdRule = setting("youden", "how the decision threshold is chosen on validation")
     calibration: CalibrationConfig | None = setting(
         CalibrationConfig(), "how the score is calibrated on validation; none = not at all"
     )
+    calibrate_versions: bool = setting(
+        False, "choose threshold and calibration on delivered versions of the validation images too (JPEG, size, crop)"
+    )
+    round_to_half: bool = setting(
+        False, "round the finished weights to half precision before they are scored: half the bytes, the same answers"
+    )
     near_duplicates: bool = setting(True, "look for near-duplicates across splits (reads every image once)")
     resamples: int = setting(2000, "bootstrap resamples behind each final interval")
 
     def __post_init__(self) -> None:
         self.detector_config()
+        checked_scope(self.scope)
         few = len(DETECTORS.get(self.detector).classes) < 3
         if few and any(phase.best == "macro_f1" for phase in self.phase_list()):
             raise ValueError(f"best: {self.detector!r} has two classes, which macro_f1 is not for; use auc.")

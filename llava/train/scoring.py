@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from llava.core.input_specs import FramesSpec, Input
 from llava.core.score_map import Calibration
+from llava.core.terminal import progress
 from llava.core.types import FAKE, REAL, Content, InputSpec, Record
 from llava.data.dataset import Degradation, DetectionDataset, collate, input_tensors, wants_of
 from llava.data.sources import Source
@@ -23,6 +25,7 @@ from llava.detectors.base import Detector
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration, groups_of, needed_groups
 from llava.evaluation.predictions import Predictions, from_records
 from llava.evaluation.reliability import calibration_report, share_of_fakes
+from llava.ops.degrade import VERSIONS, Change
 from llava.train.recipe import PhaseData
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,25 @@ def score(
     kept, (p_fake, scores) = answers_over(detector, source, records, *run)
     require_numbers(p_fake, kept)
     return predictions_of(detector, kept, p_fake.numpy(), scores.numpy())
+
+
+def changed(
+    change: Change, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Change an image that is scored; nobody reads its mask."""
+    return change(image, rng), mask
+
+
+def with_versions(predictions: Predictions, score_degraded: Callable[..., Predictions]) -> Predictions:
+    """Add the scores of the same images as they may be delivered: saved again, in another size, cropped.
+
+    score_degraded: `score` of everything but `degrade`. A version has the group of its image, and a name of its own.
+    """
+    items = list(predictions)
+    for name, change in progress(list(VERSIONS.items()), "delivered versions"):
+        scored = score_degraded(degrade=partial(changed, change))
+        items += [replace(p, id=f"{p.id} ({name})", video=f"{p.video} ({name})") for p in scored]
+    return Predictions(tuple(items))
 
 
 def answers_over(

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from llava.core.config import parse, to_dict
 from llava.core.registry import nearest
 from llava.core.runtime import other_settings, pick_device, setup_logging, write_json, write_run
 from llava.core.types import Decision, Record
-from llava.core.weights import CONFIG_NAME, shapes_only
+from llava.core.weights import CONFIG_NAME, halved, load_strictly, shapes_only
 from llava.data.splits import group_hashes
 from llava.detectors.base import Detector, create, load, load_uncalibrated
 from llava.detectors.fitted import CALIBRATION
@@ -50,6 +50,7 @@ from llava.train.scoring import (
     plain_text,
     probe_answers,
     score,
+    with_versions,
 )
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
@@ -119,12 +120,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
         previous = _run_phase(recipe, phase, phase_data, folder / "phases" / str(i), previous)
     assert previous is not None
     detector = load(previous, expected=recipe.detector)
+    if recipe.round_to_half:
+        load_strictly(detector, halved(detector.state_dict()), "the rounded weights")
     results = finish(detector, recipe, last, splits, folder)
-    results |= {
-        "targets": counts,
-        "near_duplicates": duplicates,
-        "minutes": round((time.monotonic() - started) / 60, 2),
-    }
+    minutes = round((time.monotonic() - started) / 60, 2)
+    results |= {"targets": counts, "near_duplicates": duplicates, "minutes": minutes}
     if _is_main():
         write_json(folder / RESULTS, results)
     log_results(results, folder)
@@ -202,7 +202,20 @@ def start(recipe: Recipe, phase: PhaseConfig, previous: Path | None) -> Detector
     else:
         detector.take_over(load_uncalibrated(origin, expected=recipe.detector), str(origin))
     detector.freeze(phase.freeze)
+    detector.own_scope = scope_after(phase, recipe.scope, detector.own_scope)
     return detector
+
+
+def scope_after(phase: PhaseConfig, said: str, before: str) -> str:
+    """Give the scope that holds after a phase: what the recipe says, or, where nothing is trained, what held before."""
+    if before and not said and phase.kind == "train":
+        log.warning(
+            "what is trained here starts from a detector whose scope is %r; it may see other things afterwards, so "
+            "nothing is said of them: say it with --scope",
+            before,
+        )
+        return ""
+    return said or before
 
 
 def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseData, folder: Path) -> dict[str, Any]:
@@ -211,9 +224,10 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
     They are fitted on validation, unless the last phase has fitted them on a fold of its own.
     """
     device = pick_device()
-    scored = {"val": score(detector, data.source, data.val, device, phase.batch_size, phase.workers)}
+    score_val = partial(score, detector, data.source, data.val, device, phase.batch_size, phase.workers)
+    scored = {"val": score_val()}
     if not recipe.fits_calibration:
-        settle(detector, scored["val"], recipe, validation_fold(phase, data))
+        settle(detector, fitted_on(recipe, scored["val"], score_val), recipe, validation_fold(phase, data))
     if data.test:
         scored["test"] = score(detector, data.source, data.test, device, phase.batch_size, phase.workers)
     if _is_main():
@@ -225,6 +239,7 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
     return {
         "detector": detector.name,
         "decision": dataclasses.asdict(detector.decision),
+        "scope": detector.scope,
         "data": data.summary(),
         "calibration": measured(detector.calibration, scored.get("test"), recipe.resamples),
         "plain_images": probe_answers(detector, device),
@@ -283,7 +298,8 @@ def fit_phase(detector: Detector, phase: PhaseConfig, fold: Fold, recipe: Recipe
     run = (fold.source, fold.records, device, phase.batch_size, phase.workers)
     for name in part_names(detector, phase):
         if name == CALIBRATION:
-            settle(detector, score(detector, *run), recipe, fold)
+            score_fold = partial(score, detector, *run)
+            settle(detector, fitted_on(recipe, score_fold(), score_fold), recipe, fold)
             continue
         part = detector.fitted_parts()[name]
         records, (observed,) = answers_over(detector, *run, partial(_observed, detector, name))
@@ -295,6 +311,14 @@ def fit_phase(detector: Detector, phase: PhaseConfig, fold: Fold, recipe: Recipe
 
 def _observed(detector: Detector, part: str, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
     return (detector.observe(part, inputs),)
+
+
+def fitted_on(recipe: Recipe, plain: Predictions, score_degraded: Callable[..., Predictions]) -> Predictions:
+    """Give what threshold and calibration are fitted on: predictions of a fold, and of its delivered versions if asked.
+
+    score_degraded: `score` of that fold, but for `degrade`.
+    """
+    return with_versions(plain, score_degraded) if recipe.calibrate_versions else plain
 
 
 def settle(detector: Detector, predictions: Predictions, recipe: Recipe, fold: Fold) -> None:

@@ -101,7 +101,7 @@ def announcement(verdict: Verdict, model: str = "") -> str:
     sure = why if verdict.p_fake is None else f" {verdict.score_text}, {verdict.calibration}."
     which = f" Face {verdict.face} of {verdict.face_count}." if verdict.face_count > 1 else ""
     whose = f" of {model}" if model else ""
-    return f"Verdict{whose}: {headline(verdict)}.{sure}{which}"
+    return f"Verdict{whose}: {headline(verdict)}.{sure}{which} {verdict.scope_text}".rstrip()
 
 
 def remark(models: Collection[str]) -> str:
