@@ -52,6 +52,7 @@ Row: TypeAlias = dict[str, Any]  # value, low, high; images and groups as far as
 Rows: TypeAlias = dict[str, Row]
 LOCAL = tuple(kind for kind in ARTEFACTS if kind != SELF_BLENDED)
 PLAIN_BLENDS = "self_blended, plainly"
+BLENDS = ("trace", "artefact", (SELF_BLENDED,))
 LOCAL_MEAN = "mean of the local edits"
 DELIVERED: dict[str, Change | None] = {"as it is": None, **{name: VERSIONS[name] for name in ("JPEG 50", "half size")}}
 TURNING = (*(Change("JPEG", quality) for quality in DEGRADATIONS["JPEG"].strengths), VERSIONS["half size"])
@@ -232,15 +233,13 @@ class Forged:
 
     def naming_rows(self) -> Rows:
         """Give how often region and trace are named right, of local edits in all and of each."""
-        namings = self.namings()
-        local = [row for row in namings if row["artefact"] in LOCAL]
-        blends = [row for row in namings if row["artefact"] == SELF_BLENDED]
-        asked = {"region": ("region", local), "trace": ("artefact", local), "trace of blends": ("artefact", blends)}
         rows: Rows = {}
-        for title, (truth, chosen) in asked.items():
-            truths, answers, groups = ([row[n] for row in chosen] for n in (truth, f"named_{truth}", "group"))
+        for title, truth, kinds in (("region", "region", LOCAL), ("trace", "artefact", LOCAL), BLENDS):
+            chosen = [row for row in self.namings() if row["artefact"] in kinds]
+            truths, answers, groups = ([row[name] for row in chosen] for name in (truth, f"named_{truth}", "group"))
             found = against_blind_guess(truths, answers, groups, self.resamples)
-            rows |= {f"{title}, {name}": row for name, row in found.items()}
+            # Among blends alone there is nothing to guess.
+            rows |= {f"{title}, {name}": row for name, row in found.items() if kinds == LOCAL or name in kinds}
         return rows
 
     def namings(self) -> list[dict[str, str]]:

@@ -164,7 +164,7 @@ def test_region_and_trace_are_those_of_the_forgery_and_of_the_evidence(script: M
         assert told["named_region"] in REGIONS and told["named_artefact"] in ARTEFACTS
     rows = tables["Named right, portraits val"]
     assert rows["region, all"]["images"] == 2 * (len(ARTEFACTS) - 1) == rows["trace, all"]["images"]
-    assert "region, face" not in rows and rows["trace of blends, all"]["images"] == 2
+    assert "region, face" not in rows and rows["trace, self_blended"]["images"] == 2
 
 
 def test_only_untouched_faces_count_as_false_alarms(measured: Any) -> None:
