@@ -24,6 +24,7 @@ READERS = {
     "stage_2": "llava.train.arguments:ExplainArguments",
     "stage_3": "llava.train.arguments:ExplainArguments",
     "forge": "llava.jobs.forged_faces:ForgeDataConfig",
+    "edit": "llava.jobs.forged_faces:ForgeDataConfig",
     "tiny_base": "llava.train.tiny_base:TinyBaseConfig",
 }
 FOREIGN = {

@@ -146,3 +146,27 @@ def test_image_and_mask_are_rotated_alike_within_the_limit(image: np.ndarray) ->
     assert -11 < min(angles) < -8 and 8 < max(angles) < 11
     still, _ = degrade(image, None, DegradeConfig(**NOTHING), item_rng(0, 0, 0))
     assert np.array_equal(still, image)
+
+
+def test_smoothing_all_over_flattens_texture_and_keeps_edges() -> None:
+    rng = np.random.default_rng(0)
+    step = np.where(np.arange(64) < 32, 60.0, 180.0)[None, :, None]
+    image = np.clip(step + rng.normal(0, 5, (64, 64, 1)), 0, 255).repeat(3, axis=2).astype(np.uint8)
+    config = DegradeConfig(**NOTHING, smooth_probability=1.0, smooth_tolerance=(15.0, 15.0))
+    smooth, _ = degrade(image, None, config, item_rng(0, 0, 0))
+    assert smooth[:, :28].std() < 0.4 * image[:, :28].std()
+    assert float(smooth[:, 33].mean()) - float(smooth[:, 30].mean()) > 100
+
+
+def test_colour_can_be_taken_away_and_light_changed(image: np.ndarray) -> None:
+    grey, _ = degrade(image, None, DegradeConfig(**NOTHING, grey_probability=1.0), item_rng(0, 0, 0))
+    weights = image @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+    assert np.abs(grey - weights[..., None]).max() <= 1
+    gains = []
+    for seed in range(40):
+        lit, _ = degrade(image, None, DegradeConfig(**NOTHING, gain=0.2), item_rng(seed, 0, 0))
+        darker = image[(image > 100) & (image < 200)]
+        gains.append(float((lit[(image > 100) & (image < 200)] / darker).mean()))
+    assert 0.8 <= min(gains) < 0.85 and 1.15 < max(gains) <= 1.2 + 0.005
+    with pytest.raises(ValueError, match="grey_probability"):
+        DegradeConfig(grey_probability=1.5)

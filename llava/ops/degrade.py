@@ -10,6 +10,8 @@ import numpy as np
 
 from llava.core.config import setting
 
+SMOOTH_SIGMA = 2.0  # pixels: spatial width of what flattens texture all over
+
 
 def require_within(name: str, values: tuple[float, ...], low: float, high: float) -> None:
     """Refuse values outside [low, high] or not in rising order. Raises ValueError naming the setting."""
@@ -22,7 +24,7 @@ class DegradeConfig:
     """Say how likely and how strong each degradation is; every strength is drawn evenly from its range.
 
     Defaults: blur 0.1, JPEG 0.1 and flip 0.5 of the M2F2-Det recipe, whose quality list (30, 100) we read as a
-    range; noise, rescaling, gain and rotation are off. Calling the settings degrades an image.
+    range; all else is off. Calling the settings degrades an image.
     """
 
     blur_probability: float = setting(0.1, "chance of a Gaussian blur")
@@ -34,13 +36,17 @@ class DegradeConfig:
     jpeg_probability: float = setting(0.1, "chance of JPEG compression")
     jpeg_quality: tuple[int, int] = setting((30, 100), "range of the JPEG quality, both ends included")
     flip_probability: float = setting(0.5, "chance of a left-right flip")
+    smooth_probability: float = setting(0.0, "chance of texture being flattened all over, as beauty filters do")
+    smooth_tolerance: tuple[float, float] = setting((5.0, 20.0), "range of the texture it flattens, in grey levels")
+    grey_probability: float = setting(0.0, "chance of colour being taken away")
     gain: float = setting(0.0, "largest relative change of brightness; 0 = none")
     rotation: float = setting(0.0, "largest rotation to either side, in degrees; 0 = none")
 
     def __post_init__(self) -> None:
         require_within("gain", (self.gain,), 0, 1)
         require_within("rotation", (self.rotation,), 0, 180)
-        for name in ("blur", "rescale", "noise", "jpeg", "flip"):
+        require_within("smooth_tolerance", self.smooth_tolerance, 0, 255)
+        for name in ("smooth", "grey", "blur", "rescale", "noise", "jpeg", "flip"):
             require_within(f"{name}_probability", (getattr(self, f"{name}_probability"),), 0, 1)
         require_within("blur_sigma", self.blur_sigma, 0, 100)
         require_within("rescale_factor", self.rescale_factor, 0.01, 1)
@@ -57,11 +63,16 @@ class DegradeConfig:
 def degrade(
     image: np.ndarray, mask: np.ndarray | None, config: DegradeConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Blur, rescale, add noise, compress and flip, each by its chance, light and rotate; uint8 (H, W, 3), both.
+    """Smooth, make grey, blur, rescale, add noise, compress, flip, each by its chance; change the gain and rotate.
 
-    mask: (H, W), what belongs to the pixels; it is only flipped and rotated. All randomness comes from `rng`; the input
-    is left as it is.
+    image: uint8 (H, W, 3), as the result; it is left as it is. mask: (H, W), what belongs to the pixels; it is only
+    flipped and rotated. All randomness comes from `rng`.
     """
+    if config.smooth_probability and rng.random() < config.smooth_probability:
+        flat = flatten_texture(image, SMOOTH_SIGMA, rng.uniform(*config.smooth_tolerance))
+        image = np.clip(np.rint(flat), 0, 255).astype(np.uint8)
+    if config.grey_probability and rng.random() < config.grey_probability:
+        image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if rng.random() < config.blur_probability:
         image = blur(image, rng.uniform(*config.blur_sigma))
     if rng.random() < config.rescale_probability:
@@ -81,6 +92,18 @@ def degrade(
         image = rotate(image, degrees)
         mask = None if mask is None else rotate(mask, degrees, cv2.INTER_NEAREST)
     return image, mask
+
+
+def flatten_texture(image: np.ndarray, sigma: float, tolerance: float) -> np.ndarray:
+    """Flatten texture of less than about `tolerance` grey levels and keep edges: a bilateral filter, run twice.
+
+    Tomasi and Manduchi 1998; `sigma` is its spatial width in pixels. Gives float32 (H, W, 3).
+    """
+    smooth: np.ndarray = image.astype(np.float32)
+    for _ in range(2):
+        # OpenCV sums the difference over the three channels.
+        smooth = cv2.bilateralFilter(smooth, 2 * round(1.5 * sigma) + 1, 3 * tolerance, sigma)
+    return smooth
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:

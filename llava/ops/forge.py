@@ -16,7 +16,7 @@ import numpy as np
 
 from llava.core.config import setting
 from llava.core.registry import nearest
-from llava.ops.degrade import require_within
+from llava.ops.degrade import flatten_texture, require_within
 from llava.ops.face_regions import FACE
 from llava.ops.self_blend import SelfBlendConfig, draw_hull, self_blend
 
@@ -71,15 +71,8 @@ def blur(image: np.ndarray, mask: np.ndarray, sigma: float) -> Edit:
 
 
 def over_smooth(image: np.ndarray, mask: np.ndarray, sigma: float, tolerance: float) -> Edit:
-    """Flatten texture of less than about `tolerance` grey levels and keep edges: a bilateral filter, run twice.
-
-    Tomasi and Manduchi 1998; `sigma` is its spatial width in pixels.
-    """
-    smooth: np.ndarray = image.astype(np.float32)
-    for _ in range(2):
-        # OpenCV sums the difference over the three channels.
-        smooth = cv2.bilateralFilter(smooth, 2 * round(1.5 * sigma) + 1, 3 * tolerance, sigma)
-    return smooth, mask
+    """Flatten texture and keep edges, see `flatten_texture`."""
+    return flatten_texture(image, sigma, tolerance), mask
 
 
 def resampling(image: np.ndarray, mask: np.ndarray, cell: float, offset: tuple[float, float]) -> Edit:
