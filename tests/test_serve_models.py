@@ -168,6 +168,7 @@ def test_a_person_chooses_the_model_and_sees_its_verdict(browser: Browser, addre
     choices = browser.value("[...document.querySelectorAll('#model label')].map(choice => choice.innerText.trim())")
     assert choices == ["explainer: verdict and words", "detector: verdict alone"]
     assert browser.text("head").count(views.MIXED_LEAD) == 1
+    browser.wait("[...document.querySelectorAll('#model input')].every(choice => choice.name === 'model')")  # one group
     browser.find("#model input:checked").send_keys(Keys.ARROW_RIGHT)
     assert browser.value("document.querySelector('#model input:checked').value") == "detector"
     browser.drop(PHOTO)
