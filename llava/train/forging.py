@@ -83,23 +83,20 @@ class ForgingSource:
         cannot be forged so that it shows.
         """
         real = record.tags["untouched"]
-        is_training = record.split == self._train and rng is not None
-        if not is_training:
-            rng = item_rng(self._seed, 0, self._numbers[real])
-        assert rng is not None
+        drawn = rng if record.split == self._train else None  # what is held out is always the same
         sample = self._source.load(replace(record, id=real))
-        margin = rng.uniform(*self.config.margin) if is_training else MARGIN
+        margin = MARGIN if drawn is None else drawn.uniform(*self.config.margin)
         image, regions = cut_out(sample.image, self._boxes[real], margin)
-        if is_training:
-            image, moved = augment(image, regions, self.config.augment, rng)
+        if drawn is not None:
+            image, moved = augment(image, regions, self.config.augment, drawn)
             regions = disjoint(moved, *image.shape[:2])
         if record.label == REAL:
             return Sample(record=record, image=image, mask=np.zeros(image.shape[:2], np.uint8))
         # A generator of its own, so that what comes after it stays in step with the real record's.
         number = 1 + (*ARTEFACTS, FORGED).index(record.class_name)
-        dice = rng.spawn(1)[0] if is_training else item_rng(self._seed, number, self._numbers[real])
+        dice = item_rng(self._seed, number, self._numbers[real]) if drawn is None else drawn.spawn(1)[0]
         kind = None if record.class_name == FORGED else record.class_name
-        kinds = self.config.kinds if is_training else self.config.held_out
+        kinds = self.config.held_out if drawn is None else self.config.kinds
         forgery = draw_forgery(image, regions, kinds, dice, kind)
         if forgery is None:
             raise ValueError(f"{record.id!r} cannot be forged so that it shows; lower least_change, or leave it out.")
