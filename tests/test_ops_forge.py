@@ -351,7 +351,28 @@ def test_a_version_without_limits_is_the_photo() -> None:
     assert brighter.std() == 0 and brighter[0, 0, 0] != 100
 
 
-@pytest.mark.parametrize("wrong", [{"rotation": 90}, {"scale": -0.1}, {"flip_probability": 2}])
+def test_a_version_may_be_wider_and_smaller_than_the_photo() -> None:
+    still = AugmentConfig(rotation=0, scale=0, shift=0, gain=0, colour=0, gamma=0, flip_probability=0)
+    regions = face_regions(SIDE, SIDE)
+    marked = (np.repeat(regions["nose"][..., None], 3, axis=2) * 255).astype(np.uint8)
+    spans, sides = [], []
+    for seed in range(8):
+        wide, masks = augment(marked, regions, replace(still, stretch=0.4), item_rng(seed, 0, 0))
+        rows, columns = (np.flatnonzero((masks["nose"] > 0.5).any(axis=axis)) for axis in (1, 0))
+        spans.append(np.ptp(columns) / np.ptp(rows))
+        assert abs(np.mean(columns) - (SIDE - 1) / 2) < 1.5 and wide.shape == marked.shape
+        small, masks = augment(marked, regions, replace(still, smallest=0.3), item_rng(seed, 0, 0))
+        assert np.abs(small[..., 0] / 255 - masks["nose"]).mean() < 0.005
+        sides.append(len(small) / SIDE)
+        assert disjoint(masks, *small.shape[:2]).keys() == regions.keys()
+    before = np.ptp(np.flatnonzero((regions["nose"] > 0.5).any(axis=0))) / np.ptp(
+        np.flatnonzero((regions["nose"] > 0.5).any(axis=1))
+    )
+    assert min(spans) < 0.85 * before and max(spans) > 1.15 * before
+    assert 0.3 <= min(sides) < 0.5 and 0.8 < max(sides) <= 1
+
+
+@pytest.mark.parametrize("wrong", [{"rotation": 90}, {"scale": -0.1}, {"flip_probability": 2}, {"smallest": 0}])
 def test_impossible_versions_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AugmentConfig(**wrong)

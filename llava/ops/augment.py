@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from llava.core.config import setting
-from llava.ops.degrade import require_within
+from llava.ops.degrade import require_within, resize
 
 SMALLEST_RADIUS = 3.0  # pixels
 COLOUR_SPREAD = 25.0  # standard deviation of a channel around the leaf's grey level, in levels of 255
@@ -32,9 +32,13 @@ class AugmentConfig:
     sharpness: float = setting(0.0, "largest part of the fine detail that is added or taken away; 1 = all there is")
     grain: float = setting(0.0, "largest sigma of the noise that is added, in grey levels of 255")
     flip_probability: float = setting(0.5, "chance of a left-right flip")
+    stretch: float = setting(0.0, "largest relative change of the width alone")
+    smallest: float = setting(1.0, "smallest part of its size that the photo is shrunk to, in (0, 1]; 1 = never")
 
     def __post_init__(self) -> None:
         require_within("rotation", (self.rotation,), 0, 45)
+        require_within("stretch", (self.stretch,), 0, 0.5)
+        require_within("smallest", (self.smallest,), 0.05, 1)
         require_within("shift", (self.shift,), 0, 25)
         require_within("grain", (self.grain,), 0, 255)
         for name in ("scale", "gain", "colour", "gamma", "sharpness", "flip_probability"):
@@ -46,25 +50,30 @@ def augment(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Give another version of a photo, uint8 (H, W, 3), and of the masks (H, W) in [0, 1] of its regions.
 
-    Every pixel is resampled once; what comes in over the border is mirrored, in masks it is 0.
+    What comes in over the border is mirrored, in masks it is 0. With `smallest` both come out smaller.
     """
     height, width = image.shape[:2]
     size = 1 + rng.uniform(-config.scale, config.scale)
     matrix = cv2.getRotationMatrix2D(
         ((width - 1) / 2, (height - 1) / 2), rng.uniform(-config.rotation, config.rotation), size
     )
+    if config.stretch:
+        wider = 1 + rng.uniform(-config.stretch, config.stretch)
+        matrix[0] = wider * matrix[0] + (0, 0, (1 - wider) * (width - 1) / 2)
     matrix[:, 2] += rng.uniform(-config.shift, config.shift, 2) * min(height, width) / 100
     if rng.random() < config.flip_probability:
         matrix[0] = -matrix[0] + (0, 0, width - 1)
     moved = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
     gains = (1 + rng.uniform(-config.gain, config.gain)) * (1 + rng.uniform(-config.colour, config.colour, 3))
     lit = np.clip(moved / 255 * gains, 0, 1) ** np.exp(rng.uniform(-config.gamma, config.gamma))
-    seen = _photographed(lit, config, rng)
     masks = {
-        name: np.clip(cv2.warpAffine(mask, matrix, (width, height), flags=cv2.INTER_LINEAR), 0, 1)
-        for name, mask in regions.items()
+        name: cv2.warpAffine(mask, matrix, (width, height), flags=cv2.INTER_LINEAR) for name, mask in regions.items()
     }
-    return np.rint(seen * 255).astype(np.uint8), masks
+    if config.smallest < 1:
+        part = rng.uniform(config.smallest, 1)
+        lit, masks = resize(lit, part), {name: resize(mask, part) for name, mask in masks.items()}
+    seen = _photographed(lit, config, rng)
+    return np.rint(seen * 255).astype(np.uint8), {name: np.clip(mask, 0, 1) for name, mask in masks.items()}
 
 
 def _photographed(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
