@@ -62,9 +62,10 @@ def describe(calibration: Calibration) -> str:
     fitted = calibration.score_map
     numbers = f"{len(fitted.knots)} knots" if fitted.knots else f"scale {fitted.scale:.4f}, offset {fitted.offset:.4f}"
     low, high = calibration.band()
+    of_reals, of_fakes = calibration.coverages
     return (
         f"{fitted.method} ({numbers}), {calibration}, {calibration.groups} groups, prior {calibration.prior:.3f}\n"
-        f"UNCERTAIN from {low:.3f} to {high:.3f} for a coverage of {calibration.coverage:g} of each class"
+        f"UNCERTAIN from {low:.3f} to {high:.3f} for a coverage of {of_reals:g} of reals, {of_fakes:g} of fakes"
     )
 
 

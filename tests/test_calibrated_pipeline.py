@@ -169,6 +169,6 @@ def test_the_command_line_shows_probability_band_and_prior(
     assert float(row["prior"]) == 0.1 and float(row["raw_p_fake"]) > float(row["p_fake"])
     assert cli.main([*words, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["prior"] == 0.5 and shown["coverage"] == 0.9
+    assert shown["prior"] == 0.5 and (shown["coverage"], shown["real_coverage"]) == (0.9, 0.9)
     assert cli.main([*words, "--prior", "1.5"]) == 2
     assert "prior: 1.5 is not usable" in capsys.readouterr().err

@@ -156,7 +156,7 @@ def test_cross_validated_loss_is_log_2_without_knowledge():
 
 def test_what_cannot_be_fitted_is_named():
     few = predictions([0, 1] * 8, np.linspace(0.1, 0.9, 16))
-    with pytest.raises(ValueError, match=r"coverage of 0\.9 needs 9 groups of each class, got 8 with real images"):
+    with pytest.raises(ValueError, match=r"coverage of 0\.9 of real images needs 9 groups of them, got 8"):
         fit_calibration(few, CalibrationConfig(), "x", "")
     with pytest.raises(ValueError, match="folds: 20 parts of 16 groups"):
         fit_calibration(few, CalibrationConfig(coverage=0.5, folds=20), "x", "")
@@ -252,8 +252,28 @@ def test_the_verdicts_keep_the_promise_under_any_prior():
 
 def test_a_band_of_a_good_detector_is_empty():
     labels, p_fake, _ = simulated(400, 1, temperature=1)
-    real_below, fake_above = conformal_band(predictions(labels, np.clip(p_fake + labels - 0.5, 0, 1)), 0.9)
+    items = predictions(labels, np.clip(p_fake + labels - 0.5, 0, 1))
+    real_below, fake_above = conformal_band(items, (0.9, 0.9))
     assert real_below > fake_above
+
+
+def test_real_faces_may_be_promised_more():
+    items = predictions(*simulated(4000, 1)[:2])
+    even, careful = (
+        fit_calibration(items, CalibrationConfig(coverage=0.8, real_coverage=share), "x", "") for share in (None, 0.99)
+    )
+    assert even.coverages == (0.8, 0.8) and careful.coverages == (0.99, 0.8)
+    assert careful.real_below == even.real_below and careful.fake_above > even.fake_above
+    labels, p_fake, _ = simulated(4000, 2, share=0.5)
+    said = np.array(careful.labels(p_fake), dtype=str)
+    assert 0.002 < (said[labels == 0] == "FAKE").mean() < 0.02 and 0.15 < (said[labels == 1] == "REAL").mean() < 0.25
+    report = calibration_report(predictions(labels, p_fake), careful, n_boot=20)
+    assert [row["promised"] for row in report["coverage"].values()] == [0.99, 0.8]
+    few = predictions(labels[:60], p_fake[:60])
+    with pytest.raises(ValueError, match=r"coverage of 0\.99 of real images needs 99 groups of them, got"):
+        conformal_band(few, careful.coverages)
+    with pytest.raises(ValueError, match="real_coverage: 1"):
+        CalibrationConfig(real_coverage=1)
 
 
 # ---- the measures -----------------------------------------------------------------------------------------------
@@ -381,7 +401,8 @@ def test_the_script_writes_what_the_detector_loads(files):
     assert "calibrated on faces, n = 120, 120 groups" in done.stdout and "min Cllr" in done.stdout
     found = load(files / "detector").calibration
     assert found == read_calibration(files / "detector") and found.coverage == 0.8
-    assert json.loads((files / "report.json").read_text())["promised_coverage"] == 0.8
+    promised = json.loads((files / "report.json").read_text())["coverage"]
+    assert [row["promised"] for row in promised.values()] == [0.8, 0.8]
     assert (files / "r.png").is_file()
     M2F2Det(M2F2DetConfig.tiny()).save(files / "other")
     (files / "other" / "calibration.json").write_text((files / "detector" / "calibration.json").read_text())

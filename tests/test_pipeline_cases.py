@@ -59,13 +59,21 @@ FACE = Verdict(
     calibration="calibrated on photos, n = 400",
     band=(0.2, 0.7),
     coverage=0.9,
+    real_coverage=0.95,
     likelihood_ratio=6.7,
     prior=0.5,
     face_box=(10, 20, 30, 40),
     image="a.png",
 )
 BARE = replace(
-    FACE, p_fake=0.95, calibration="not calibrated", band=None, coverage=None, likelihood_ratio=None, prior=None
+    FACE,
+    p_fake=0.95,
+    calibration="not calibrated",
+    band=None,
+    coverage=None,
+    real_coverage=None,
+    likelihood_ratio=None,
+    prior=None,
 )
 NOTHING = replace(
     BARE, label=VerdictLabel.INCONCLUSIVE, p_fake=None, evidence={}, face_box=None, reason="no face found."
@@ -101,7 +109,7 @@ def test_a_calibrated_verdict_is_said_in_plain_words() -> None:
         "6.7 times likelier to come from a forged face than from a real one: on its own, weak support for “forged”",
         "Before looking, 50 % of such pictures were expected to be forged.",
         "UNCERTAIN between 20.0 % and 70.0 %",
-        "at least 90 are not called the opposite",
+        "of 100 real faces at least 95 are not called FAKE, and of 100 forged ones at least 90 are not called REAL",
         "SHA-256 ab12 Length 5 bytes Size 120 × 90 pixels Face x 10, y 20, 30 × 40 pixels",
         "It is no proof that a place was changed.",
         "This is no evidence by itself.",

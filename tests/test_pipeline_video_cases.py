@@ -139,6 +139,7 @@ def test_a_calibration_on_pictures_promises_nothing_about_a_clip() -> None:
         calibration="calibrated on photos, n = 400",
         band=(0.2, 0.7),
         coverage=0.9,
+        real_coverage=0.9,
         likelihood_ratio=6.7,
         prior=0.5,
         frames=tuple(FrameScore(seconds=s, raw_p_fake=p, p_fake=p) for s, p in ((0.0, 0.6), (1.0, 0.8))),

@@ -84,6 +84,7 @@ def test_a_card_says_it_all_in_words() -> None:
         calibration="calibrated on faces, n = 90",
         band=(0.3, 0.7),
         coverage=0.9,
+        real_coverage=0.9,
         likelihood_ratio=9.0,
         prior=0.5,
         stability={"x": 0.8},

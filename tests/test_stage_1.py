@@ -351,7 +351,7 @@ def test_too_few_validation_groups_leave_a_detector_uncalibrated_with_a_warning(
     found = detector.calibration
     assert (found is not None) == is_fitted != ("not calibrated" in caplog.text)
     if not is_fitted:
-        assert "0.9 needs 9 validation groups of each class, there are 8 real and 15 fake" in caplog.text
+        assert "0.9 and 0.9 need 9 real and 9 fake validation groups, there are 8 and 15" in caplog.text
     assert detector.decision.chosen_on == f"validation split 'val', {len(items)} images, youden"
     settle(detector, items, replace(recipe, calibration=None), Fold(data, "val", None, []))
     assert detector.calibration is None

@@ -94,9 +94,9 @@ class Calibration:
     """What was learned on validation predictions about a detector's scores; saved beside its weights.
 
     real_below, fake_above: ends of the abstain band, in raw p_fake; see `labels`. coverage: what the band promises for
-    each class. prior: share of fakes expected where nobody says another. images, groups: how many it was fitted on;
-    class_groups: how many of the groups have real images, and fake ones. data: their name. weights_sha256:
-    `Detector.fingerprint()` of the detector whose scores they are.
+    each class; real_coverage: for reals, None = the same. prior: share of fakes expected where nobody says another.
+    images, groups: how many it was fitted on; class_groups: how many of the groups have real images, and fake ones.
+    data: their name. weights_sha256: `Detector.fingerprint()` of the detector whose scores they are.
     """
 
     score_map: ScoreMap
@@ -109,10 +109,17 @@ class Calibration:
     groups: int
     class_groups: tuple[int, int]
     weights_sha256: str
+    real_coverage: float | None = None
 
     def __post_init__(self) -> None:
         require_share("prior", self.prior)
-        require_share("coverage", self.coverage)
+        for coverage in self.coverages:
+            require_share("coverage", coverage)
+
+    @property
+    def coverages(self) -> tuple[float, float]:
+        """Give what is promised for reals, then for fakes."""
+        return both_coverages(self.coverage, self.real_coverage)
 
     def posterior(self, p_fake: Scores, prior: float | None = None) -> np.ndarray:
         """Give the calibrated p_fake (N,): posterior odds = likelihood ratio * prior odds (Bayes).
@@ -127,8 +134,9 @@ class Calibration:
         """Say REAL, FAKE or UNCERTAIN of each raw p_fake (N,).
 
         FAKE needs p_fake > fake_above and a posterior of 0.5 or more; REAL needs p_fake < real_below and a posterior
-        under 0.5. So at most 1 - coverage of all reals are called FAKE and of all fakes REAL, whatever the prior: the
-        second condition only adds UNCERTAIN. `llava.evaluation.calibration` says what this rests on.
+        under 0.5. So at most 1 - coverage of all reals are called FAKE and of all fakes REAL (each has its own),
+        whatever the prior: the second condition only adds UNCERTAIN. `llava.evaluation.calibration` says what this
+        rests on.
         """
         is_backed = self.posterior(p_fake, prior) >= 0.5
         is_fake, is_real = (p_fake > self.fake_above) & is_backed, (p_fake < self.real_below) & ~is_backed
@@ -143,6 +151,11 @@ class Calibration:
     def __str__(self) -> str:
         """Name what it was fitted on, as a verdict shows it."""
         return f"calibrated on {self.data}, n = {self.images}"
+
+
+def both_coverages(coverage: float, real_coverage: float | None) -> tuple[float, float]:
+    """Give the coverage of reals, which is that of fakes where it is None, and of fakes."""
+    return coverage if real_coverage is None else real_coverage, coverage
 
 
 def require_share(name: str, value: float) -> None:

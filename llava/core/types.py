@@ -176,8 +176,9 @@ class Verdict:
     p_fake and every probability and evidence value lie in [0, 1]; p_fake is None when INCONCLUSIVE. raw_p_fake is the
     detector's own score, which p_fake is without calibration. FAKE from p_fake = threshold on.
     `calibration` names what p_fake was calibrated on, or is "not calibrated". Only when calibrated: `band`, the p_fake
-    between which the verdict is UNCERTAIN, for a `coverage` of each class; likelihood_ratio, posterior odds over prior
-    odds: how many times likelier such a score is from a fake than from a real; prior, the share of fakes expected.
+    between which the verdict is UNCERTAIN, for a `coverage` of each class (of reals: `real_coverage`);
+    likelihood_ratio, posterior odds over prior odds: how many times likelier such a score is from a fake than from a
+    real; prior, the share of fakes expected.
     `scope`: what the detector sees and what it has never seen, in its own words; empty where nobody said.
     meanings: of each piece of evidence what it is. `stability`: p_fake of each delivered version of the face
     (`llava.ops.degrade`) by name, empty when not judged.
@@ -199,6 +200,7 @@ class Verdict:
     raw_p_fake: float | None = None
     band: tuple[float, float] | None = None
     coverage: float | None = None
+    real_coverage: float | None = None
     likelihood_ratio: float | None = None
     prior: float | None = None
     risk_band: str | None = None

@@ -5,10 +5,10 @@ in the set is a verdict, both (or none) are none. Vovk, Gammerman and Shafer 200
 Angelopoulos and Bates 2023 (split conformal and class-conditional coverage).
 
 What it promises: for one image drawn from a new group, exchangeable with the validation groups, the set holds the true
-label with probability >= coverage, for real images and for fake ones separately, whatever the detector, and therefore
-under any share of fakes. Images of one group are not exchangeable with those of others, so groups are the units: each
-of K groups weighs 1 / (K + 1), shared equally by its images of the class (hierarchical conformal prediction, Lee,
-Barber and Willett 2023, which becomes the ordinary method with one image per group).
+label with probability >= coverage, for real images and for fake ones separately (each may have its own), whatever the
+detector, and therefore under any share of fakes. Images of one group are not exchangeable with those of others, so
+groups are the units: each of K groups weighs 1 / (K + 1), shared equally by its images of the class (hierarchical
+conformal prediction, Lee, Barber and Willett 2023, which becomes the ordinary method with one image per group).
 
 What it does not promise: nothing for images from another source, camera, compression or kind of forgery; nothing for a
 single image or subgroup; nothing about those that are decided (with few fakes around, most FAKE verdicts can be wrong:
@@ -30,8 +30,17 @@ from typing import Literal, get_args
 import numpy as np
 
 from llava.core.config import setting
-from llava.core.score_map import Calibration, Method, ScoreMap, balanced_weights, fit_logistic, log_odds, require_share
-from llava.core.types import FAKE, REAL
+from llava.core.score_map import (
+    Calibration,
+    Method,
+    ScoreMap,
+    balanced_weights,
+    both_coverages,
+    fit_logistic,
+    log_odds,
+    require_share,
+)
+from llava.core.types import FAKE, LABEL_NAMES, REAL
 from llava.evaluation.predictions import Predictions
 
 log = logging.getLogger(__name__)
@@ -52,22 +61,22 @@ def conformal_bound(scores: np.ndarray, groups: np.ndarray, coverage: float) -> 
     return float(scores[order][np.argmax(reached)]) if reached.any() else math.inf
 
 
-def conformal_band(predictions: Predictions, coverage: float) -> tuple[float, float]:
+def conformal_band(predictions: Predictions, coverages: tuple[float, float]) -> tuple[float, float]:
     """Give (real_below, fake_above): the p_fake under which few fakes lie, and above which few reals.
 
-    Few is 1 - coverage of the class. The first may be the larger one: such a detector need not abstain at this
-    coverage. Raises ValueError with too few groups of a class.
+    coverages: of reals and of fakes; few is what is left of a class. The first may be the larger one: such a detector
+    need not abstain at these coverages. Raises ValueError with too few groups of a class.
     """
-    for label, name in ((REAL, "real"), (FAKE, "fake")):
-        count = groups_of(predictions, label)
-        if count < needed_groups(coverage):
+    for label, name in enumerate(LABEL_NAMES):
+        count, needed = groups_of(predictions, label), needed_groups(coverages[label])
+        if count < needed:
             raise ValueError(
-                f"A coverage of {coverage:g} needs {needed_groups(coverage)} groups of each class, got {count} with "
-                f"{name} images; give more validation data or a lower coverage."
+                f"A coverage of {coverages[label]:g} of {name} images needs {needed} groups of them, got {count}; give "
+                "more validation data or a lower coverage."
             )
     is_fake = predictions.labels == FAKE
-    fake_above = conformal_bound(predictions.p_fake[~is_fake], predictions.groups[~is_fake], coverage)
-    real_below = -conformal_bound(-predictions.p_fake[is_fake], predictions.groups[is_fake], coverage)
+    fake_above = conformal_bound(predictions.p_fake[~is_fake], predictions.groups[~is_fake], coverages[REAL])
+    real_below = -conformal_bound(-predictions.p_fake[is_fake], predictions.groups[is_fake], coverages[FAKE])
     return real_below, fake_above
 
 
@@ -77,7 +86,7 @@ def groups_of(predictions: Predictions, label: int) -> int:
 
 
 def needed_groups(coverage: float) -> int:
-    """Count the groups of each class from which on a coverage can be promised: 9 for 0.9."""
+    """Count the groups of a class from which on a coverage of it can be promised: 9 for 0.9."""
     return max(1, math.ceil(coverage / (1 - coverage) - ROUNDING))
 
 
@@ -102,6 +111,7 @@ class CalibrationConfig:
         "auto", "auto = the simplest whose cross-validated log loss is within one standard error of the best"
     )
     coverage: float = setting(0.9, "part of each class that is not called the other one; sets the abstain band")
+    real_coverage: float | None = setting(None, "the same of real images alone, as an error accuses; None = coverage")
     prior: float = setting(0.5, "share of forgeries expected where nobody says another (--prior)")
     folds: int = setting(5, "parts of the cross-validation; a group is never divided")
     seed: int = setting(0, "seed of the division into folds")
@@ -109,8 +119,15 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         require_share("coverage", self.coverage)
         require_share("prior", self.prior)
+        if self.real_coverage is not None:
+            require_share("real_coverage", self.real_coverage)
         if self.folds < 2:
             raise ValueError(f"folds: {self.folds} is not usable; allowed: 2 or more.")
+
+    @property
+    def coverages(self) -> tuple[float, float]:
+        """Give the coverage of reals, then of fakes."""
+        return both_coverages(self.coverage, self.real_coverage)
 
 
 def fit_calibration(predictions: Predictions, config: CalibrationConfig, data: str, weights_sha256: str) -> Calibration:
@@ -119,13 +136,14 @@ def fit_calibration(predictions: Predictions, config: CalibrationConfig, data: s
     data: their name, shown with every verdict. weights_sha256: `Detector.fingerprint()` of the detector that gave them.
     The map is fitted on all images; the band counts groups. Raises ValueError with one class or too few groups.
     """
-    real_below, fake_above = conformal_band(predictions, config.coverage)
+    real_below, fake_above = conformal_band(predictions, config.coverages)
     method = choose_method(predictions, config) if config.method == "auto" else config.method
     return Calibration(
         score_map=fit_map(method, predictions.labels, predictions.p_fake),
         real_below=real_below,
         fake_above=fake_above,
         coverage=config.coverage,
+        real_coverage=config.real_coverage,
         prior=config.prior,
         data=data,
         images=len(predictions),

@@ -157,7 +157,6 @@ def calibration_report(
         "bootstrap": {"n_boot": n_boot, "seed": seed, "level": 0.95, "unit": "group"},
         "before": calibration_metrics(predictions, predictions.p_fake, *settings),
         "after": calibration_metrics(predictions, calibration.posterior(predictions.p_fake, prior), *settings),
-        "promised_coverage": calibration.coverage,
         **verdict_report(predictions, calibration, prior, n_boot, seed),
     }
 
@@ -167,7 +166,8 @@ def verdict_report(
 ) -> dict[str, Any]:
     """Give coverage of each class, part of the images that are decided, and part of those that is right.
 
-    Coverage: part of a class that is not called the other one, with the range expected of as many new groups.
+    Coverage: part of a class that is not called the other one, with what was promised and the range
+    expected of as many new groups.
     """
     said = np.array(calibration.labels(predictions.p_fake, prior), dtype=str)
     is_fake = predictions.labels == FAKE
@@ -191,7 +191,7 @@ def verdict_report(
 
 
 def _expected(predictions: Predictions, calibration: Calibration, label: int) -> dict[str, Any]:
-    groups = groups_of(predictions, label)
+    groups, promised = groups_of(predictions, label), calibration.coverages[label]
     if not groups:
-        return {"expected": None}
-    return {"expected": coverage_range(calibration.class_groups[label], groups, calibration.coverage)}
+        return {"promised": promised, "expected": None}
+    return {"promised": promised, "expected": coverage_range(calibration.class_groups[label], groups, promised)}

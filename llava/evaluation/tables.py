@@ -156,7 +156,7 @@ def calibration_tables(report: Mapping[str, Any]) -> list[Table]:
     verdicts = titled_table(f"Verdicts: UNCERTAIN from {low:.3f} to {high:.3f}", "", "value", "expected")
     for name, row in report["coverage"].items():
         bounds = row["expected"]
-        shown = "-" if bounds is None else f"{report['promised_coverage']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+        shown = "-" if bounds is None else f"{row['promised']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
         verdicts.add_row(f"{name}: not called the other", interval_text(row), shown)
     verdicts.add_row("decided", interval_text(report["decided"]), "")
     verdicts.add_row("right of those decided", interval_text(report["right"]), "")

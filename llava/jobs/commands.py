@@ -28,7 +28,7 @@ COLOURS = {VerdictLabel.REAL: "green", VerdictLabel.FAKE: "red"}
 AGREEMENT = {True: "agrees", False: "DISAGREES", None: "-"}
 VERDICT_FIELDS = ("image", "face", "face_count", "label", "p_fake", "threshold", "calibration", "detector")
 MORE_FIELDS = (
-    *("raw_p_fake", "band", "coverage", "likelihood_ratio", "prior", "p_fake_range"),
+    *("raw_p_fake", "band", "coverage", "real_coverage", "likelihood_ratio", "prior", "p_fake_range"),
     *("face_box", "face_landmarks", "face_roll", "reason"),
 )
 TEXT_FIELDS = ("question", "about", "text", "text_verdict", "agrees")
@@ -85,10 +85,11 @@ def _caption(answers: Sequence[Verdict | Explanation]) -> str:
     verdicts = [verdict_of(answer) for answer in answers]
     shown = {}
     for verdict in verdicts:
-        if verdict.band is not None and verdict.coverage is not None:
+        if verdict.band is not None and verdict.coverage is not None and verdict.real_coverage is not None:
             low, high = verdict.band
             shown[verdict.calibration] = (
-                f"UNCERTAIN from {100 * low:.1f} % to {100 * high:.1f} %, coverage {100 * verdict.coverage:g} %"
+                f"UNCERTAIN from {100 * low:.1f} % to {100 * high:.1f} %, coverage of real faces "
+                f"{100 * verdict.real_coverage:g} %, of forged ones {100 * verdict.coverage:g} %"
             )
     bands = [f"{calibration}; {band}" for calibration, band in shown.items()]
     real_last = sorted(verdicts, key=lambda verdict: verdict.label == VerdictLabel.REAL)

@@ -159,6 +159,7 @@ def _calibrated(calibration: Calibration, label: VerdictLabel, raw: float, prior
         "calibration": f"{calibration}{told}",
         "band": calibration.band(prior),
         "coverage": calibration.coverage,
+        "real_coverage": calibration.coverages[REAL],
         "likelihood_ratio": float(np.exp(calibration.score_map.log_likelihood_ratio(raw))),
         "prior": calibration.prior if prior is None else prior,
     }
@@ -214,13 +215,14 @@ def ratio_in_words(likelihood_ratio: float) -> str:
 
 def band_in_words(verdict: Verdict) -> str:
     """Say where a calibrated verdict abstains, and what that promises."""
-    if verdict.band is None or verdict.coverage is None:
+    if verdict.band is None or verdict.coverage is None or verdict.real_coverage is None:
         return ""
     low, high = verdict.band
     limits = f"between {100 * low:.1f} % and {100 * high:.1f} %" if low < high else "nowhere"
     return (
-        f"The verdict is UNCERTAIN {limits}. The limits were chosen so that of 100 real faces, and of 100 forged "
-        f"ones, at least {100 * verdict.coverage:g} are not called the opposite."
+        f"The verdict is UNCERTAIN {limits}. The limits were chosen so that of 100 real faces at least "
+        f"{100 * verdict.real_coverage:g} are not called FAKE, and of 100 forged ones at least "
+        f"{100 * verdict.coverage:g} are not called REAL."
     )
 
 

@@ -240,14 +240,14 @@ def measured(calibration: Calibration | None, test: Predictions | None, n_boot: 
 
 def has_enough_groups(predictions: Predictions, config: CalibrationConfig) -> bool:
     """Say whether a calibration can be fitted on these predictions, with a warning when not."""
-    needed = max(needed_groups(config.coverage), config.folds)
+    needed = [max(needed_groups(coverage), config.folds) for coverage in config.coverages]
     counts = [groups_of(predictions, label) for label in (REAL, FAKE)]
-    if min(counts) >= needed:
+    if all(count >= least for count, least in zip(counts, needed, strict=True)):
         return True
     log.warning(
-        "not calibrated: a coverage of %g needs %d validation groups of each class, there are %d real and %d fake",
-        config.coverage,
-        needed,
+        "not calibrated: coverages of %g and %g need %d real and %d fake validation groups, there are %d and %d",
+        *config.coverages,
+        *needed,
         *counts,
     )
     return False
