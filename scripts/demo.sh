@@ -58,12 +58,20 @@ say_where() {
 }
 trap say_where EXIT
 
+if [[ $kind == embedded ]]; then
+  step "the starter: verdicts and reasons"
+  rm -rf "$out/navy" && mkdir -p "$out/navy" && cp utils/demo_faces/grace_hopper.jpg "$out/navy/"
+  m2f2 data forge "$out/navy" --config "$recipes/edit.yaml" --output "$out/edited" > "$out/edited.json"
+  m2f2 explain utils/demo_faces/*.png utils/demo_faces/*.jpg "$out"/edited/images/train/*_1.png \
+    --question "Does this image look real or fake? Give the reasons."
+fi
+
 step "data"
 tiny=scripts/configs/stage_1/m2f2_tiny.yaml
 case $kind in
   embedded)
     conversations=$out/data images=$out/data/images train=$out/data/train reasons=yes
-    tiny=scripts/configs/stage_1/m2f2_tiny_grounded.yaml
+    tiny=scripts/configs/stage_1/starter.yaml
     pictures=(--data.source csv --data.path "$out/data/manifest.csv")
     base=("$train/label_free.json" "$train/dialogue.json") second=$train/label_free.json third=$train/dialogue.json
     m2f2 data forge --config "$recipes/forge.yaml" --output "$out/data"

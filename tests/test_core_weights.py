@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from llava.core import weights
+from llava.core.types import STARTER
 from llava.core.weights import (
     load_strictly,
     read_config,
@@ -116,10 +118,51 @@ def test_a_misspelt_path_is_no_question_to_the_hub(name: str, in_workplace: Path
     with pytest.raises(FileNotFoundError) as raised:
         resolve(name)
     message = str(raised.value)
-    assert f"No model at {name!r}" in message and "Allowed: stage_1, stage_3." in message
+    assert f"No model at {name!r}" in message and "Allowed: stage_1, stage_3, starter." in message
     hint = "because 'checkpoints' is a folder here." if name.startswith("checkpoints") else "hub id like owner/model."
     assert message.endswith(hint)
     assert not name or "Did you mean 'stage_" in message
+
+
+@pytest.fixture
+def starter(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that holds a starter."""
+    folder = tmp_path_factory.mktemp("package") / "starter"
+    save_module(folder, network(), {"width": 3})
+    monkeypatch.setattr(weights, "STARTER_DIR", folder)
+    return folder
+
+
+def test_the_starter_is_the_one_in_the_package_and_needs_nothing_else(
+    starter: Path, in_workplace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(weights, "snapshot_download", None)  # the hub can not be asked
+    assert resolve(STARTER) == starter and not caplog.text
+    monkeypatch.setenv("M2F2_CHECKPOINTS", str(in_workplace / "nowhere"))
+    assert resolve(STARTER) == starter and not caplog.text
+    monkeypatch.chdir(starter.parent)
+    assert resolve(STARTER) == starter and not caplog.text, "the same folder is no other one"
+
+
+@pytest.mark.parametrize("place", ["starter", "checkpoints/starter"])
+def test_a_namesake_is_meant_by_its_path_alone_and_never_silently(
+    place: str, starter: Path, in_workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (in_workplace / place).mkdir()
+    assert resolve(STARTER) == starter
+    assert f"to mean the other one, give {in_workplace / place}" in caplog.text
+    for meant in (f"./{place}", Path(place), str(in_workplace / place)):
+        assert resolve(meant) == Path(meant) and resolve(meant) != starter
+
+
+def test_an_installation_without_the_starter_says_so(
+    in_workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "STARTER_DIR", tmp_path / "starter")
+    (tmp_path / "starter").mkdir()
+    (tmp_path / "starter" / "MODEL_CARD.md").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds no model 'starter' .* has no config.json\); install the"):
+        resolve(STARTER)
 
 
 def test_a_file_is_not_a_model(in_workplace: Path) -> None:

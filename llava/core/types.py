@@ -24,6 +24,7 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
 }
 SCOPE_LENGTH = 200
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
+STARTER = "starter"  # name of the model that comes with the package: it is asked where none is named
 
 
 @dataclass(frozen=True, kw_only=True)

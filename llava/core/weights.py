@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from llava.core.registry import nearest
 from llava.core.runtime import atomic_path, write_json
+from llava.core.types import STARTER
 
+log = logging.getLogger(__name__)
+
+STARTER_DIR = Path(__file__).parents[1] / "starter"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 _RANDOM = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_"}
 _RANDOM |= {"xavier_uniform_", "orthogonal_"}
@@ -32,18 +37,21 @@ def checkpoints_dir() -> Path:
 
 
 def resolve(name: str | Path) -> Path:
-    """Turn a path, the name of a folder in `checkpoints/` or a hub id into a local folder.
+    """Turn `starter`, a path, the name of a folder in `checkpoints/` or a hub id into a local folder.
 
+    The word `starter` is the model in the package; a folder of that name is meant by its path, as ./starter or a Path.
     Raises FileNotFoundError that says what was tried.
     """
     root = checkpoints_dir()
+    if name == STARTER:
+        return _starter((Path(STARTER), root / STARTER))
     for candidate in (Path(name), root / name):
         if str(name) and candidate.is_dir():
             return candidate
     if Path(name).is_file():
         raise FileNotFoundError(f"{str(name)!r} is a file; give the folder that holds it.")
     known = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")] if root.is_dir() else []
-    there = nearest(Path(name).name, known) if known else "it holds none; make demo trains a small one"
+    there = nearest(Path(name).name, {STARTER, *known})
     tried = f"No model at {str(name)!r}: not a folder, not in {str(root)!r} ({there})"
     owner, _, model = str(name).partition("/")
     if not model or "/" in model or owner in ("", "~") or owner.startswith("."):
@@ -55,6 +63,22 @@ def resolve(name: str | Path) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         why = "is switched off by HF_HUB_OFFLINE" if is_offline_mode() else f"gave nothing ({type(error).__name__})"
         raise FileNotFoundError(f"{tried} and the model hub {why}. Give the folder of a downloaded copy.") from error
+
+
+def _starter(namesakes: Sequence[Path]) -> Path:
+    """Give the folder of the model in the package. Raises FileNotFoundError where the package came without it.
+
+    namesakes: folders that somebody may have meant; one that is there is named in a warning.
+    """
+    if not (STARTER_DIR / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"This installation holds no model {STARTER!r} ({str(STARTER_DIR)!r} has no {CONFIG_NAME}); install the "
+            "package again, or name a model of yours."
+        )
+    for other in namesakes:
+        if other.is_dir() and not other.samefile(STARTER_DIR):
+            log.warning("%r is the model in the package; to mean the other one, give %s", STARTER, other.resolve())
+    return STARTER_DIR
 
 
 def save_module(folder: str | Path, module: nn.Module, config: dict[str, Any], apart: str | None = None) -> None:

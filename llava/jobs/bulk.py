@@ -28,6 +28,7 @@ from llava.core.config import setting, to_dict
 from llava.core.registry import nearest
 from llava.core.runtime import Incomplete, setup_logging
 from llava.core.terminal import text_of
+from llava.core.types import STARTER
 from llava.core.weights import sha256_of
 from llava.data.images import IMAGE_SUFFIXES
 from llava.data.inputs import expand, is_url, is_video
@@ -167,7 +168,7 @@ class ScoreSettings(PipelineSettings):
 
     source: str = setting(help="folder, zip, image, or a list of images: .txt, .csv, .parquet", positional=True)
     out: str = setting(help="folder to write; its rows/ is one table for pandas and pyarrow")
-    model: str = setting("m2f2", "detector or merged explainer: folder, name in checkpoints/, or hub id")
+    model: str = setting(STARTER, "detector or merged explainer: starter, folder, name in checkpoints/, or hub id")
     face: Literal["largest", "off"] = setting("largest", "largest = the largest face, off = the whole image")
     column: str = setting("path", "column of a .csv or .parquet list that holds the names")
     root: str | None = setting(None, "folder where relative names of a list begin; none = that of the list")

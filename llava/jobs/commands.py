@@ -16,7 +16,7 @@ from rich.table import Table
 from llava.core.config import setting, to_dict
 from llava.core.runtime import Incomplete, atomic_path, batched, write_json
 from llava.core.terminal import progress, text_of, window
-from llava.core.types import LABEL_NAMES, Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import LABEL_NAMES, STARTER, Explanation, Verdict, VerdictLabel, VideoVerdict
 from llava.data.inputs import FetchLimits, NamedImage, NamedInput, NamedVideo, expand, in_order, open_input
 from llava.pipeline.settings import PipelineSettings, VideoSettings, WordSettings, load
 from llava.pipeline.verdict import Finding
@@ -116,7 +116,7 @@ def _flat(answer: Verdict | Explanation) -> dict[str, Any]:
 class AskSettings(PipelineSettings):
     """Which model is asked."""
 
-    model: str = setting("m2f2", "folder, name in checkpoints/, or hub id")
+    model: str = setting(STARTER, "starter (the one in the package), folder, name in checkpoints/, or hub id")
     fetch: FetchLimits = setting(FetchLimits())
 
 

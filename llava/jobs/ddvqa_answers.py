@@ -19,7 +19,7 @@ from llava.core.config import parse, setting, to_dict
 from llava.core.registry import nearest
 from llava.core.runtime import ResumableJsonl, batched, setup_logging, write_run
 from llava.core.terminal import progress
-from llava.core.types import Turn
+from llava.core.types import STARTER, Turn
 from llava.data.answer_texts import flipped_question, stated_label
 from llava.data.conversations import PROMPT_HEAD, read_conversations
 from llava.data.images import IMAGE_SUFFIXES, ImageStore, open_store, read_image, stored_image
@@ -39,7 +39,7 @@ _NUMBER = re.compile(r"(\d+)")
 class InferenceSettings(ModelSettings):
     """What both files are made from."""
 
-    model_path: str = setting("m2f2", "merged explainer: folder, name in checkpoints/, or hub id")
+    model_path: str = setting(STARTER, "merged explainer: starter, folder, name in checkpoints/, or hub id")
     images: str = setting("utils/DDVQA_images/c40", "folder (or zip) with the image folders test and train")
     max_new_tokens: int | None = setting(None, "longest answer, in tokens; none = the explainer's own limit")
     layout: str | None = setting(None, "prompt layout by name; default: the one the model was trained with")

@@ -13,7 +13,7 @@ import numpy as np
 from llava.core.config import setting, to_dict
 from llava.core.runtime import atomic_path, batched, item_rng, write_run
 from llava.core.terminal import progress
-from llava.core.types import REGIONS, Record
+from llava.core.types import REGIONS, STARTER, Record
 from llava.data.sources import DataConfig, split_of
 from llava.data.stills import CsvSource
 from llava.evaluation.captions import CaptionItem, read_caption_set
@@ -33,7 +33,7 @@ class ForgedSettings(ModelSettings):
     """Which model is asked about which forged images."""
 
     manifest: str = setting(help="manifest.csv that `m2f2 data forge` wrote", positional=True)
-    model: str = setting("m2f2", "detector or explainer: folder, name in checkpoints/, or hub id")
+    model: str = setting(STARTER, "detector or explainer: starter, folder, name in checkpoints/, or hub id")
     split: str = setting("test", "split to look at; all = every image")
 
 

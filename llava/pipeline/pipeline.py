@@ -123,7 +123,7 @@ class Pipeline:
         stability: bool = True,
         words: bool = True,
     ) -> Pipeline:
-        """Load a detector folder or a merged explainer: a path, a name in `checkpoints/` or a hub id.
+        """Load a detector folder or a merged explainer: `starter`, a path, a name in `checkpoints/` or a hub id.
 
         prior: share of fakes expected, above 0 and below 1, for a calibrated detector; None = the calibration's own.
         precision `auto` is bf16 on a GPU and fp32 elsewhere; it is the explainer's: a detector runs in fp32.

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -15,13 +12,12 @@ from threading import Event
 from typing import Any
 
 from llava.core.cluster import connected
-from llava.pipeline.settings import DEMO_MODEL, load
+from llava.pipeline.settings import load
 from llava.serve.keys import read_keys
 from llava.serve.options import ServeSettings, build
 from llava.serve.web import require_free, server_of
 
 NAME = "m2f2"
-SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.sh"
 
 
 def serve_with_ray(settings: ServeSettings) -> Iterator[str]:
@@ -86,8 +82,6 @@ def serve(settings: ServeSettings) -> Iterator[str]:
         require_free(settings.host, settings.port)
     if settings.keys:
         read_keys(Path(settings.keys))  # before the model, which takes minutes
-    if settings.model_path is None:
-        yield from _trained_demo()
     _require_models(settings)
     yield from serve_with_ray(settings) if settings.ray else _here(settings)
 
@@ -119,33 +113,3 @@ def _here(settings: ServeSettings) -> Iterator[str]:
         host, port = listener.getsockname()[:2]
         yield settings.ready_line(host, port)
         server.run(sockets=[listener])
-
-
-def _trained_demo() -> Iterator[str]:
-    """Train the demonstration's model unless it is there; its script says how far it is.
-
-    Raises FileNotFoundError where the script is not beside the package, and ValueError where it fails.
-    """
-    from llava.core.weights import checkpoints_dir
-
-    folder = checkpoints_dir() / DEMO_MODEL
-    if folder.is_dir():
-        return
-    if not SCRIPT.is_file():
-        raise FileNotFoundError(
-            f"No model was named, {str(folder)!r} is not there, and {SCRIPT.name}, the script that trains it, comes "
-            "with the source tree alone; give --model_path FOLDER, or run `make demo` in a clone."
-        )
-    yield f"No model was named, and {str(folder)!r} is not there yet: training it, which takes 5 to 10 minutes.\n"
-    places = {"PYTHON": sys.executable, "M2F2_CHECKPOINTS": str(checkpoints_dir().resolve())}
-    with (
-        _interruptible(),
-        subprocess.Popen(["bash", str(SCRIPT)], env=os.environ | places, start_new_session=True) as script,
-    ):
-        try:
-            code = script.wait()
-        except KeyboardInterrupt:
-            os.killpg(script.pid, signal.SIGTERM)  # its steps, too
-            raise
-    if code:
-        raise ValueError(f"{SCRIPT.name} ended with {code}; its message stands above.")

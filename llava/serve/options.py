@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from llava.core.cluster import ClusterSettings
 from llava.core.config import setting
-from llava.pipeline.settings import DEMO_MODEL, PipelineSettings
+from llava.core.types import STARTER
+from llava.pipeline.settings import PipelineSettings
 from llava.serve.fetch import is_loopback
 from llava.serve.keys import KeyRing
 
@@ -27,10 +28,10 @@ PROXIES = "addresses or networks of proxies in front; who asks is then who their
 class ServeSettings(PipelineSettings):
     """What is served, where, and to whom."""
 
-    model_path: list[str] | None = setting(
-        None,
-        "merged explainers, and detectors for verdicts alone: folders, names in checkpoints/, or hub ids; the first "
-        "answers who names none; none = that of make demo, trained if missing",
+    model_path: list[str] = setting(
+        [STARTER],
+        "merged explainers, and detectors for verdicts alone: starter, folders, names in checkpoints/, or hub ids; the "
+        "first answers who names none",
     )
     model_name: list[str] | None = setting(
         None, "names that clients ask for, in the order of model_path; none = the names of the folders"
@@ -75,9 +76,9 @@ class ServeSettings(PipelineSettings):
 
     def _require_names(self) -> None:
         """Raise ValueError unless every model has one name of its own."""
-        if self.model_path == []:
+        if not self.model_path:
             raise ValueError("model_path: no model stands behind it; give one or more, or leave it out.")
-        paths, names = self.model_path or [DEMO_MODEL], self.model_name or []
+        paths, names = self.model_path, self.model_name or []
         if self.model_name is not None and len(names) != len(paths):
             raise ValueError(
                 f"model_name: {len(names)} names ({', '.join(names)}) for {len(paths)} models ({', '.join(paths)}); "
@@ -96,16 +97,12 @@ class ServeSettings(PipelineSettings):
 
     @property
     def _names(self) -> list[str]:
-        paths = self.model_path or [DEMO_MODEL]
-        return self.model_name or [Path(path).name or Path(path).resolve().name for path in paths]
+        return self.model_name or [Path(path).name or Path(path).resolve().name for path in self.model_path]
 
     @property
     def models(self) -> dict[str, str]:
-        """Give which models are served, by the names that clients ask for; the demonstration's where none was given."""
-        from llava.core.weights import checkpoints_dir
-
-        paths = self.model_path or [str(checkpoints_dir() / DEMO_MODEL)]
-        return dict(zip(self._names, paths, strict=True))
+        """Give which models are served, by the names that clients ask for."""
+        return dict(zip(self._names, self.model_path, strict=True))
 
     def ready_line(self, host: str, port: int) -> str:
         """Say that it answers, and where."""

@@ -1,7 +1,8 @@
-"""What a small model rests on: a detector taken out of its explainer, weights in half precision."""
+"""The model that comes with the package: it is asked where none is named."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -19,20 +20,65 @@ from test_architecture import LLM_STACK
 from test_shared_tower import delta, made, merged
 from tiny_world import calibration_of, draw
 
+import llava
+from llava.cli import main
+from llava.core import weights
+from llava.core.config import parse
 from llava.core.score_map import write_calibration
 from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_in, write_shards
-from llava.core.weights import halved
+from llava.core.types import STARTER
+from llava.core.weights import STARTER_DIR, halved, sha256_of
 from llava.detectors.base import load
 from llava.detectors.members import write_trained_on
 from llava.explainer.delta import fingerprint
 from llava.explainer.generation import load_model
 from llava.explainer.merge import halve, merge_delta
+from llava.jobs.bulk import ScoreSettings
+from llava.jobs.commands import ChatSettings, DetectSettings, ExplainSettings
+from llava.jobs.ddvqa_answers import JudgeSettings, ReasonSettings
+from llava.jobs.maps import CounterfactualSettings, MapSettings
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
+from llava.serve.options import ServeSettings
 
 ROOT = Path(__file__).parents[1]
 PHOTO = ROOT / "utils" / "demo_faces" / "astronaut.png"
 WHOLE = FaceSettings(face="off")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (DetectSettings, ["photo.jpg"]),
+        (ExplainSettings, ["photo.jpg"]),
+        (ChatSettings, ["photo.jpg"]),
+        (ScoreSettings, ["folder", "--out", "scores"]),
+        (MapSettings, ["manifest.csv"]),
+        (CounterfactualSettings, ["manifest.csv", "--predict_path", "a", "--gt_path", "b"]),
+        (JudgeSettings, []),
+        (ReasonSettings, []),
+        (ServeSettings, []),
+    ],
+)
+def test_who_names_no_model_asks_the_starter(settings: Any, words: list[str]) -> None:
+    def asked(*flags: str) -> Any:
+        found = parse(settings, [*words, *flags])
+        return getattr(found, "model", None) or found.model_path
+
+    flag = "--model" if "model" in inspect.signature(settings).parameters else "--model_path"
+    name: Any = [STARTER] if settings is ServeSettings else STARTER
+    assert asked() == name
+    assert asked(flag, "mine") == (["mine"] if settings is ServeSettings else "mine")
+    if settings is ServeSettings:
+        assert parse(settings, words).models == {STARTER: STARTER}
+
+
+def test_python_asks_the_starter_too(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "STARTER_DIR", world / "start")
+    model = llava.load(device="cpu")
+    assert model.name == STARTER and model.explainer is not None
+    assert llava.load(device="cpu", words=False).explainer is None
+    assert llava.load(world / "detector").name == str(world / "detector")
 
 
 # ---- a verdict needs no language model --------------------------------------------------------------------------
@@ -106,10 +152,12 @@ def test_other_weights_are_refused_outside_as_inside(world: Path, tmp_path: Path
 
 PLAIN = """
 import sys
+from pathlib import Path
 from llava.cli import main
-model, photo, out = sys.argv[1:]
-assert main(["detect", photo, "--face", "off", "--json", "--model", model]) == 0
-assert main(["score", photo, "--face", "off", "--out", out, "--model", model]) == 0
+from llava.core import weights
+weights.STARTER_DIR = Path(sys.argv[1])
+assert main(["detect", sys.argv[2], "--face", "off", "--json"]) == 0
+assert main(["score", sys.argv[2], "--face", "off", "--out", sys.argv[3]]) == 0
 print(*sys.modules)
 """
 
@@ -232,3 +280,34 @@ def test_the_script_says_what_is_wrong(world: Path, tmp_path: Path) -> None:
     words = ["--model_path", str(world / "start"), "--save_path", str(tmp_path / "out")]
     done = forked.run([str(script), *words], cwd=tmp_path)
     assert done.returncode == 1 and "halve: error: The calibration of" in done.stderr
+
+
+# ---- the one that ships -----------------------------------------------------------------------------------------
+
+
+def test_what_ships_is_small_calibrated_and_described() -> None:
+    stored = load_file(STARTER_DIR / "model.safetensors")
+    own = [tensor for name, tensor in stored.items() if name.startswith("detector.")]
+    assert {tensor.dtype for tensor in stored.values()} <= {torch.float16, torch.int64}
+    assert sum(tensor.numel() for tensor in own) <= 6_000_000 and sum(tensor.nbytes for tensor in own) <= 12_000_000
+    assert sum(path.stat().st_size for path in STARTER_DIR.iterdir()) <= 25_000_000
+    detector = load(STARTER_DIR)
+    assert detector.name == "cnn" and detector.calibration is not None and "never seen" in detector.scope
+    assert sha256_of(STARTER_DIR / "model.safetensors") in (STARTER_DIR / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for name in ("config.json", "certificate.json", "calibration.json", "tokenizer_config.json"):
+        assert '"/' not in (STARTER_DIR / name).read_text(encoding="utf-8"), "a path of the machine it was made on"
+
+
+@pytest.mark.e2e
+def test_what_ships_answers_anywhere_and_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("M2F2_CHECKPOINTS", raising=False)
+    monkeypatch.setattr(weights, "snapshot_download", None)  # the hub can not be asked
+    answers = {}
+    for command in ("detect", "explain"):
+        assert main([command, str(PHOTO), "--json", "--device", "cpu"]) == 0
+        answers[command] = json.loads(capsys.readouterr().out)
+    assert answers["explain"]["text"] and answers["detect"]["label"] in ("REAL", "FAKE", "UNCERTAIN")
+    assert {name: answers["explain"]["verdict"][name] for name in answers["detect"]} == answers["detect"]
