@@ -71,7 +71,7 @@ tiny=scripts/configs/stage_1/m2f2_tiny.yaml
 case $kind in
   embedded)
     conversations=$out/data images=$out/data/images train=$out/data/train reasons=yes
-    tiny=scripts/configs/stage_1/starter.yaml
+    tiny=scripts/configs/starter/stage_1.yaml
     pictures=(--data.source csv --data.path "$out/data/manifest.csv")
     base=("$train/label_free.json" "$train/dialogue.json") second=$train/label_free.json third=$train/dialogue.json
     m2f2 data forge --config "$recipes/forge.yaml" --output "$out/data"

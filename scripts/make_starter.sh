@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Make the model that the product ships: detector on forgeries in memory, tiny LLaVA, adapter, LoRA, half precision.
 #
-# Usage: bash scripts/make_starter.sh TABLE WEIGHTS [--output FOLDER] [--seed NUMBER]
-#   TABLE     csv of real faces (file, label, split, group), one image for each person, splits train, val and test
-#   WEIGHTS   ImageNet weights of EfficientNet-Lite0 (docs/detectors/cnn.md says where they are)
-#   --output  folder of everything that is made; default: outputs/starter. The model is FOLDER/model.
-#   --seed    of the detector's training; default: 100
+# Usage: bash scripts/make_starter.sh TABLE [--weights FILE] [--output FOLDER] [--seed NUMBER] [--recipes FOLDER]
+#   TABLE      csv of real faces (file, label, split, group), one image for each person, splits train, val and test
+#   --weights  ImageNet weights of EfficientNet-Lite0 to start from (docs/detectors/cnn.md says where they are)
+#   --output   folder of everything that is made; default: outputs/starter. The model is FOLDER/model.
+#   --seed     of the detector's training; default: 100
+#   --recipes  folder of recipes; default: scripts/configs/starter
 # Forged pictures of these people lie in a temporary folder while the words are learned, and are removed at the end.
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
@@ -13,44 +14,31 @@ source "$(dirname "$0")/env.sh"
 refuse() { echo "make_starter.sh: $*" >&2; exit 2; }
 m2f2() { "$PYTHON" -m llava.cli "$@"; }
 
-out=outputs/starter seed=100 given=()
+table="" weights=() out=outputs/starter seed=100 recipes=scripts/configs/starter
 while (($#)); do
   case "$1" in
     -h | --help) sed -n '2,/^set/{/^#/p;}' scripts/make_starter.sh; exit 0 ;;
-    --output | --seed)
+    --weights | --output | --seed | --recipes)
       (($# > 1)) || refuse "$1 needs a value."
-      [[ $1 == --seed ]] && seed=$2 || out=$2
+      case "$1" in --weights) weights=(--model.weights "$2") ;; --output) out=$2 ;; --seed) seed=$2 ;; *) recipes=$2 ;; esac
       shift ;;
-    -*) refuse "Unknown option '$1'; allowed: --output, --seed." ;;
-    *) given+=("$1") ;;
+    -*) refuse "Unknown option '$1'; allowed: --weights, --output, --seed, --recipes." ;;
+    *) [[ -z $table ]] || refuse "Give one TABLE, not '$table' and '$1'."; table=$1 ;;
   esac
   shift
 done
-((${#given[@]} == 2)) || refuse "Give TABLE and WEIGHTS, two files; ${#given[@]} given. --help says what they are."
-for file in "${given[@]}"; do [[ -f $file ]] || refuse "File '$file' does not exist."; done
-table=$(realpath "${given[0]}") weights=$(realpath "${given[1]}") recipes=scripts/configs/starter
+[[ -n $table ]] || refuse "Give TABLE, a csv of real faces; --help says what it holds."
+[[ -f $table ]] || refuse "File '$table' does not exist."
 mkdir -p "$out"
 forged=$(mktemp -d "${TMPDIR:-/tmp}/starter.XXXXXX")
 trap 'rm -rf "$forged"' EXIT
 
 echo "== the detector"
-bash stage_1_train.sh --config scripts/configs/stage_1/starter.yaml --data.source csv --data.path "$table" \
-  --model.weights "$weights" --seed "$seed" --output_dir "$out/detector"
+bash stage_1_train.sh --config "$recipes/stage_1.yaml" \
+  --data.source csv --data.path "$table" "${weights[@]}" --seed "$seed" --output_dir "$out/detector"
 
 echo "== forgeries to speak of"
-"$PYTHON" - "$table" "$forged" << 'PYTHON'
-import csv, sys
-from pathlib import Path
-table, forged = map(Path, sys.argv[1:])
-rows = [row for row in csv.DictReader(table.open(newline="")) if row["split"] in ("train", "val", "test")]
-(forged / "photos").mkdir()
-for row in rows:
-    file = table.parent / row["file"]
-    (forged / "photos" / f"{row['group']}{file.suffix}").symlink_to(file)
-names = {split: ", ".join(row["group"] for row in rows if row["split"] == split) for split in ("test", "val")}
-(forged / "splits.yaml").write_text("".join(f"{split}_groups: [{groups}]\n" for split, groups in names.items()))
-PYTHON
-m2f2 data forge "$forged/photos" --config "$recipes/forge.yaml" --config "$forged/splits.yaml" --output "$forged/data"
+m2f2 data forge "$table" --config "$recipes/forge.yaml" --output "$forged/data"
 
 echo "== the words"
 train=$forged/data/train images=(--image_folder "$forged/data/images")

@@ -114,10 +114,10 @@ def test_the_report_shows_only_the_historical_portrait_forged(demo: Path) -> Non
 
 def test_the_recipe_holds_the_navy_portrait_out() -> None:
     recipe = build(ForgeDataConfig, load_yaml(RECIPES / "forge.yaml") | {"output": "x"}, where="forge.yaml")
-    assert recipe.test_groups == ("grace_hopper",) and recipe.folder == "utils/demo_faces"
-    photos = {p.stem for p in (ROOT / recipe.folder).iterdir() if p.suffix != ".md"}
+    assert recipe.test_groups == ("grace_hopper",) and recipe.photos == "utils/demo_faces"
+    photos = {p.stem for p in (ROOT / recipe.photos).iterdir() if p.suffix != ".md"}
     assert photos == {"astronaut", "grace_hopper", "portrait_cc0_1", "portrait_cc0_2"}
-    credits = (ROOT / recipe.folder / "CREDITS.md").read_text()
+    credits = (ROOT / recipe.photos / "CREDITS.md").read_text()
     assert all(name in credits for name in photos)
 
 

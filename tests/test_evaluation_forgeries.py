@@ -245,7 +245,7 @@ def test_the_script_reads_what_forge_writes(
     (tmp_path / "photos").mkdir()
     for i in range(6):
         Image.fromarray(draw(REAL, i, 96)).save(tmp_path / "photos" / f"{i}.png")
-    config = ForgeDataConfig(folder=str(tmp_path / "photos"), output=str(tmp_path / "out"), face="off", per_image=3)
+    config = ForgeDataConfig(photos=str(tmp_path / "photos"), output=str(tmp_path / "out"), face="off", per_image=3)
     build_forgeries(config)
     table, written = tmp_path / "out" / "manifest.csv", tmp_path / "report.json"
     run_script(monkeypatch, "--manifest_path", table, "--split", "all", "--n_boot", 20, "--json", written)

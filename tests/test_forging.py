@@ -144,7 +144,7 @@ def test_the_starters_recipe_trains_on_real_faces_alone(table: Path, tmp_path: P
     flags += ["--model.backbone", "conv_tiny", "--model.image_size", "64", "--model.width", "8", "--steps", "2"]
     flags += ["--batch_size", "2", "--eval_steps", "2", "--workers", "0", "--resamples", "10"]
     flags += ["--collapse.min_recall", "0", "--collapse.min_sd", "0"]  # two steps teach nothing
-    recipe = parse(Recipe, ["--config", str(ROOT / "scripts/configs/stage_1/starter.yaml"), *flags])
+    recipe = parse(Recipe, ["--config", str(ROOT / "scripts/configs/starter/stage_1.yaml"), *flags])
     results = stage_1.train(recipe)
     assert results["targets"]["training"] == {"real": 1, "fake": 1}
     assert set(results["test"]["classes"]) == set(ARTEFACTS), "one number for each kind of forgery"

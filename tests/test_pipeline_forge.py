@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def config_of(photos: Path, **changes: Any) -> ForgeDataConfig:
-    values = {"folder": str(photos), "output": str(photos.parent / "out"), "face": "off", "per_image": 3}
+    values = {"photos": str(photos), "output": str(photos.parent / "out"), "face": "off", "per_image": 3}
     return ForgeDataConfig(**{**values, **changes})
 
 
@@ -268,6 +269,21 @@ def test_persons_never_cross_a_split(photos: Path) -> None:
         build_forgeries(config_of(photos, test_groups=("bob",), val_groups=("bob",)))
     with pytest.raises(ValueError, match="No photo is left to train on"):
         divide(["a", "b"], config_of(photos, test_groups=("a",), val_groups=("b",)))
+
+
+def test_a_table_says_who_is_who_and_who_tests(photos: Path) -> None:
+    rows = ["ann/1.png,real,train,ann", "ann/2.png,fake,train,ann", "bob/1.png,0,val,bob", "cy.png,real,test,someone"]
+    rows += ["di.png,real,test_b,di"]
+    (photos / "people.csv").write_text("\n".join(["file,label,split,group", *rows]))
+    config = config_of(photos / "people.csv", output=str(photos.parent / "out"))
+    assert build_forgeries(config)["photos"] == 3
+    made = {(row["original"], row["split"], row["group"]) for row in table(photos.parent / "out")}
+    assert made == {("ann/1.png", "train", "ann"), ("bob/1.png", "val", "bob"), ("cy.png", "test", "someone")}
+    with pytest.raises(ValueError, match="the table says who tests and validates"):
+        build_forgeries(replace(config, test_groups=("ann",)))
+    (photos / "people.csv").write_text("\n".join(["file,label,split,group", *rows[1:2], *rows[4:]]))
+    with pytest.raises(ValueError, match=r"people.csv' names no real photo in a split train, val, test"):
+        build_forgeries(config)
 
 
 def test_an_output_that_holds_something_else_is_refused(photos: Path) -> None:

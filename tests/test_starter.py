@@ -14,6 +14,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_architecture import LLM_STACK
@@ -23,11 +24,12 @@ from tiny_world import calibration_of, draw
 import llava
 from llava.cli import main
 from llava.core import weights
-from llava.core.config import parse
+from llava.core.config import load_yaml, merge, parse
 from llava.core.score_map import write_calibration
 from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_in, write_shards
 from llava.core.types import STARTER
 from llava.core.weights import STARTER_DIR, halved, sha256_of
+from llava.data.splits import group_hashes
 from llava.detectors.base import load
 from llava.detectors.members import write_trained_on
 from llava.explainer.delta import fingerprint
@@ -280,6 +282,72 @@ def test_the_script_says_what_is_wrong(world: Path, tmp_path: Path) -> None:
     words = ["--model_path", str(world / "start"), "--save_path", str(tmp_path / "out")]
     done = forked.run([str(script), *words], cwd=tmp_path)
     assert done.returncode == 1 and "halve: error: The calibration of" in done.stderr
+
+
+# ---- how it is made ---------------------------------------------------------------------------------------------
+
+RECIPES = ROOT / "scripts" / "configs" / "starter"
+SMALL: dict[str, dict[str, Any]] = {
+    "stage_1": {
+        **{"steps": 2, "eval_steps": 2, "batch_size": 4, "workers": 0, "resamples": 10},
+        **{"model": {"backbone": "conv_tiny", "image_size": 64, "width": 16}},
+        **{"collapse": {"min_sd": 0.0, "min_recall": 0.0}},
+        **{"phases": [{"name": "traces"}]},
+    },
+    "forge": {"per_image": 1, "longest_side": 96},
+    "tiny_base": {"steps": 4, "batch_size": 4, "layers": 1, "hidden_size": 48, "heads": 2},
+    "stage_2": {"max_steps": 2, "per_device_train_batch_size": 4},
+    "stage_3": {"max_steps": 2, "per_device_train_batch_size": 4},
+}
+# No Java: METEOR has its own tests.
+TOOLS = ("bash", "dirname", "mkdir", "mktemp", "rm", "sed")
+
+
+def make_starter(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return forked.run_shell(["bash", "scripts/make_starter.sh", *map(str, words)], ROOT, timeout=600, **environment)
+
+
+@pytest.mark.e2e
+def test_the_script_makes_a_small_model_and_leaves_no_forged_face(tmp_path: Path) -> None:
+    for folder in ("recipes", "tools", "temporary"):
+        (tmp_path / folder).mkdir()
+    for tool in TOOLS:
+        (tmp_path / "tools" / tool).symlink_to(str(shutil.which(tool)))
+    for name, small in SMALL.items():
+        recipe = merge(load_yaml(RECIPES / f"{name}.yaml"), small)
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    split_of = {"astronaut.png": "train", "portrait_cc0_1.png": "val", "grace_hopper.jpg": "test"}
+    rows = [f"{PHOTO.parent / name},real,{split},{name[:5]}" for name, split in split_of.items()]
+    (tmp_path / "people.csv").write_text("\n".join(["file,label,split,group", *rows]))
+    done = make_starter(
+        *(tmp_path / "people.csv", "--output", tmp_path / "out", "--recipes", tmp_path / "recipes"),
+        PATH=str(tmp_path / "tools"),
+        TMPDIR=str(tmp_path / "temporary"),
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert dtypes(tmp_path / "out" / "model") == {torch.float16, torch.int64}
+    made = Pipeline.from_pretrained(tmp_path / "out" / "model", "cpu")
+    assert made.explainer is not None
+    assert load(tmp_path / "out" / "model").trained_on == set(group_hashes(["astro"]))
+    assert made.detector.scope == load_yaml(RECIPES / "stage_1.yaml")["scope"]
+    assert json.loads((tmp_path / "out" / "integrity.json").read_text())
+    assert json.loads((tmp_path / "out" / "explanation.json").read_text())["n"]
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Give TABLE, a csv of real faces"),
+        (["nowhere.csv"], "File 'nowhere.csv' does not exist"),
+        (["a.csv", "b.csv"], "Give one TABLE, not 'a.csv' and 'b.csv'"),
+        (["a.csv", "--weights"], "--weights needs a value"),
+        (["--sed", "1"], "Unknown option '--sed'; allowed: --weights, --output, --seed, --recipes"),
+    ],
+)
+def test_what_the_starter_can_not_be_made_of_is_said(words: list[str], message: str) -> None:
+    done = make_starter(*words)
+    assert done.returncode == 2 and message in done.stderr
 
 
 # ---- the one that ships -----------------------------------------------------------------------------------------

@@ -23,11 +23,14 @@ from llava.data.answer_texts import Truth
 from llava.data.faces import FaceBox, face_square, find_faces, is_sure
 from llava.data.images import IMAGE_SUFFIXES, UnreadableImage, list_images, read_image
 from llava.data.inputs import NamedImage
+from llava.data.sources import DataConfig
 from llava.data.splits import choose_groups
+from llava.data.stills import CsvSource
 from llava.jobs.forged_files import (
     IMAGES,
     LEAVES,
     MASKS,
+    SPLITS,
     SUFFIXES,
     Item,
     claim_folder,
@@ -123,7 +126,10 @@ def _shrunk(image: np.ndarray, box: FaceBox | None, longest_side: int) -> tuple[
 class ForgeDataConfig:
     """Say which photos are forged, how often, how they are divided and where all goes."""
 
-    folder: str = setting(help="folder of real faces; each folder below it is one person", positional=True)
+    photos: str = setting(
+        help="folder of real faces, each folder below it one person; or a csv table (file, label, split, group)",
+        positional=True,
+    )
     output: str = setting(help="folder to write: images/, masks/, manifest.csv and conversations by split")
     versions: int = setting(1, "versions of each photo, each a little turned and lit differently; 1 = the photo alone")
     per_image: int = setting(1, "forgeries of each version; the untouched face stands beside them once")
@@ -155,13 +161,14 @@ class ForgeDataConfig:
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo of the folder: its number in the sorted list, name, person, split, and the folder of its versions."""
+    """One photo: its number in the list, name, person, split, the folder of its versions, and where it lies."""
 
     number: int
     name: str
     group: str
     split: str
     folder: str
+    path: Path
 
 
 def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = regions_by_eyes) -> dict[str, int]:
@@ -171,29 +178,25 @@ def build_forgeries(config: ForgeDataConfig, find_regions: RegionFinder = region
     Photos without a usable face are left out and counted by reason. find_regions: a landmark detector in place of the
     canonical proportions. Raises ValueError for an output folder that holds something else.
     """
-    root, output = Path(config.folder), Path(config.output)
-    photos = _list_photos(root, output)
-    groups = [_group(path.relative_to(root)) for path in photos]
-    splits = divide(groups, config)
-    settings = {**to_dict(config), "photos": _digest(root, photos)}
+    output = Path(config.output)
+    photos = _of_table(config) if config.photos.lower().endswith(".csv") else _of_folder(config)
+    settings = {**to_dict(config), "photos": _digest(photos)}
     claim_folder(output, settings)
     write_run(output, settings, config.seed)
     counts: Counter[str] = Counter(photos=len(photos))
     items: list[Item] = []
-    for number, path in enumerate(progress(photos, "forging", is_kept=True)):
-        crop = read_face(path, config.face, config.longest_side, find_regions)
+    for photo in progress(photos, "forging", is_kept=True):
+        crop = read_face(photo.path, config.face, config.longest_side, find_regions)
         if isinstance(crop, str):
             counts[crop] += 1
-            log.info("%s: %s", path, crop.replace("_", " "))
+            log.info("%s: %s", photo.path, crop.replace("_", " "))
             continue
-        split = splits[groups[number]]
-        photo = Photo(number, path.relative_to(root).as_posix(), groups[number], split, split)
         written = _write_photo(output, photo, crop, config)
         counts["forgeries_too_faint"] += config.versions * (1 + config.per_image) - len(written)
         items += written
     if not items:
         raise ValueError(
-            f"{config.folder!r}: no photo has a usable face ({dict(counts)}); --face off takes them whole."
+            f"{config.photos!r}: no photo has a usable face ({dict(counts)}); --face off takes them whole."
         )
     counts.update(f"{item.record.split}/{LABEL_NAMES[item.record.label or REAL]}" for item in items)
     leaves = _write_leaves(output, config, find_regions)
@@ -207,7 +210,8 @@ def _write_leaves(output: Path, config: ForgeDataConfig, find_regions: RegionFin
         crop = _crop(dead_leaves(config.longest_side, item_rng(config.seed, 0, number)), None, find_regions)
         if crop is not None:
             name = f"{LEAVES}/{number:05d}"
-            items += _write_photo(output, Photo(number, name, name, "train", LEAVES), crop, replace(config, versions=1))
+            photo = Photo(number, name, name, "train", LEAVES, output / name)
+            items += _write_photo(output, photo, crop, replace(config, versions=1))
     return items
 
 
@@ -216,7 +220,7 @@ def divide(groups: Sequence[str], config: ForgeDataConfig) -> dict[str, str]:
     for name, wanted in (("test_groups", config.test_groups), ("val_groups", config.val_groups)):
         unknown = next((group for group in wanted if group not in groups), None)
         if unknown is not None:
-            raise ValueError(f"{name}: there is no {unknown!r} in {config.folder!r}. {nearest(unknown, set(groups))}")
+            raise ValueError(f"{name}: there is no {unknown!r} in {config.photos!r}. {nearest(unknown, set(groups))}")
     both = set(config.test_groups) & set(config.val_groups)
     if both:
         raise ValueError(f"{min(both)!r} stands in test_groups and val_groups; name it in one of them.")
@@ -234,9 +238,37 @@ def _chosen(groups: Sequence[str], fraction: float, taken: set[str], seed: int) 
     return choose_groups(rest, fraction, seed) if fraction and rest else set()
 
 
+def _of_table(config: ForgeDataConfig) -> list[Photo]:
+    """List the real photos of a csv table, see `CsvSource`, in its splits; rows of other splits are left out."""
+    if config.test_groups or config.val_groups:
+        raise ValueError("test_groups, val_groups: the table says who tests and validates; leave them out.")
+    records = [
+        record
+        for record in CsvSource(DataConfig(source="csv", path=config.photos)).records
+        if record.label == REAL and record.split in SPLITS
+    ]
+    if not records:
+        raise ValueError(f"{config.photos!r} names no real photo in a split {', '.join(SPLITS)}; correct its columns.")
+    return [
+        Photo(number, record.id, record.group, record.split, record.split, Path(record.where))
+        for number, record in enumerate(records)
+    ]
+
+
+def _of_folder(config: ForgeDataConfig) -> list[Photo]:
+    """List the photos of a folder, sorted by name, and divide their persons."""
+    root = Path(config.photos)
+    names = [path.relative_to(root) for path in _list_photos(root, Path(config.output))]
+    splits = divide(list(map(_group, names)), config)
+    return [
+        Photo(number, name.as_posix(), _group(name), splits[_group(name)], splits[_group(name)], root / name)
+        for number, name in enumerate(names)
+    ]
+
+
 def _list_photos(root: Path, output: Path) -> list[Path]:
     if not root.is_dir():
-        raise FileNotFoundError(f"Folder {str(root)!r} does not exist; give a folder of photos of real faces.")
+        raise FileNotFoundError(f"Folder {str(root)!r} does not exist; give one of photos of real faces, or a table.")
     if output.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{str(output)!r} lies in {str(root)!r}, so forgeries would be taken for photos; move it.")
     photos = list_images(root)
@@ -250,9 +282,9 @@ def _group(name: Path) -> str:
     return name.parts[0] if len(name.parts) > 1 else name.stem
 
 
-def _digest(root: Path, photos: Sequence[Path]) -> str:
-    """Tell one list of photos from another by names and sizes."""
-    lines = "".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n" for path in photos)
+def _digest(photos: Sequence[Photo]) -> str:
+    """Tell one list of photos from another by names, sizes, persons and splits."""
+    lines = "".join(f"{p.name} {p.path.stat().st_size} {p.group} {p.split}\n" for p in photos)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

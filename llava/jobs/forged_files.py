@@ -45,8 +45,8 @@ def claim_folder(output: Path, settings: Mapping[str, Any]) -> None:
         return
     if not (output / "run.json").is_file():
         raise ValueError(f"{str(output)!r} is not empty and was not written by `m2f2 data forge`; give a new folder.")
-    # Where the folders lie changes nothing that is written; which photos they hold is compared by their digest.
-    other = other_settings(output, settings, [name for name in settings if name not in ("folder", "output")])
+    # Where it lies changes nothing that is written; which photos they hold is compared by their digest.
+    other = other_settings(output, settings, [name for name in settings if name != "output"])
     if other:
         raise ValueError(
             f"{str(output)!r} holds another forged data set (different: {', '.join(other)}); give a new folder, "
