@@ -9,21 +9,13 @@ import torch
 
 from llava.core.types import REGIONS
 from llava.detectors.base import create
-from llava.detectors.cnn import FORGED_WEIGHT, FaceCnn, FaceCnnConfig, cell_loss, region_loss
+from llava.detectors.cnn import FaceCnn, FaceCnnConfig, region_loss
 from llava.ops.forge import ARTEFACTS
 
 
 def cnn(**changes: object) -> FaceCnn:
     torch.manual_seed(0)
     return FaceCnn(FaceCnnConfig(backbone="conv_tiny", image_size=64, width=16, **changes))  # type: ignore[arg-type]
-
-
-def test_the_cell_loss_weighs_forged_cells_and_leaves_unknown_ones_out() -> None:
-    logits, masks = torch.tensor([[2.0, -1.0, 0.5], [3.0, 3.0, 3.0]]), torch.tensor([[1.0, 0.0, -1.0], [-1.0] * 3])
-    forged, clear = torch.nn.functional.softplus(torch.tensor([-2.0, -1.0]))
-    expected = (FORGED_WEIGHT * forged + clear) / (FORGED_WEIGHT + 1)
-    torch.testing.assert_close(cell_loss(logits, masks), expected)
-    assert cell_loss(logits, torch.full((2, 3), -1.0)) == 0
 
 
 def test_the_region_loss_knows_the_whole_face_and_leaves_the_unknown_out() -> None:

@@ -27,8 +27,9 @@ from llava.detectors.backbones import (
     stage_channels,
 )
 from llava.detectors.base import create, is_there, load, load_uncalibrated
+from llava.detectors.cnn import cell_loss
 from llava.detectors.m2f2det import M2F2Det, M2F2DetConfig
-from llava.detectors.m2f2det_parts import PromptEncoder, RegionPool, VisionEncoder, load_clip, map_loss
+from llava.detectors.m2f2det_parts import COSINE_SCALE, PromptEncoder, RegionPool, VisionEncoder, load_clip
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 DETECTORS.add("three_class", "toy_detector:ThreeClassDetector")
@@ -623,14 +624,14 @@ def test_softer_evidence_keeps_its_order_and_the_verdict():
     torch.testing.assert_close(plain.soften(evidence[:, :2], torch.tensor([0.2, 0.5])), evidence[:, :2])
 
 
-def test_map_loss_is_the_weighted_cross_entropy_of_known_cells():
+def test_the_cell_loss_is_the_weighted_cross_entropy_of_known_cells():
     similarity = torch.tensor([[0.1, -0.2, 0.3, 0.9]], dtype=torch.float64)
     masks = torch.tensor([[[1.0, 0.0], [0.5, -1.0]]], dtype=torch.float64)
     logits, target, weight = [1.0, -2.0, 3.0], [1.0, 0.0, 0.5], [4.0, 1.0, 2.5]
     p = [1 / (1 + math.exp(-x)) for x in logits]
     terms = [-w * (t * math.log(q) + (1 - t) * math.log(1 - q)) for w, t, q in zip(weight, target, p, strict=True)]
-    assert map_loss(similarity, masks).item() == pytest.approx(sum(terms) / sum(weight))
-    assert map_loss(similarity, torch.full((1, 2, 2), -1.0)).item() == 0
+    assert cell_loss(COSINE_SCALE * similarity, masks).item() == pytest.approx(sum(terms) / sum(weight))
+    assert cell_loss(similarity, torch.full((1, 2, 2), -1.0)).item() == 0
 
 
 def test_masks_teach_the_map():

@@ -289,10 +289,14 @@ def test_the_script_says_what_is_wrong(world: Path, tmp_path: Path) -> None:
 RECIPES = ROOT / "scripts" / "configs" / "starter"
 SMALL: dict[str, dict[str, Any]] = {
     "stage_1": {
-        **{"steps": 2, "eval_steps": 2, "batch_size": 4, "workers": 0, "resamples": 10},
-        **{"model": {"backbone": "conv_tiny", "image_size": 64, "width": 16}},
-        **{"collapse": {"min_sd": 0.0, "min_recall": 0.0}},
-        **{"phases": [{"name": "traces"}]},
+        "steps": 2,
+        "eval_steps": 2,
+        "batch_size": 4,
+        "workers": 0,
+        "resamples": 10,
+        "model": {"backbone": "conv_tiny", "image_size": 64, "width": 16},
+        "collapse": {"min_sd": 0.0, "min_recall": 0.0},
+        "phases": [{"name": "traces"}],
     },
     "forge": {"per_image": 1, "longest_side": 96},
     "tiny_base": {"steps": 4, "batch_size": 4, "layers": 1, "hidden_size": 48, "heads": 2},

@@ -145,7 +145,7 @@ class FaceCnn(Detector):
             return {}
         losses = {"class": F.cross_entropy(logits.float(), labels, weight=self.class_weights.float())}
         if masks is not None:
-            losses["map"] = self.config.map_weight * cell_loss(of_cells, masks.flatten(1).float())
+            losses["map"] = self.config.map_weight * cell_loss(of_cells, masks)
         of_regions, of_traces = (each.float() for each in shares)
         if region is not None:
             losses["region"] = self.config.region_weight * region_loss(of_regions, region)
@@ -172,10 +172,11 @@ class FaceCnn(Detector):
 
 
 def cell_loss(of_cells: Tensor, masks: Tensor) -> Tensor:
-    """Give the binary cross-entropy of logits (B, cells) against the forged part of each cell (B, cells).
+    """Give the binary cross-entropy of logits (B, cells) against the forged part of each cell (B, grid, grid).
 
     masks: in [0, 1]; below 0 = unknown, left out. Without any known cell the loss is 0.
     """
+    masks = masks.flatten(1).to(of_cells.dtype)
     target = masks.clamp(min=0)
     weight = (masks >= 0) * (1 + (FORGED_WEIGHT - 1) * target)
     return F.binary_cross_entropy_with_logits(of_cells, target, weight, reduction="sum") / weight.sum().clamp(min=1)

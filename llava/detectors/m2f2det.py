@@ -21,9 +21,11 @@ from llava.core.types import REGIONS, InputSpec
 from llava.core.weights import load_strictly
 from llava.detectors.backbones import let_see_residual, make_backbone, stage_channels
 from llava.detectors.base import Detector, DetectorOutput, SharedTower
+from llava.detectors.cnn import cell_loss
 from llava.detectors.m2f2det_parts import (
     CLIP_MEAN,
     CLIP_STD,
+    COSINE_SCALE,
     Bridge,
     BridgeConfig,
     ClipTextSizes,
@@ -33,7 +35,6 @@ from llava.detectors.m2f2det_parts import (
     RegionPool,
     VisionEncoder,
     load_clip,
-    map_loss,
 )
 
 
@@ -256,7 +257,7 @@ class M2F2Det(Detector):
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         losses = {"class": F.cross_entropy(logits, labels, weight=self.class_weights.to(logits.dtype))}
         if masks is not None and similarity is not None and self.config.map_weight:
-            losses["map"] = self.config.map_weight * map_loss(similarity.to(logits.dtype), masks)
+            losses["map"] = self.config.map_weight * cell_loss(COSINE_SCALE * similarity.to(logits.dtype), masks)
         if masks is not None and of_regions is not None and self.config.region_weight:
             losses["region"] = self.config.region_weight * self.region_pool.loss(of_regions.to(logits.dtype), masks)
         return losses

@@ -27,8 +27,6 @@ from llava.ops.face_regions import face_regions
 CLIP_MEAN, CLIP_STD = NORMALISATIONS["clip"]
 # A cosine times this is the logit of "this patch is forged": 0.3 gives 0.95, and a cosine can say 0.99995.
 COSINE_SCALE = 10.0
-# Share of forged cells in images of local edits is a few per cent; so much more does each of them weigh.
-FORGED_WEIGHT = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,15 +261,3 @@ class RegionPool(nn.Module):
         target = covered / total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
         losses = -(target * of_regions.log_softmax(dim=1)).sum(dim=1)
         return (losses * is_used).sum() / is_used.sum().clamp(min=1)
-
-
-def map_loss(similarity: Tensor, masks: Tensor) -> Tensor:
-    """Give the binary cross-entropy of cosines (B, cells) against the forged part of each cell (B, grid, grid).
-
-    masks: in [0, 1]; below 0 = unknown, left out. Without any known cell the loss is 0.
-    """
-    target = masks.flatten(1).to(similarity.dtype)
-    is_known = target >= 0
-    weight = is_known * (1 + (FORGED_WEIGHT - 1) * target.clamp(min=0))
-    losses = F.binary_cross_entropy_with_logits(COSINE_SCALE * similarity, target.clamp(min=0), weight, reduction="sum")
-    return losses / weight.sum().clamp(min=1)
