@@ -185,6 +185,9 @@ def test_a_missing_positional_setting_is_named(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         parse(Asking, ["--question", "x"])
     assert "Missing setting 'paths'; give it in the recipe or on the command line." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Asking, ["a.png", "--paths", "b.png"])
+    assert "Unknown argument '--paths'. Give its value without a name." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,11 @@ def read_values(
     _add_free_flags(parser, settings, words)
     known, rest = parser.parse_known_intermixed_args(words)
     if rest:
-        close = closest(rest[0].partition("=")[0][2:], [leaf.path for leaf in settings])
-        is_flag = rest[0].startswith("--") and close
-        raise ValueError(f"Unknown argument {rest[0]!r}. " + (f"Did you mean --{close}?" if is_flag else "See --help."))
+        name = rest[0].partition("=")[0][2:] if rest[0].startswith("--") else ""
+        close = closest(name, [leaf.path for leaf in settings if not leaf.is_positional])
+        is_alone = any(leaf.is_positional and leaf.path == name for leaf in settings)
+        hint = "Give its value without a name." if is_alone else f"Did you mean --{close}?" if close else "See --help."
+        raise ValueError(f"Unknown argument {rest[0]!r}. {hint}")
     given = {path: value for path, value in vars(known).items() if path != "config"}
     for leaf in settings:
         if any(path.startswith(f"{leaf.path}.") for path in given) and not _has(values, leaf.path):
