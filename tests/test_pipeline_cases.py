@@ -394,7 +394,7 @@ def test_a_browser_shows_the_page(case_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_the_templates_ship(tmp_path: Path) -> None:
+def test_the_templates_and_the_starter_ship(tmp_path: Path) -> None:
     import sys
     from zipfile import ZipFile
 
@@ -414,5 +414,6 @@ def test_the_templates_ship(tmp_path: Path) -> None:
     ]
     subprocess.run([*command, str(tree)], check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
-    own = {f"llava/jobs/templates/{p.name}" for p in (root / "llava" / "jobs" / "templates").iterdir()}
-    assert len(own) >= 6 and own <= set(ZipFile(wheel).namelist())
+    templates, starter = root / "llava" / "jobs" / "templates", root / "llava" / "starter"
+    own = {path.relative_to(root).as_posix() for folder in (templates, starter) for path in folder.iterdir()}
+    assert len(own) >= 6 + 5 and own <= set(ZipFile(wheel).namelist())

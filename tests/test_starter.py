@@ -27,7 +27,7 @@ from llava.core import weights
 from llava.core.config import load_yaml, merge, parse
 from llava.core.score_map import write_calibration
 from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_in, write_shards
-from llava.core.types import STARTER
+from llava.core.types import STARTER, VerdictLabel
 from llava.core.weights import STARTER_DIR, halved, sha256_of
 from llava.data.splits import group_hashes
 from llava.detectors.base import load
@@ -368,6 +368,14 @@ def test_what_ships_is_small_calibrated_and_described() -> None:
     assert sha256_of(STARTER_DIR / "model.safetensors") in (STARTER_DIR / "MODEL_CARD.md").read_text(encoding="utf-8")
     for name in ("config.json", "certificate.json", "calibration.json", "tokenizer_config.json"):
         assert '"/' not in (STARTER_DIR / name).read_text(encoding="utf-8"), "a path of the machine it was made on"
+
+
+def test_what_ships_accuses_none_of_the_authentic_portraits() -> None:
+    photos = sorted(path for path in PHOTO.parent.iterdir() if path.suffix != ".md")
+    found = llava.load(words=False, device="cpu").detect(photos)
+    assert len(found) == len(photos) == 4
+    labels = {verdict.image: verdict.label for verdict in found}
+    assert set(labels.values()) <= {VerdictLabel.REAL, VerdictLabel.UNCERTAIN}, labels
 
 
 @pytest.mark.e2e

@@ -129,8 +129,9 @@ def test_a_verdict_has_a_score_for_every_class(trained: tuple[Path, dict[str, An
     assert sum(verdict.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert max(verdict.probabilities, key=verdict.probabilities.__getitem__) == "ai_generated"
     assert verdict.raw_p_fake == pytest.approx(1 - verdict.probabilities["real"], abs=1e-5)
-    kind = f"it scores ai generated highest: {verdict.probabilities['ai_generated']:.2f} (deepfake "
+    kind = f"it scores AI-generated highest: {verdict.probabilities['ai_generated']:.2f} (deepfake "
     assert verdict.label == "FAKE" and kind in meaning(verdict)
+    assert verdict.meanings["p_ai_generated"] == "Score for AI-generated"
     (real,) = pipeline.detect(str(images / "test/real/00.png"))
     assert real.label == "REAL" and "highest" not in meaning(real)
 

@@ -27,6 +27,11 @@ REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 STARTER = "starter"  # name of the model that comes with the package: it is asked where none is named
 
 
+def class_in_words(name: str) -> str:
+    """Write the name of a class as in a sentence: "AI-generated", "face swap"."""
+    return "AI-generated" if name == "ai_generated" else name.replace("_", " ")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One item of a data set before a pixel is read.

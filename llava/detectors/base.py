@@ -18,7 +18,7 @@ from llava.core.config import build, to_dict
 from llava.core.input_specs import Input, all_reasons
 from llava.core.registry import nearest
 from llava.core.score_map import CALIBRATION_NAME, Calibration, read_calibration, write_calibration
-from llava.core.types import REAL, Decision, Record, VerdictLabel, checked_scope
+from llava.core.types import REAL, Decision, Record, VerdictLabel, checked_scope, class_in_words
 from llava.core.weights import read_config, save_module, sha256_of_tensors, without_random_weights
 from llava.detectors.members import MEMBERS, Composite, own_description, read_members, save_members, write_trained_on
 
@@ -97,7 +97,7 @@ class Detector(Composite):
     @property
     def evidence_meanings(self) -> dict[str, str]:
         """Say of each piece of evidence what it is, for people who see its value."""
-        kinds = {f"p_{name}": f"Score for {name.replace('_', ' ')}" for name in self.classes}
+        kinds = {f"p_{name}": f"Score for {class_in_words(name)}" for name in self.classes}
         known = {"p_real": "Score for real", "p_fake": "Score for fake", **kinds, **self.own_meanings}
         return {name: known[name] for name in self.evidence_names}
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava.core.score_map import Calibration
-from llava.core.types import FAKE, LABEL_NAMES, REAL, REGIONS, Explanation, Verdict, VerdictLabel, VideoVerdict
+from llava.core.types import (
+    FAKE,
+    LABEL_NAMES,
+    REAL,
+    REGIONS,
+    Explanation,
+    Verdict,
+    VerdictLabel,
+    VideoVerdict,
+    class_in_words,
+)
 from llava.evaluation.text import parse_verdict
 from llava.pipeline.crops import Face
 
@@ -254,9 +264,9 @@ def _kind(verdict: Verdict) -> str:
     if verdict.label != VerdictLabel.FAKE or len(kinds) < 2:
         return ""
     first, *others = sorted(kinds, key=lambda name: -kinds[name])
-    rest = ", ".join(f"{name.replace('_', ' ')} {kinds[name]:.2f}" for name in others)
+    rest = ", ".join(f"{class_in_words(name)} {kinds[name]:.2f}" for name in others)
     return (
-        f" Of the kinds of forgery that it knows, it scores {first.replace('_', ' ')} highest: {kinds[first]:.2f} "
+        f" Of the kinds of forgery that it knows, it scores {class_in_words(first)} highest: {kinds[first]:.2f} "
         f"({rest}), before any calibration."
     )
 
