@@ -1,8 +1,9 @@
-"""Draw the page for the documentation: python tests/screenshots.py MODEL_FOLDER [docs/pictures]."""
+"""Draw the page for the documentation: python tests/screenshots.py MODEL [docs/pictures]."""
 
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -11,15 +12,17 @@ from browser import Browser, chromium
 from PIL import Image
 from servers import ROOT, Process, ready_address
 
+from llava.core.config import build, load_yaml
 from llava.core.runtime import atomic_path
+from llava.jobs.forged_faces import ForgeDataConfig, build_forgeries
 
 PHOTO = ROOT / "utils" / "demo_faces" / "grace_hopper.jpg"
 QUESTION = "Does this image look real or fake? Give the reasons."
 LOOKS = {"page-wide": (1280, 1000, False), "page-phone": (390, 844, False), "page-dark": (1280, 1000, True)}
 
 
-def draw(browser: Browser, address: str, folder: Path) -> None:
-    """Ask about a photo in public domain and write the page in each of its looks."""
+def draw(browser: Browser, address: str, folder: Path, edited: Path) -> None:
+    """Ask about a photo in public domain and draw the page in each look, then the verdicts on it and on its edit."""
     for name, (width, height, is_dark) in LOOKS.items():
         browser.look(width, height, is_dark)
         browser.open(address)
@@ -27,18 +30,46 @@ def draw(browser: Browser, address: str, folder: Path) -> None:
         browser.wait_for_answer()
         browser.click(QUESTION)
         browser.wait_for_answer(2)
-        browser.value("document.activeElement.blur(), scrollTo(0, 0)")
-        image = Image.open(io.BytesIO(browser.picture())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        write(folder / f"{name}.png", image)
-        if name == "page-wide":  # down to the words, for the first screen of README.md
-            top = browser.value("document.querySelector('#tabs').getBoundingClientRect().top")
-            write(folder / "page.png", image.crop((0, 0, image.width, int(top))))
+        write(folder / f"{name}.png", [seen(browser)])
+    browser.look(1280, 1000)
+    strips = []
+    for photo in (PHOTO, edited):  # one above the other, for the first screen of README.md
+        browser.open(address)
+        browser.drop(photo)
+        browser.wait_for_answer()
+        top = browser.value("document.querySelector('#desk').getBoundingClientRect().top")
+        end = browser.value("document.querySelector('#photo').getBoundingClientRect().bottom")
+        image = seen(browser)
+        strips.append(image.crop((0, int(top), image.width, int(end) + 24)))
+    write(folder / "verdicts.png", strips)
 
 
-def write(path: Path, image: Image.Image) -> None:
-    """Write a PNG file, moved into place complete."""
+def seen(browser: Browser) -> Image.Image:
+    """Give what the browser shows, from the top, nothing marked."""
+    browser.value("document.activeElement.blur(), scrollTo(0, 0)")
+    return Image.open(io.BytesIO(browser.picture())).convert("RGB")
+
+
+def edited_portrait(scratch: Path) -> Path:
+    """Edit the portrait as the demonstration does: of the embedded photos the only one that is ever shown forged."""
+    (scratch / "navy").mkdir()
+    shutil.copy(PHOTO, scratch / "navy")
+    recipe = load_yaml(ROOT / "scripts" / "configs" / "demo" / "edit.yaml")
+    folders = {"photos": str(scratch / "navy"), "output": str(scratch / "edited")}
+    build_forgeries(build(ForgeDataConfig, {**recipe, **folders}))
+    made = scratch / "edited" / "images" / "train" / "00000_1.png"
+    return made.rename(scratch / "grace_hopper, edited.png")
+
+
+def write(path: Path, images: list[Image.Image]) -> None:
+    """Write a PNG file of 256 colours, one image below the other, moved into place complete."""
+    whole = Image.new("RGB", (images[0].width, sum(image.height for image in images)))
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
     with atomic_path(path) as staged:
-        image.save(staged, optimize=True)
+        whole.quantize(256, dither=Image.Dither.NONE).save(staged, optimize=True)
 
 
 def main(model: str, folder: str = "docs/pictures") -> None:
@@ -47,7 +78,7 @@ def main(model: str, folder: str = "docs/pictures") -> None:
         flags = ["serve", "--model_path", str(Path(model).resolve()), "--port", "0"]
         server = Process("llava.cli", flags, Path(scratch) / "log")
         try:
-            draw(browser, ready_address(server), Path(folder))
+            draw(browser, ready_address(server), Path(folder), edited_portrait(Path(scratch)))
         finally:
             server.stop()
 

@@ -158,6 +158,20 @@ def test_smoothing_all_over_flattens_texture_and_keeps_edges() -> None:
     assert float(smooth[:, 33].mean()) - float(smooth[:, 30].mean()) > 100
 
 
+def test_sharpening_adds_fine_detail(image: np.ndarray) -> None:
+    soft = np.clip(image, 60, 200).astype(np.uint8)
+    detail = soft - gaussian_filter(soft.astype(float), (1, 1, 0))
+    amounts = []
+    for seed in range(20):
+        config = DegradeConfig(**NOTHING, sharpen_probability=1.0)
+        sharp, _ = degrade(soft, None, config, item_rng(seed, 0, 0))
+        inside = (sharp > 0) & (sharp < 255)
+        gained = (sharp - soft.astype(float))[inside]
+        amounts.append(np.polyfit(detail[inside], gained, 1)[0])
+        assert np.abs(gained - amounts[-1] * detail[inside]).mean() < 1
+    assert 0 <= min(amounts) < 0.4 and 1.6 < max(amounts) < 2.05
+
+
 def test_colour_can_be_taken_away_and_light_changed(image: np.ndarray) -> None:
     grey, _ = degrade(image, None, DegradeConfig(**NOTHING, grey_probability=1.0), item_rng(0, 0, 0))
     weights = image @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from llava.core.config import setting
-from llava.ops.degrade import require_within, resize
+from llava.ops.degrade import require_within, resize, sharpen
 
 SMALLEST_RADIUS = 3.0  # pixels
 COLOUR_SPREAD = 25.0  # standard deviation of a channel around the leaf's grey level, in levels of 255
@@ -79,8 +79,7 @@ def augment(
 def _photographed(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """Add or take away fine detail, then add noise, to float (H, W, 3) in [0, 1]."""
     if config.sharpness:
-        detail = image - cv2.GaussianBlur(image, (0, 0), sigmaX=1.0)
-        image = image + rng.uniform(-config.sharpness, config.sharpness) * detail
+        image = sharpen(image, rng.uniform(-config.sharpness, config.sharpness))
     if config.grain:
         image = image + rng.normal(0, rng.uniform(0, config.grain) / 255, image.shape)
     return np.clip(image, 0, 1)

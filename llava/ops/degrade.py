@@ -38,6 +38,8 @@ class DegradeConfig:
     flip_probability: float = setting(0.5, "chance of a left-right flip")
     smooth_probability: float = setting(0.0, "chance of texture being flattened all over, as beauty filters do")
     smooth_tolerance: tuple[float, float] = setting((5.0, 20.0), "range of the texture it flattens, in grey levels")
+    sharpen_probability: float = setting(0.0, "chance of fine detail being added to, as cameras and editors do")
+    sharpen_amount: tuple[float, float] = setting((0.0, 2.0), "range of the detail's weight; 1 = as much again")
     grey_probability: float = setting(0.0, "chance of colour being taken away")
     gain: float = setting(0.0, "largest relative change of brightness; 0 = none")
     rotation: float = setting(0.0, "largest rotation to either side, in degrees; 0 = none")
@@ -46,7 +48,8 @@ class DegradeConfig:
         require_within("gain", (self.gain,), 0, 1)
         require_within("rotation", (self.rotation,), 0, 180)
         require_within("smooth_tolerance", self.smooth_tolerance, 0, 255)
-        for name in ("smooth", "grey", "blur", "rescale", "noise", "jpeg", "flip"):
+        require_within("sharpen_amount", self.sharpen_amount, 0, 10)
+        for name in ("smooth", "sharpen", "grey", "blur", "rescale", "noise", "jpeg", "flip"):
             require_within(f"{name}_probability", (getattr(self, f"{name}_probability"),), 0, 1)
         require_within("blur_sigma", self.blur_sigma, 0, 100)
         require_within("rescale_factor", self.rescale_factor, 0.01, 1)
@@ -63,7 +66,7 @@ class DegradeConfig:
 def degrade(
     image: np.ndarray, mask: np.ndarray | None, config: DegradeConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Smooth, make grey, blur, rescale, add noise, compress, flip, each by its chance; change the gain and rotate.
+    """Smooth, sharpen, make grey, blur, rescale, add noise, compress, flip, each by its chance; change gain and angle.
 
     image: uint8 (H, W, 3), as the result; it is left as it is. mask: (H, W), what belongs to the pixels; it is only
     flipped and rotated. All randomness comes from `rng`.
@@ -71,6 +74,9 @@ def degrade(
     if config.smooth_probability and rng.random() < config.smooth_probability:
         flat = flatten_texture(image, SMOOTH_SIGMA, rng.uniform(*config.smooth_tolerance))
         image = np.clip(np.rint(flat), 0, 255).astype(np.uint8)
+    if config.sharpen_probability and rng.random() < config.sharpen_probability:
+        sharp = sharpen(image.astype(np.float32), rng.uniform(*config.sharpen_amount))
+        image = np.clip(np.rint(sharp), 0, 255).astype(np.uint8)
     if config.grey_probability and rng.random() < config.grey_probability:
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if rng.random() < config.blur_probability:
@@ -104,6 +110,11 @@ def flatten_texture(image: np.ndarray, sigma: float, tolerance: float) -> np.nda
         # OpenCV sums the difference over the three channels.
         smooth = cv2.bilateralFilter(smooth, 2 * round(1.5 * sigma) + 1, 3 * tolerance, sigma)
     return smooth
+
+
+def sharpen(image: np.ndarray, amount: float) -> np.ndarray:
+    """Add `amount` times what a Gaussian blur of sigma 1 takes away, to floats (H, W, 3); not clipped."""
+    return image + amount * (image - cv2.GaussianBlur(image, (0, 0), sigmaX=1.0))
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:

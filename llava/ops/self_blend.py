@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from llava.core.config import setting
-from llava.ops.degrade import require_within
+from llava.ops.degrade import require_within, sharpen
 from llava.ops.face_regions import FACE
 
 # Regions whose convex hull is an outline of what is exchanged; below = only what lies below the eyebrows' upper edge.
@@ -113,8 +113,7 @@ def _recolour(image: np.ndarray, config: SelfBlendConfig, rng: np.random.Generat
 def _refocus(image: np.ndarray, config: SelfBlendConfig, rng: np.random.Generator) -> np.ndarray:
     """Sharpen, or lose detail by shrinking and growing back."""
     if rng.random() < 0.5:
-        detail = image - cv2.GaussianBlur(image, (0, 0), sigmaX=1.0)
-        return np.clip(image + rng.uniform(*config.sharpen_amount) * detail, 0, 255)
+        return np.clip(sharpen(image, rng.uniform(*config.sharpen_amount)), 0, 255)
     height, width = image.shape[:2]
     factor = rng.uniform(*config.shrink_factor)
     small = cv2.resize(image, (round(width / factor), round(height / factor)), interpolation=cv2.INTER_AREA)
