@@ -42,7 +42,7 @@ m2f2 data forge "$table" --config "$recipes/forge.yaml" --output "$forged/data"
 
 echo "== the words"
 train=$forged/data/train images=(--image_folder "$forged/data/images")
-m2f2 tiny-base --config "$recipes/tiny_base.yaml" --data "$train/label_free.json" "$train/dialogue.json" "${images[@]}" \
+m2f2 tiny-base --config "$recipes/tiny_base.yaml" --data "$train/label_free.json" "${images[@]}" \
   --detector "$out/detector" --out "$out/base"
 bash stage_2_train.sh --config scripts/configs/stage_2/m2f2_tiny.yaml --config "$recipes/stage_2.yaml" "${images[@]}" \
   --data_path "$train/label_free.json" --merge.base "$out/base/model" --merge.detector "$out/detector" \

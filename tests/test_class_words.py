@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,9 @@ def test_the_files_say_the_class(world: Path) -> None:
     }
     source = open_conversations(str(world / "words/train/verdict_only.json"), "")
     assert {_words(record) for record in source.records} == {"real none", "fake deepfake", "fake ai_generated"}
+    edited, untouched = ({"region": region, "artefact": trace} for region, trace in (("eyes", "blur"), ("", "")))
+    assert _words(replace(source.records[0], label=FAKE, tags=edited)) == "fake eyes blur"
+    assert _words(replace(source.records[0], label=REAL, tags=untouched)) == "real none none"
 
 
 def test_without_kinds_the_files_are_what_they_were(world: Path, tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 Its vision tower is the one that the tiny stage-1 detector shares; beside a detector that shares none it is a small
 CLIP tower with random weights. Its tokeniser and its small Llama are trained on the training conversations, with the
-word `real` or `fake` standing where the evidence will stand, beside it the region that was edited and the kind of fake
-where the data say one, and another record's picture before it: like LLaVA-1.5, the base understands what it is told and
-cannot find it out itself.
+word `real` or `fake` standing where the evidence will stand, beside it the region that was edited, by what, and the kind
+of fake where the data say one, and another record's picture before it: like LLaVA-1.5, the base understands what it is
+told and cannot find it out itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from llava.explainer.prompts import lay_out, plain_text, strip_tags
 from llava.train.engine import usable_precision
 
 log = logging.getLogger(__name__)
-TOLD_TAGS = ("region", KIND_TAG)
+TOLD_TAGS = ("region", "artefact", KIND_TAG)
 OWN_TOWER = ClipVisionSizes(
     image_size=64, patch_size=16, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4
 )
@@ -159,7 +159,7 @@ class _ToldConversations(Dataset[dict[str, Any]]):
 
 
 def _words(record: Record) -> str:
-    """Give what the evidence will say: the label, and edited region and kind of fake (or `none`) if the data say it."""
+    """Give what the evidence will say: the label, and edited region, artefact, kind of fake (or `none`) if known."""
     if record.label is None:
         raise ValueError(f"Record {record.id!r} has no label; make the files with `m2f2 data ddvqa`, which keeps it.")
     return " ".join([LABEL_NAMES[record.label], *(record.tags[n] or "none" for n in TOLD_TAGS if n in record.tags)])
