@@ -2,9 +2,9 @@
 
 Its vision tower is the one that the tiny stage-1 detector shares; beside a detector that shares none it is a small
 CLIP tower with random weights. Its tokeniser and its small Llama are trained on the training conversations, with the
-word `real` or `fake` standing where the evidence will stand, beside it the region that was edited, by what, and the kind
-of fake where the data say one, and another record's picture before it: like LLaVA-1.5, the base understands what it is
-told and cannot find it out itself.
+word `real` or `fake` standing where the evidence will stand, beside it the region that was edited, by what trace, and
+the kind of fake where the data say one, and another record's picture before it: like LLaVA-1.5, the base understands
+what it is told and cannot find it out itself.
 """
 
 from __future__ import annotations
