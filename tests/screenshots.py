@@ -37,10 +37,15 @@ def draw(browser: Browser, address: str, folder: Path, edited: Path) -> None:
         browser.open(address)
         browser.drop(photo)
         browser.wait_for_answer()
-        top = browser.value("document.querySelector('#desk').getBoundingClientRect().top")
-        end = browser.value("document.querySelector('#photo').getBoundingClientRect().bottom")
+        browser.value("document.querySelectorAll('.verdict ~ *, #clear, #tabs').forEach(e => e.style.opacity = 0)")
         image = seen(browser)
-        strips.append(image.crop((0, int(top), image.width, int(end) + 24)))
+        places = (
+            f"document.querySelector('{part}').getBoundingClientRect()" for part in ("#desk", "#photo", ".verdict")
+        )
+        top, *ends = (
+            browser.value(f"{at}.{edge}") for at, edge in zip(places, ("top", "bottom", "bottom"), strict=True)
+        )
+        strips.append(image.crop((0, int(top) - 16, image.width, int(max(ends)) + 16)))
     write(folder / "verdicts.png", strips)
 
 

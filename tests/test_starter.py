@@ -27,13 +27,13 @@ from llava.core import weights
 from llava.core.config import load_yaml, merge, parse
 from llava.core.score_map import write_calibration
 from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_in, write_shards
-from llava.core.types import STARTER, VerdictLabel
+from llava.core.types import STARTER, Turn, VerdictLabel
 from llava.core.weights import STARTER_DIR, halved, sha256_of
 from llava.data.splits import group_hashes
 from llava.detectors.base import load
 from llava.detectors.members import write_trained_on
 from llava.explainer.delta import fingerprint
-from llava.explainer.generation import load_model
+from llava.explainer.generation import load_model, load_processor
 from llava.explainer.merge import halve, merge_delta
 from llava.jobs.bulk import ScoreSettings
 from llava.jobs.commands import ChatSettings, DetectSettings, ExplainSettings
@@ -173,6 +173,23 @@ def test_a_plain_verdict_loads_no_language_model(world: Path, tmp_path: Path) ->
     verdict = json.loads(done.stdout.splitlines()[0])
     assert verdict["detector"] == "cnn" and verdict["calibration"].startswith("calibrated on checkerboards")
     assert set(done.stdout.splitlines()[-1].split()).isdisjoint(LLM_STACK)
+
+
+def test_training_tells_a_real_face_of_another_ones_edit(world: Path) -> None:
+    model = load_model(world / "start")
+    processor = load_processor(world / "start", model)
+    ids, labels = processor.encode(
+        [Turn(role="human", text="<image>\n<deepfake>\nReal?"), Turn(role="assistant", text="No.")]
+    )
+    items = [{"input_ids": ids, "labels": labels, **processor.pixels(draw(n % 2, n))} for n in range(3)]
+    batch = processor.collate(items)
+    spread = torch.tensor([[0.2, 1.0], [0.9, 1.0], [0.4, 1.0]])
+    with torch.no_grad():
+        own = model.encode(batch["pixel_values"], batch["detector_inputs"]).evidence
+        assert own is not None and not torch.allclose(own[0], own[2])
+        told = model.detector.with_p_fake(own[[2, 1, 1]], spread[:, 0])
+        expected = model(**batch, evidence=told).logits
+        assert torch.equal(model(**batch, spread=spread).logits, expected)
 
 
 # ---- weights in half precision ----------------------------------------------------------------------------------

@@ -230,12 +230,14 @@ class ForgeryLlava(LlavaForConditionalGeneration):
         """Give the evidence (N, E) for the words: the detector's, or what replaces it.
 
         spread (N, 2 + kinds): the p_fake that replaces the one in it, the exponent that makes the rest of it less sure,
-        and the kinds' shares of p_fake (0 = as they are).
+        and the kinds' shares of p_fake (0 = as they are). What else is told of a real face is its neighbour's: where
+        nothing was edited, what an edit would be says nothing, and the words must learn that of any.
         """
         evidence = encoded.evidence if evidence is None else evidence
         if spread is None:
             return evidence
         softer = self.detector.soften(evidence, spread[:, 1])
+        softer = torch.where(spread[:, :1] < 0.5, softer.roll(1, dims=0), softer)
         return self.detector.with_p_fake(softer, spread[:, 0], spread[:, 2:] if spread.shape[1] > 2 else None)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
