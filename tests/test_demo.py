@@ -26,7 +26,7 @@ EXPLAIN = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "edit": {},
     "forge": {"versions": 2, "per_image": 2, "longest_side": 96},
-    "stage_1": {"steps": 4, "eval_steps": 4, "batch_size": 4, "collapse": {"min_sd": 0.0}, "workers": 0},
+    "stage_1": {"steps": 10, "eval_steps": 10, "batch_size": 4, "collapse": {"min_sd": 0.0}, "workers": 0},
     "tiny_base": {"steps": 20, "batch_size": 4, "layers": 1, "hidden_size": 48, "heads": 2},
     "stage_2": EXPLAIN,
     "stage_3": EXPLAIN,
