@@ -28,7 +28,7 @@ while (($#)); do
   shift
 done
 [[ -n $table ]] || refuse "Give TABLE, a csv of real faces; --help says what it holds."
-[[ -f $table ]] || refuse "File '$table' does not exist."
+for file in "$table" "${weights[@]:1}"; do [[ -f $file ]] || refuse "File '$file' does not exist."; done
 mkdir -p "$out"
 forged=$(mktemp -d "${TMPDIR:-/tmp}/starter.XXXXXX")
 trap 'rm -rf "$forged"' EXIT
@@ -41,6 +41,8 @@ echo "== forgeries to speak of"
 m2f2 data forge "$table" --config "$recipes/forge.yaml" --output "$forged/data"
 
 echo "== the words"
+# Learned anew each time, in minutes: the forgeries lie elsewhere now. The detector above goes on where it stopped.
+rm -rf "$out"/base "$out"/stage_2* "$out"/stage_3* "$out"/full "$out"/model
 train=$forged/data/train images=(--image_folder "$forged/data/images")
 m2f2 tiny-base --config "$recipes/tiny_base.yaml" --data "$train/label_free.json" "${images[@]}" \
   --detector "$out/detector" --out "$out/base"

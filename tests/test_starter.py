@@ -363,6 +363,7 @@ def test_the_script_makes_a_small_model_and_leaves_no_forged_face(tmp_path: Path
         (["nowhere.csv"], "File 'nowhere.csv' does not exist"),
         (["a.csv", "b.csv"], "Give one TABLE, not 'a.csv' and 'b.csv'"),
         (["a.csv", "--weights"], "--weights needs a value"),
+        (["CHANGELOG.md", "--weights", "nowhere.pth"], "File 'nowhere.pth' does not exist"),
         (["--sed", "1"], "Unknown option '--sed'; allowed: --weights, --output, --seed, --recipes"),
     ],
 )
