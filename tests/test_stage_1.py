@@ -27,17 +27,9 @@ from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
 from llava.ops.degrade import VERSIONS, Change
 from llava.train import stage_1
-from llava.train.engine import (
-    CollapseError,
-    DetectorTrainer,
-    WholeBatches,
-    balance_classes,
-    check_collapse,
-    flat_metrics,
-    training_arguments,
-)
+from llava.train.engine import DetectorTrainer, WholeBatches, balance_classes, flat_metrics, training_arguments
 from llava.train.recipe import CollapseConfig, Fold, LossConfig, PhaseConfig, Recipe, data_name, open_data
-from llava.train.scoring import changed, measured, probe_answers, score, with_versions
+from llava.train.scoring import CollapseError, changed, check_collapse, measured, probe_answers, score, with_versions
 from llava.train.stage_1 import settle
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
@@ -495,8 +487,10 @@ def test_collapse_ends_the_run_with_an_error(images, tmp_path, caplog):
 
 
 @pytest.mark.e2e
-def test_a_killed_run_goes_on_exactly(images, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])  # of processes that stay, the seed is drawn once, from dropout's numbers
+def test_a_killed_run_goes_on_exactly(images, workers, tmp_path):
     changes = {"model": {**TINY_MODEL, "fusion": "bridge"}, "epochs": 5, "eval_steps": 7, "patience": 50}
+    changes["workers"] = workers
     changes["collapse"] = {"min_recall": 0.0, "min_sd": 0.0}
     changes["loss"] = {"class_balance": "sampling"}
     whole = write_recipe(tmp_path / "whole.yaml", settings(images, tmp_path / "whole", **changes))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -34,7 +34,7 @@ from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions
 from llava.train.recipe import Best, CollapseConfig, OptimConfig, PhaseConfig, PhaseData
-from llava.train.scoring import answers_of, plain_text, predictions_of, probe_answers, usable_data
+from llava.train.scoring import CLASS_RECALL, answers_of, check_collapse, predictions_of, probe_answers, usable_data
 
 log = logging.getLogger(__name__)
 HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
@@ -43,40 +43,8 @@ RESAMPLES_WHILE_TRAINING = 200
 # The best weights have the highest video AUC (or macro F1); this small share of the loss decides between equal ones.
 # One pair of 100 + 100 videos in another order changes the AUC by 1e-4.
 LOSS_IN_MERIT = 1e-5
-CLASS_RECALL = "class_recall_"  # what the recall of a class begins with, of a detector with more than two
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
-
-
-class CollapseError(RuntimeError):
-    """The detector gives one answer to everything."""
-
-
-def check_collapse(
-    metrics: Mapping[str, float], config: CollapseConfig, answers: Callable[[], Mapping[str, float]]
-) -> None:
-    """Raise CollapseError when a class is hardly ever recalled or p_fake hardly varies over validation.
-
-    Real and fake are told apart at 0.5, the classes of a detector with more than two by the highest score.
-
-    metrics: those of one evaluation. answers: gives p_fake of plain colours and noise, to be named beside it.
-    """
-    recalls = {label: metrics[f"eval_frame_recall_{label}"] for label in ("real", "fake")}
-    beginning = f"eval_{CLASS_RECALL}"
-    recalls |= {name.removeprefix(beginning): r for name, r in metrics.items() if name.startswith(beginning)}
-    problems = [
-        f"recall of {label} is {recall:.3f}, under {config.min_recall}"
-        for label, recall in recalls.items()
-        if recall < config.min_recall
-    ]
-    if metrics["eval_sd_p_fake"] < config.min_sd:
-        problems.append(f"sd(p_fake) is {metrics['eval_sd_p_fake']:.4f}, under {config.min_sd}")
-    if problems:
-        raise CollapseError(
-            f"The detector has collapsed: on validation, {' and '.join(problems)}. p_fake of plain images: "
-            f"{plain_text(answers())}. Use --loss.class_balance sampling, another --optim.lr, or more "
-            "--collapse.grace_epochs."
-        )
 
 
 class CollapseCheck(TrainerCallback):
@@ -168,8 +136,10 @@ class DetectorTrainer(Trainer):
     model: Detector
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, detector: Detector, phase: PhaseConfig, data: PhaseData, args: TrainingArguments) -> None:
-        self.phase, self.val_records = phase, data.val
+    def __init__(
+        self, detector: Detector, phase: PhaseConfig, data: PhaseData, args: TrainingArguments, goes_on: bool = False
+    ) -> None:
+        self.phase, self.val_records, self.goes_on = phase, data.val, goes_on
         train_set = DetectionDataset(
             data.source,
             data.train,
@@ -201,6 +171,23 @@ class DetectorTrainer(Trainer):
             return WholeBatches(dataset.targets, seed, balance == "sampling", batch_size)
         labels = [int(r.label or REAL) for r in dataset.records]
         return WholeBatches(labels, seed, False, batch_size, [r.tags.get("untouched", "") for r in dataset.records])
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Give the loader of training."""
+        return self._as_if_begun(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Give the loader of validation."""
+        return self._as_if_begun(super().get_eval_dataloader(eval_dataset))
+
+    def _as_if_begun(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """Let a run that goes on take no numbers from the generator of dropout, where the unbroken run takes none.
+
+        Worker processes that stay are given a seed once, which the run before has done.
+        """
+        if self.goes_on and self.args.dataloader_persistent_workers:
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Use the detector's parameter groups; the largest comes first, because its rate is the one shown."""
@@ -264,8 +251,8 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
     detector.trained_on |= group_hashes(r.group for r in data.train)
     balance_classes(detector, phase, list(map(detector.target, data.train)))
     detector.to(memory_format=torch.channels_last)
-    args = training_arguments(phase, folder)
-    trainer = DetectorTrainer(detector, phase, data, args)
+    args, checkpoint = training_arguments(phase, folder), last_checkpoint(folder)
+    trainer = DetectorTrainer(detector, phase, data, args, goes_on=checkpoint is not None)
     trainer.remove_callback(PrinterCallback)
 
     def answers() -> dict[str, float]:
@@ -275,7 +262,6 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
         trainer.add_callback(callback)
     if phase.patience:
         trainer.add_callback(EarlyStoppingCallback(phase.patience))
-    checkpoint = last_checkpoint(folder)
     if checkpoint:
         log.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -26,10 +26,10 @@ from llava.evaluation.calibration import CalibrationConfig, fit_calibration, gro
 from llava.evaluation.predictions import Predictions, from_records
 from llava.evaluation.reliability import calibration_report, share_of_fakes
 from llava.ops.degrade import VERSIONS, Change
-from llava.train.recipe import PhaseData
+from llava.train.recipe import CollapseConfig, PhaseData
 
 log = logging.getLogger(__name__)
-
+CLASS_RECALL = "class_recall_"  # what the recall of a class begins with, of a detector with more than two
 PLAIN_COLOURS = {
     "black": (0, 0, 0),
     "grey": (128, 128, 128),
@@ -200,6 +200,37 @@ def probe_answers(detector: Detector, device: torch.device, seed: int = 0) -> di
 def plain_text(answers: Mapping[str, float]) -> str:
     """Write what `probe_answers` gave."""
     return ", ".join(f"{name} {p:.2f}" for name, p in answers.items()) or "none, it needs sound"
+
+
+class CollapseError(RuntimeError):
+    """The detector gives one answer to everything."""
+
+
+def check_collapse(
+    metrics: Mapping[str, float], config: CollapseConfig, answers: Callable[[], Mapping[str, float]]
+) -> None:
+    """Raise CollapseError when a class is hardly ever recalled or p_fake hardly varies over validation.
+
+    Real and fake are told apart at 0.5, the classes of a detector with more than two by the highest score.
+
+    metrics: those of one evaluation. answers: gives p_fake of plain colours and noise, to be named beside it.
+    """
+    recalls = {label: metrics[f"eval_frame_recall_{label}"] for label in ("real", "fake")}
+    beginning = f"eval_{CLASS_RECALL}"
+    recalls |= {name.removeprefix(beginning): r for name, r in metrics.items() if name.startswith(beginning)}
+    problems = [
+        f"recall of {label} is {recall:.3f}, under {config.min_recall}"
+        for label, recall in recalls.items()
+        if recall < config.min_recall
+    ]
+    if metrics["eval_sd_p_fake"] < config.min_sd:
+        problems.append(f"sd(p_fake) is {metrics['eval_sd_p_fake']:.4f}, under {config.min_sd}")
+    if problems:
+        raise CollapseError(
+            f"The detector has collapsed: on validation, {' and '.join(problems)}. p_fake of plain images: "
+            f"{plain_text(answers())}. Use --loss.class_balance sampling, another --optim.lr, or more "
+            "--collapse.grace_epochs."
+        )
 
 
 def _side(spec: Input) -> int:

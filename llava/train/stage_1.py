@@ -31,7 +31,7 @@ from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
 from llava.evaluation.predictions import Predictions, write_csv
 from llava.evaluation.tables import multiclass_lines
-from llava.train.engine import BEST, CollapseError, train_phase
+from llava.train.engine import BEST, train_phase
 from llava.train.recipe import (
     Fold,
     PhaseConfig,
@@ -43,6 +43,7 @@ from llava.train.recipe import (
     validation_fold,
 )
 from llava.train.scoring import (
+    CollapseError,
     answers_over,
     calibrate,
     has_enough_groups,
