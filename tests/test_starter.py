@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_architecture import LLM_STACK
@@ -162,6 +166,38 @@ assert main(["detect", sys.argv[2], "--face", "off", "--json"]) == 0
 assert main(["score", sys.argv[2], "--face", "off", "--out", sys.argv[3]]) == 0
 print(*sys.modules)
 """
+
+
+BARE = """
+import json, sys
+from importlib.machinery import PathFinder
+absent, found = set(json.loads(sys.argv[1])), PathFinder.find_spec
+PathFinder.find_spec = lambda name, *more: None if name.partition(".")[0] in absent else found(name, *more)
+from llava.cli import main
+sys.exit(main(["explain", sys.argv[2], "--json", "--device", "cpu"]))
+"""
+
+
+@pytest.mark.e2e
+def test_what_ships_needs_none_of_the_extras(tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed, waiting = set(), list(project["dependencies"])
+    while waiting:
+        wanted = Requirement(waiting.pop())
+        name = canonicalize_name(wanted.name)
+        if name not in needed and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+            needed.add(name)
+            waiting += requires(name) or []
+    absent = [
+        module
+        for module, packages in packages_distributions().items()
+        if needed.isdisjoint(map(canonicalize_name, packages)) and module != "llava"
+    ]
+    assert {"gradio", "deepspeed", "ray"} <= set(absent) and "torch" not in absent
+    words = [sys.executable, "-c", BARE, json.dumps(absent), str(PHOTO)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["text"]
 
 
 @pytest.mark.e2e

@@ -291,7 +291,7 @@ def _fingerprints(pipeline: Pipeline) -> Facts:
     """Give those of the detector and of the explainer's weight files, as certificates name them; None without one."""
     if pipeline.explainer is None:
         return {"detector_sha256": pipeline.detector.fingerprint(), "explainer_sha256": None}
-    from llava.explainer.convert import ready  # here, because they import peft, which a detector does not need
+    from llava.explainer.convert import ready  # here, because a detector alone needs no language-model stack
     from llava.explainer.delta import detector_fingerprint, fingerprint
 
     folder = ready(pipeline.name)
