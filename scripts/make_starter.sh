@@ -29,6 +29,8 @@ while (($#)); do
 done
 [[ -n $table ]] || refuse "Give TABLE, a csv of real faces; --help says what it holds."
 for file in "$table" "${weights[@]:1}"; do [[ -f $file ]] || refuse "File '$file' does not exist."; done
+[[ -f $out/detector/run.json || -z $(ls -A "$out" 2>/dev/null) ]] ||
+  refuse "Folder '$out' holds other things; give an empty one, or that of an earlier run."
 mkdir -p "$out"
 forged=$(mktemp -d "${TMPDIR:-/tmp}/starter.XXXXXX")
 trap 'rm -rf "$forged"' EXIT
@@ -42,7 +44,9 @@ m2f2 data forge "$table" --config "$recipes/forge.yaml" --output "$forged/data"
 
 echo "== the words"
 # Learned anew each time, in minutes: the forgeries lie elsewhere now. The detector above goes on where it stopped.
-rm -rf "$out"/base "$out"/stage_2* "$out"/stage_3* "$out"/full "$out"/model
+for made in base stage_2-start stage_2-delta stage_2 stage_3-delta full model exp.jsonl exp_run; do
+  rm -rf "${out:?}/$made"
+done
 train=$forged/data/train images=(--image_folder "$forged/data/images")
 m2f2 tiny-base --config "$recipes/tiny_base.yaml" --data "$train/label_free.json" "${images[@]}" \
   --detector "$out/detector" --out "$out/base"

@@ -357,7 +357,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "stage_3": {"max_steps": 2, "per_device_train_batch_size": 4},
 }
 # No Java: METEOR has its own tests.
-TOOLS = ("bash", "dirname", "mkdir", "mktemp", "rm", "sed")
+TOOLS = ("bash", "dirname", "mkdir", "mktemp", "rm", "sed", "ls")
 
 
 def make_starter(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -376,12 +376,14 @@ def test_the_script_makes_a_small_model_and_leaves_no_forged_face(tmp_path: Path
     split_of = {"astronaut.png": "train", "portrait_cc0_1.png": "val", "grace_hopper.jpg": "test"}
     rows = [f"{PHOTO.parent / name},real,{split},{name[:5]}" for name, split in split_of.items()]
     (tmp_path / "people.csv").write_text("\n".join(["file,label,split,group", *rows]))
-    done = make_starter(
-        *(tmp_path / "people.csv", "--output", tmp_path / "out", "--recipes", tmp_path / "recipes"),
-        PATH=str(tmp_path / "tools"),
-        TMPDIR=str(tmp_path / "temporary"),
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for _ in range(2):  # the second time the detector is there, and the words are learned anew
+        done = make_starter(
+            *(tmp_path / "people.csv", "--output", tmp_path / "out", "--recipes", tmp_path / "recipes"),
+            PATH=str(tmp_path / "tools"),
+            TMPDIR=str(tmp_path / "temporary"),
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "is trained already by this recipe" in done.stderr
     assert dtypes(tmp_path / "out" / "model") == {torch.float16, torch.int64}
     made = Pipeline.from_pretrained(tmp_path / "out" / "model", "cpu")
     assert made.explainer is not None
@@ -400,6 +402,10 @@ def test_the_script_makes_a_small_model_and_leaves_no_forged_face(tmp_path: Path
         (["a.csv", "b.csv"], "Give one TABLE, not 'a.csv' and 'b.csv'"),
         (["a.csv", "--weights"], "--weights needs a value"),
         (["CHANGELOG.md", "--weights", "nowhere.pth"], "File 'nowhere.pth' does not exist"),
+        (
+            ["CHANGELOG.md", "--output", "."],
+            "Folder '.' holds other things; give an empty one",
+        ),
         (["--sed", "1"], "Unknown option '--sed'; allowed: --weights, --output, --seed, --recipes"),
     ],
 )
