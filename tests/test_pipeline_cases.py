@@ -109,7 +109,8 @@ def test_a_calibrated_verdict_is_said_in_plain_words() -> None:
         "6.7 times likelier to come from a forged face than from a real one: on its own, weak support for “forged”",
         "Before looking, 50 % of such pictures were expected to be forged.",
         "UNCERTAIN between 20.0 % and 70.0 %",
-        "of 100 real faces at least 95 are not called FAKE, and of 100 forged ones at least 90 are not called REAL",
+        "among faces like those that the detector was calibrated on, of 100 real faces at least 95 are not called FAKE"
+        ", and of 100 forged ones at least 90 are not called REAL",
         "SHA-256 ab12 Length 5 bytes Size 120 × 90 pixels Face x 10, y 20, 30 × 40 pixels",
         "It is no proof that a place was changed.",
         "This is no evidence by itself.",

@@ -230,7 +230,8 @@ def band_in_words(verdict: Verdict) -> str:
     low, high = verdict.band
     limits = f"between {100 * low:.1f} % and {100 * high:.1f} %" if low < high else "nowhere"
     return (
-        f"The verdict is UNCERTAIN {limits}. The limits were chosen so that of 100 real faces at least "
+        f"The verdict is UNCERTAIN {limits}. The limits were chosen so that, among faces like those that the detector "
+        "was calibrated on, of 100 real faces at least "
         f"{100 * verdict.real_coverage:g} are not called FAKE, and of 100 forged ones at least "
         f"{100 * verdict.coverage:g} are not called REAL."
     )
