@@ -1,36 +1,31 @@
 """What are detectors worth that were taught by forgeries made in memory? The numbers of the starter, seed by seed.
 
 Each detector is taken as it is saved, with its threshold, calibration and abstention. Faces of the portraits are cut
-out as `m2f2 detect` does it; public sets are scored as they are. What was scored once is not scored again: scores lie
-in the output folder. Intervals: 95 %, by bootstrap over groups (persons, videos); shares of verdicts: Wilson, with
-groups as trials.
+out as `m2f2 detect` does it; public sets are scored as they are, and cut out as well. What was scored once is not
+scored again: scores lie in the output folder. Intervals: 95 %, by bootstrap over groups (persons, videos); shares of
+verdicts: Wilson, with groups as trials.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llava.core.config import parse, setting, to_dict
 from llava.core.runtime import atomic_path, pick_device, setup_logging, write_json
 from llava.core.terminal import console, progress, titled_table
-from llava.core.types import FAKE, REAL, REGIONS, Content, Record, VerdictLabel
+from llava.core.types import FAKE, REAL, REGIONS, Record, VerdictLabel
 from llava.data.answer_texts import SIGNS
-from llava.data.dataset import input_tensors
 from llava.data.images import list_images
 from llava.data.sources import DataConfig, Source, open_source, split_of
 from llava.data.splits import refuse_groups
@@ -42,11 +37,12 @@ from llava.evaluation.predictions import Predictions, read_csv, write_csv
 from llava.evaluation.reliability import verdict_report
 from llava.evaluation.robustness import Verdicts
 from llava.evaluation.tables import interval_text, run_script
+from llava.jobs.cost import TIMED, milliseconds, peak_memory
 from llava.ops.degrade import DEGRADATIONS, VERSIONS, Change
 from llava.ops.forge import ARTEFACTS, SELF_BLENDED, ForgeConfig
 from llava.train.evaluate import training_of
 from llava.train.recipe import forging_source
-from llava.train.scoring import answers_of, answers_over, changed, evaluating, measured, score
+from llava.train.scoring import answers_over, changed, measured, score
 
 Row: TypeAlias = dict[str, Any]  # value, low, high; images and groups as far as they make sense
 Rows: TypeAlias = dict[str, Row]
@@ -57,7 +53,7 @@ LOCAL_MEAN = "mean of the local edits"
 DELIVERED: dict[str, Change | None] = {"as it is": None, **{name: VERSIONS[name] for name in ("JPEG 50", "half size")}}
 TURNING = (*(Change("JPEG", quality) for quality in DEGRADATIONS["JPEG"].strengths), VERSIONS["half size"])
 DEMO_FACES = Path(__file__).resolve().parents[1] / "utils" / "demo_faces"
-WARM_UP, TIMED = 5, 30
+WAYS = {"as they are": False, "cut out": True}  # of showing the faces of a public set; `m2f2 detect` cuts them out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +121,12 @@ def main() -> None:
 def measure(bench: Bench) -> Iterator[tuple[str, Rows]]:
     """Yield title and rows of each table of one detector, but for its cost. Raises ValueError or FileNotFoundError."""
     settings = bench.settings
-    untouched: dict[str, Predictions] = {}
+    untouched: dict[str, Shown] = {}
     if settings.portraits is None:
         _skip("portraits")
     for number, split in enumerate(settings.splits if settings.portraits else ()):
         forged = Forged(bench, split)
-        untouched[f"portraits {split}"] = forged.scores()
+        untouched[f"portraits {split}"] = forged
         yield f"AUC on forgeries of unseen people, portraits {split}", forged.auc_rows()
         yield f"Named right, portraits {split}", forged.naming_rows()
         if number == 0:
@@ -140,14 +136,15 @@ def measure(bench: Bench) -> Iterator[tuple[str, Rows]]:
         if getattr(settings, public.setting) is None:
             _skip(public.setting)
             continue
-        scored = bench.public_scores(name, public)
-        test = Predictions(tuple(p for p in scored if p.split == public.test))
-        untouched |= {f"{name} {public.test}": test, **({f"{name}, all reals": scored} if public.others else {})}
-        aucs |= {f"{name}, {kind}": row for kind, row in public_aucs(test, settings.resamples).items()}
+        for way, is_cut in WAYS.items():
+            shown = Shown(bench, f"{name}, {way}", *public_faces(settings, public, is_cut))
+            untouched[f"{name}, {way}"] = shown
+            test = Predictions(tuple(p for p in shown.scores() if p.split == public.test))
+            aucs |= {f"{name}, {kind}, {way}": row for kind, row in public_aucs(test, settings.resamples).items()}
     if aucs:
-        yield "AUC on public sets, test splits as they are", aucs
+        yield "AUC on public sets, test splits", aucs
     if untouched:
-        alarms = {name: verdict_rows(bench.detector, found) for name, found in untouched.items()}
+        alarms = {name: shown.verdict_rows() for name, shown in progress(list(untouched.items()), "untouched faces")}
         said = {f"{name}, {label}": row for name, rows in alarms.items() for label, row in rows.items()}
         yield "Verdicts on untouched faces", said
 
@@ -192,29 +189,54 @@ class Bench:
         write_csv(path, found)
         return found
 
-    def public_scores(self, name: str, public: PublicSet) -> Predictions:
-        """Score the test split of a public set, and the reals of its other splits."""
-        folder = Path(getattr(self.settings, public.setting))
-        source = open_source(DataConfig(source="csv", path=str(folder / "manifest.csv"), **public.options))
-        others = [record for split in public.others for record in split_of(source, split) if record.label == REAL]
-        return self.scores(name, source, [*split_of(source, public.test), *others])
+
+def public_faces(settings: Settings, public: PublicSet, is_cut: bool) -> tuple[Source, list[Record]]:
+    """Open a public set: the test split, and the reals of its other splits."""
+    path = Path(getattr(settings, public.setting)) / "manifest.csv"
+    source = open_source(DataConfig(source="csv", path=str(path), face_crop=is_cut, **public.options))
+    others = [record for split in public.others for record in split_of(source, split) if record.label == REAL]
+    return source, [*split_of(source, public.test), *others]
 
 
-class Forged:
-    """A split of the portraits, and what a detector says of it and of its forgeries."""
+class Shown:
+    """Faces that are shown in one way, and what a detector says of them."""
+
+    def __init__(self, bench: Bench, name: str, source: Source, records: Sequence[Record]) -> None:
+        self.bench, self.name, self.source, self.records = bench, name, source, records
+
+    def scores(self, change: Change | None = None) -> Predictions:
+        """Score all of them."""
+        return self.bench.scores(self.name, self.source, self.records, change)
+
+    def verdict_rows(self) -> Rows:
+        """Give the shares FAKE, UNCERTAIN and REAL of untouched faces, and of FAKE that outlasts the stability rule."""
+        predictions, labels = self.scores(), self.bench.detector.labels
+        said = np.array(labels(predictions.p_fake))
+        verdicts = Verdicts(predictions=predictions, labels=said, changed={})
+        untouched = predictions.labels == REAL
+        accused = untouched & (said == VerdictLabel.FAKE)
+        stays = accused.copy()
+        chosen = [record for record, is_accused in zip(self.records, accused, strict=True) if is_accused]
+        for change in VERSIONS.values() if chosen else ():
+            again = self.bench.scores(f"{self.name}, FAKE", self.source, chosen, change)
+            stays[accused] &= np.array(labels(again.p_fake)) != VerdictLabel.REAL
+        shares = (VerdictLabel.FAKE, VerdictLabel.UNCERTAIN, VerdictLabel.REAL)
+        rows = {label.value: verdicts.share(said == label, untouched) for label in shares}
+        return rows | {f"{VerdictLabel.FAKE} after the stability rule": verdicts.share(stays, untouched)}
+
+
+class Forged(Shown):
+    """A split of the portraits, cut out, with one forgery of each kind as the recipe forges what is held out."""
 
     def __init__(self, bench: Bench, split: str) -> None:
-        self.bench, self.split, self.resamples = bench, split, bench.settings.resamples
+        self.split, self.resamples = split, bench.settings.resamples
         portraits = DataConfig(source="csv", path=f"{bench.settings.portraits}/manifest.csv", cache=True)
-        self.source = forging_source(portraits, bench.forge, split)
-        groups = {record.group for record in self.source.records}
+        source = forging_source(portraits, bench.forge, split)
+        super().__init__(bench, f"portraits {split}", source, source.records)
+        groups = {record.group for record in source.records}
         refuse_groups(groups, bench.detector.trained_on, f"split {split!r} of the portraits", "trained on")
         plainly = replace(bench.forge, held_out=ForgeConfig(hulls=True))
         self._plain = forging_source(portraits, plainly, split)
-
-    def scores(self, change: Change | None = None) -> Predictions:
-        """Score untouched faces and one forgery of each kind, as the recipe forges what is held out."""
-        return self.bench.scores(f"portraits {self.split}", self.source, self.source.records, change)
 
     def plain_scores(self, change: Change | None = None) -> Predictions:
         """Score the untouched faces beside blends by the defaults of `ForgeConfig`, with hulls."""
@@ -311,14 +333,6 @@ def public_aucs(test: Predictions, n_boot: int) -> Rows:
     return class_aucs(whole, {}, n_boot) | (by_class if len(by_class) > 1 else {})
 
 
-def verdict_rows(detector: Detector, predictions: Predictions) -> Rows:
-    """Give the shares FAKE, UNCERTAIN and REAL of the untouched faces among some."""
-    said = np.array(detector.labels(predictions.p_fake))
-    verdicts = Verdicts(predictions=predictions, labels=said, changed={})
-    labels = (VerdictLabel.FAKE, VerdictLabel.UNCERTAIN, VerdictLabel.REAL)
-    return {label.value: verdicts.share(said == label, predictions.labels == REAL) for label in labels}
-
-
 def cost_rows(detector: Detector, folder: Path) -> Rows:
     """Give weights, size of the file, time of a face and memory of the process that is asked about a photo."""
     command = [sys.executable, "-m", "llava.cli", "detect", str(list_images(DEMO_FACES)[0]), "--model", str(folder)]
@@ -328,40 +342,6 @@ def cost_rows(detector: Detector, folder: Path) -> Rows:
         f"ms of a face crop, median of {TIMED}": _number(milliseconds(detector)),
         "peak memory of `m2f2 detect`, MB": _number(peak_memory(command)),
     }
-
-
-def milliseconds(detector: Detector) -> float:
-    """Give the median time in which one core makes p_fake of one face crop, preparation included.
-
-    The processor's time, so that others who use the core do not count.
-    """
-    crop = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-    threads, spent = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        with evaluating(detector, torch.device("cpu")):
-            for _ in range(WARM_UP + TIMED):
-                start = time.process_time()
-                tensors, _ = input_tensors(Content(image=crop), detector.inputs, with_views=True)
-                answers_of(detector, {name: tensor[None] for name, tensor in tensors.items()})
-                spent.append(1000 * (time.process_time() - start))
-    finally:
-        torch.set_num_threads(threads)
-    return median(spent[WARM_UP:])
-
-
-def peak_memory(command: Sequence[str]) -> float:
-    """Run a command on one core and give its largest resident memory in MB. Raises ValueError when it fails."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    peak = 0.0
-    while child.poll() is None:
-        # Not ru_maxrss, which begins with what this process holds.
-        status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-        peak = max([peak, *(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))])
-        time.sleep(0.02)
-    if child.returncode:
-        raise ValueError(f"{' '.join(command)!r} ended with {child.returncode}; run it to see why.")
-    return peak
 
 
 def _number(value: float) -> Row:

@@ -61,7 +61,7 @@ def tiny(name, **changes):
 def fit_on_noise(detector, part, seed=7):
     inputs, targets = batch_for(detector, n=16, seed=seed)
     observed = detector.eval().observe(part, {name: tensor[:, None] for name, tensor in inputs.items()})
-    detector.fitted_parts()[part].fit(observed, targets)
+    detector.fitted_parts()[part].fit(observed, targets, [f"{n}" for n in range(len(targets))])
 
 
 def has_weights_to_train(detector):

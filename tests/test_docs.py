@@ -23,6 +23,7 @@ READERS = {
     "stage_1": "llava.train.recipe:Recipe",
     "stage_2": "llava.train.arguments:ExplainArguments",
     "stage_3": "llava.train.arguments:ExplainArguments",
+    "own_pictures": "llava.train.recipe:Recipe",
     "forge": "llava.jobs.forged_faces:ForgeDataConfig",
     "edit": "llava.jobs.forged_faces:ForgeDataConfig",
     "tiny_base": "llava.train.tiny_base:TinyBaseConfig",

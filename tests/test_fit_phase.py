@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.special import expit, logit
 
 from llava.core.config import build
+from llava.core.runtime import item_rng
 from llava.core.types import InputSpec
 from llava.core.weights import read_config, sha256_of
 from llava.data.dataset import to_tensor
@@ -24,6 +25,7 @@ from llava.detectors.ensemble import Ensemble, EnsembleConfig
 from llava.detectors.fitted import LogisticFusion
 from llava.evaluation.calibration import CalibrationConfig
 from llava.evaluation.predictions import read_csv
+from llava.ops.degrade import VERSIONS
 from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.train import stage_1
@@ -129,6 +131,19 @@ def test_a_part_is_fitted_on_its_fold_and_calibration_on_another(images: Path, t
     assert data_of_training(tmp_path / "out").path == str(images)
     verdict = whole_image(found).detect(np.zeros((16, 16, 3), np.uint8))[0]
     assert verdict.is_calibrated and set(verdict.evidence) == {"energy", "p_real", "p_fake"}
+
+
+def test_a_part_is_fitted_on_delivered_versions_where_the_calibration_is(images: Path, tmp_path: Path) -> None:
+    phases = [{"kind": "fit", "fold": "fit", "parts": ["norm"]}, {}]
+    stage_1.train(recipe(images, tmp_path, "fitted_toy", phases, model=TOY, calibrate_versions=True))
+    first = load_uncalibrated(tmp_path / "phases" / "0" / "best")
+    source = open_source(DataConfig(path=str(images)))
+    pictures, spec = [source.load(record).image for record in split_of(source, "fit")], first.inputs["raw"]
+    looks = [None, *VERSIONS.values()]
+    pixels = [to_tensor(p if look is None else look(p, item_rng(0, 0, 0)), spec) for look in looks for p in pictures]
+    with torch.no_grad():
+        seen = (first.energy(torch.stack(pixels)) + 1e-6).log()  # type: ignore[operator]
+    torch.testing.assert_close(first.get_buffer("norm.mean"), seen.mean(dim=0))
 
 
 @pytest.mark.parametrize(
@@ -383,11 +398,11 @@ def test_a_fusion_leaves_out_what_is_not_there_and_never_turns_a_member_round() 
     good, against = 3 * labels - 1.5 + rng.normal(size=400), -labels + rng.normal(size=400)
     observed = torch.tensor(np.array([good, against]).T)
     observed[0, 1] = torch.nan
-    fusion.fit(observed, torch.tensor(labels))
+    fusion.fit(observed, torch.tensor(labels), [""] * len(labels))
     assert fusion.weights[0] > 0.5 and fusion.weights[1] == 0
     assert float(fusion(torch.tensor([[torch.nan, 4.0]]))) == pytest.approx(float(fusion.offset)), "it says nothing"
     with pytest.raises(ValueError, match="real and fake images that every member answers, got 1 of 2"):
-        fusion.fit(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]), torch.tensor([0, 1]))
+        fusion.fit(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]), torch.tensor([0, 1]), ["", ""])
 
 
 @pytest.mark.parametrize(

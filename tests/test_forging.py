@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,10 @@ def test_the_starters_recipe_trains_on_real_faces_alone(table: Path, tmp_path: P
     flags += ["--batch_size", "2", "--eval_steps", "2", "--workers", "0", "--resamples", "10"]
     flags += ["--collapse.min_recall", "0", "--collapse.min_sd", "0"]  # two steps teach nothing
     recipe = parse(Recipe, ["--config", str(ROOT / "scripts/configs/starter/stage_1.yaml"), *flags])
-    results = stage_1.train(recipe)
+    *phases, strangers = ({**phase, **({"steps": 2} if "steps" in phase else {})} for phase in recipe.phases)
+    with pytest.raises(ValueError, match="What is familiar needs 10 groups with real and fake images, got 1"):
+        stage_1.train(replace(recipe, phases=(phases[0], strangers)))
+    results = stage_1.train(replace(recipe, phases=tuple(phases), resume=False))
     assert results["targets"]["training"] == {"real": 1, "fake": 1}
     assert set(results["test"]["classes"]) == set(ARTEFACTS), "one number for each kind of forgery"
     trained = load(tmp_path / "model")

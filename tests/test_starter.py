@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions, requires
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from llava.core import weights
 from llava.core.config import load_yaml, merge, parse
 from llava.core.score_map import write_calibration
 from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_in, write_shards
-from llava.core.types import STARTER, Turn, VerdictLabel
+from llava.core.types import STARTER, UNFAMILIAR, Turn, VerdictLabel
 from llava.core.weights import STARTER_DIR, halved, sha256_of
 from llava.data.splits import group_hashes
 from llava.detectors.base import load
@@ -46,9 +47,12 @@ from llava.jobs.maps import CounterfactualSettings, MapSettings
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.serve.options import ServeSettings
+from llava.train import stage_1
+from llava.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PHOTO = ROOT / "utils" / "demo_faces" / "astronaut.png"
+FACES = ("astronaut.png", "grace_hopper.jpg", "portrait_cc0_1.png", "portrait_cc0_2.png")
 WHOLE = FaceSettings(face="off")
 
 
@@ -335,6 +339,37 @@ def test_the_script_says_what_is_wrong(world: Path, tmp_path: Path) -> None:
     words = ["--model_path", str(world / "start"), "--save_path", str(tmp_path / "out")]
     done = forked.run([str(script), *words], cwd=tmp_path)
     assert done.returncode == 1 and "halve: error: The calibration of" in done.stderr
+
+
+@pytest.mark.e2e
+def test_what_ships_can_be_fitted_to_own_pictures_without_training(tmp_path: Path) -> None:
+    """Pictures with red and blue exchanged look like none that the starter knows; afterwards they do."""
+    rows = []
+    for number, (name, brightness) in enumerate(product(FACES, (1.0, 0.9, 0.8))):
+        photo = Image.open(PHOTO.parent / name).convert("RGB")
+        photo.thumbnail((200, 200))
+        swapped = Image.merge("RGB", photo.split()[::-1]).point(lambda level, part=brightness: round(level * part))
+        swapped.save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,real,{'test' if number == 11 else 'val'},{number}")
+    (tmp_path / "own.csv").write_text("\n".join(["file,label,split,group", *rows, f"{PHOTO},real,train,other"]))
+    flags = ["--data.source", "csv", "--data.path", str(tmp_path / "own.csv"), "--output_dir", str(tmp_path / "own")]
+    flags += ["--workers", "0", "--resamples", "10", "--near_duplicates", "false"]
+    files = [word for name in ("stage_1", "own_pictures") for word in ("--config", str(RECIPES / f"{name}.yaml"))]
+    stage_1.train(parse(Recipe, [*files, *flags]))
+    before, after = load(STARTER_DIR), load(tmp_path / "own")
+    weights_of = {name: t for name, t in after.state_dict().items() if "familiarity" not in name}
+    assert all(
+        torch.equal(t, before.state_dict()[name].float()) for name, t in weights_of.items() if t.is_floating_point()
+    )
+    assert after.calibration is not None and after.calibration.groups == 11 and "fitted to" in after.scope
+    strange, known = (
+        [
+            Pipeline(each, None, "it", stability=False).detect(tmp_path / f"{n}.png")[0].evidence[UNFAMILIAR]
+            for n in (0, 3, 6)
+        ]
+        for each in (before, after)
+    )
+    assert min(strange) > 0.9 and max(known) == 0
 
 
 # ---- how it is made ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ The same with three classes, with a fitted part, and twice in an ensemble. And o
 score can be foreseen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -73,7 +73,7 @@ class Standardiser(FittedPart):
     def forward(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.deviation
 
-    def fit(self, observed: Tensor, targets: Tensor) -> None:
+    def fit(self, observed: Tensor, targets: Tensor, groups: Sequence[str]) -> None:
         self.mean.copy_(observed.mean(dim=0))
         self.deviation.copy_(observed.std(dim=0))
 

@@ -24,6 +24,7 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
 }
 SCOPE_LENGTH = 200
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
+UNFAMILIAR = "unfamiliar"  # evidence: the share of the score that was taken away, as a picture looks like none known
 STARTER = "starter"  # name of the model that comes with the package: it is asked where none is named
 
 

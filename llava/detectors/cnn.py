@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava.core.config import setting, to_dict
-from llava.core.types import NORMALISATIONS, REGIONS, InputSpec, View
+from llava.core.types import NORMALISATIONS, REGIONS, UNFAMILIAR, InputSpec, View
 from llava.data.answer_texts import SIGNS
 from llava.detectors.backbones import LITE_EFFICIENTNETS, load_lite_weights, make_backbone, stage_channels
 from llava.detectors.base import Detector, DetectorOutput
+from llava.detectors.familiarity import Familiarity, first_look
 from llava.ops.face_regions import FACE
 from llava.ops.forge import ARTEFACTS
 
@@ -41,6 +42,9 @@ class FaceCnnConfig:
     map_weight: float = setting(1.0, "weight of the loss between map and masks of forged pixels")
     region_weight: float = setting(0.3, "weight of the loss between region evidence and the region that was forged")
     trace_weight: float = setting(0.3, "weight of the loss between trace evidence and the artefact")
+    knows_strangers: bool = setting(
+        False, "what looks like nothing it knows has a score that speaks for neither side (made by a phase `kind: fit`)"
+    )
     views: tuple[View, ...] = setting(("plain",), "views averaged at test time")
 
     def __post_init__(self) -> None:
@@ -59,7 +63,8 @@ class FaceCnn(Detector):
     """Say whether a face was edited, and if so in which cells and region and by which trace.
 
     evidence = (p_real, p_fake), then, provided that it was edited, the share of each region (alike where the whole face
-    was) and of each trace; both sum to 1. evidence_map (B, grid, grid) in [0, 1]: was this cell edited?
+    was) and of each trace; both sum to 1; last, with `knows_strangers`, the share of the score that was taken away,
+    as the picture looks like none it knows. evidence_map (B, grid, grid) in [0, 1]: was this cell edited?
     """
 
     name = "cnn"
@@ -69,6 +74,7 @@ class FaceCnn(Detector):
     own_meanings: ClassVar[Mapping[str, str]] = {
         **{name: f"If edited: {name}" for name in REGIONS},
         **{name: f"If edited: {words}" for name, words in SIGNS.items()},
+        UNFAMILIAR: "Looks like none it knows",
     }
     taught: ClassVar[Mapping[str, tuple[str, ...]]] = {"region": (*REGIONS, FACE), "artefact": ARTEFACTS}
 
@@ -85,6 +91,9 @@ class FaceCnn(Detector):
         self.classifier = nn.Linear(seen + 1, len(self.classes))
         self.region_head = nn.Linear(config.width, len(REGIONS))
         self.trace_head = nn.Linear(seen, len(SIGNS))
+        if config.knows_strangers:
+            self.evidence_names = (*self.evidence_names, UNFAMILIAR)
+            self.familiarity = Familiarity(2 * stage_channels(self.backbone)[0])
 
     @property
     def inputs(self) -> dict[str, InputSpec]:
@@ -110,6 +119,24 @@ class FaceCnn(Detector):
         masks: (B, grid, grid) forged part of each cell, -1 = unknown. region, artefact: (B,) numbers of the values in
         `taught`, -1 = unknown or nothing was edited.
         """
+        logits, of_cells, shares, first = self._look(pixel_values)
+        grid = self.config.image_size // 16
+        losses = self._losses(logits, of_cells, shares, labels, masks, region, artefact)
+        strange: tuple[Tensor, ...] = ()
+        if self.config.knows_strangers:
+            logits, gone = self._as_far_as_known(logits, first)
+            strange = (gone.float()[:, None],)
+        told = [each.float().softmax(dim=1) for each in (logits, *shares)]
+        return DetectorOutput(
+            loss=torch.stack(list(losses.values())).sum() if losses else None,
+            logits=logits,
+            evidence=torch.cat([*told, *strange], dim=1),
+            evidence_map=of_cells.sigmoid().unflatten(1, (grid, grid)),
+            losses=losses or None,
+        )
+
+    def _look(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Give logits (B, 2), those of cells (B, cells), of regions and traces, and the maps of the first stage."""
         last, stages = self.backbone.forward_stages(pixel_values)
         grid = self.config.image_size // 16
         stacked = [F.interpolate(stage, size=(grid, grid), mode="nearest") for stage in stages[-2:]]
@@ -121,14 +148,18 @@ class FaceCnn(Detector):
         strongest = of_cells.amax(dim=1, keepdim=True).to(seen)
         logits = self.classifier(torch.cat([seen, strongest], dim=1))
         shares = (self.region_head(where), self.trace_head(seen))
-        losses = self._losses(logits, of_cells, shares, labels, masks, region, artefact)
-        return DetectorOutput(
-            loss=torch.stack(list(losses.values())).sum() if losses else None,
-            logits=logits,
-            evidence=torch.cat([each.float().softmax(dim=1) for each in (logits, *shares)], dim=1),
-            evidence_map=of_cells.sigmoid().unflatten(1, (grid, grid)),
-            losses=losses or None,
-        )
+        return logits, of_cells, shares, stages[0]
+
+    def _as_far_as_known(self, logits: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Give logits (B, 2), which speak for neither class where the first maps are strange, and how strange (B,)."""
+        middle = logits.mean(dim=1)
+        log_odds, gone = self.familiarity(first_look(first), logits[:, 1] - logits[:, 0])
+        return torch.stack([middle - log_odds / 2, middle + log_odds / 2], dim=1), gone
+
+    def observe(self, part: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Give the first look at an image and the log odds as if it were familiar, of the first view."""
+        logits, _, _, first = self._look(inputs["pixel_values"][:, 0])
+        return torch.cat([first_look(first), (logits[:, 1:] - logits[:, :1]).float()], dim=1)
 
     def _losses(
         self,
@@ -157,9 +188,15 @@ class FaceCnn(Detector):
 
     def soften(self, evidence: Tensor, exponent: Tensor) -> Tensor:
         """Take the shares of regions and of traces to the power of `exponent` (B,), and the sum of each to 1 again."""
-        whole, *shares = evidence.split([len(self.classes), len(REGIONS), len(SIGNS)], dim=1)
+        parts = [len(self.classes), len(REGIONS), len(SIGNS)]
+        whole, *shares, rest = evidence.split([*parts, evidence.shape[1] - sum(parts)], dim=1)
         softer = [share ** exponent.to(share)[:, None] for share in shares]
-        return torch.cat([whole, *(share / share.sum(dim=1, keepdim=True) for share in softer)], dim=1)
+        return torch.cat([whole, *(share / share.sum(dim=1, keepdim=True) for share in softer), rest], dim=1)
+
+    def evidence_for_words(self, output: DetectorOutput, prior: float | None = None) -> Tensor:
+        """Give the evidence that words rest on; of strange pictures they know nothing, for they learn from none."""
+        evidence = super().evidence_for_words(output, prior)
+        return evidence * torch.tensor([name != UNFAMILIAR for name in self.evidence_names]).to(evidence)
 
     def describe(self) -> dict[str, Any]:
         """Leave out where the ImageNet weights lay: a trained detector needs them no more."""

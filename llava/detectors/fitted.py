@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -20,15 +21,19 @@ class FittedPart(nn.Module):
 
     has_default: ClassVar[bool] = False
 
+    def before_training(self) -> None:
+        """Go back to the neutral default, where a detector that is trained on makes the numbers worthless."""
+
     @property
     def is_fitted(self) -> bool:
         """Whether it can be used: no number of it is NaN."""
         return not any(bool(buffer.isnan().any()) for buffer in self.buffers())
 
-    def fit(self, observed: Tensor, targets: Tensor) -> None:
+    def fit(self, observed: Tensor, targets: Tensor, groups: Sequence[str]) -> None:
         """Set the numbers by what the detector observed of N images (N, F) and the numbers of their classes (N,).
 
-        observed: rows of `Detector.observe`, NaN where something is missing. Raises ValueError for too little of it.
+        observed: rows of `Detector.observe`, NaN where something is missing. groups: of each image, such as its person.
+        Raises ValueError for too little of it.
         """
         raise NotImplementedError
 
@@ -60,7 +65,7 @@ class LogisticFusion(FittedPart):
         fused = (shares * log_odds.nan_to_num()).sum(dim=1) * weights.sum() + self.offset.to(log_odds)
         return torch.where(is_there.any(dim=1), fused, torch.nan)
 
-    def fit(self, observed: Tensor, targets: Tensor) -> None:
+    def fit(self, observed: Tensor, targets: Tensor, groups: Sequence[str]) -> None:
         """Fit on log odds (N, M) and targets (N,), 1 = fake; images that a member has no answer to are left out."""
         whole = ~observed.isnan().any(dim=1)
         labels, log_odds = targets[whole].cpu().numpy(), observed[whole].double().cpu().numpy()

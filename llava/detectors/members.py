@@ -65,8 +65,16 @@ class Composite(nn.Module):
         self.trained_on = read_trained_on(folder)
 
     def take_over(self, other: Composite, what: str) -> None:
-        """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError."""
-        load_strictly(self, other.state_dict(), what)
+        """Take the weights of a detector with equal tensors, and what is known of them. Raises ValueError.
+
+        A fitted part with a neutral default, which only one of the two has, is left as it is, or left out.
+        """
+        ours, theirs = self.fitted_parts(), other.fitted_parts()
+        apart = ours.keys() ^ theirs.keys()
+        begins = tuple(f"{name}." for name in apart if (ours | theirs)[name].has_default)
+        kept = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(begins)}
+        taken = {name: tensor for name, tensor in other.state_dict().items() if not name.startswith(begins)}
+        load_strictly(self, kept | taken, what)
         self.trained_on, self.own_scope = other.trained_on, other.own_scope
         for name, member in self.members.items():
             own = other.members[name]

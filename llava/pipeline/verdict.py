@@ -16,6 +16,7 @@ from llava.core.types import (
     LABEL_NAMES,
     REAL,
     REGIONS,
+    UNFAMILIAR,
     Explanation,
     Verdict,
     VerdictLabel,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from llava.detectors.base import Detector
 
 IN_THE_BAND = "real and forged faces both get such scores"
+UNKNOWN_LOOK = "it looks like none of the pictures that the detector knows, so that its score counts for little"
+LITTLE = 0.5  # a score of which this much was taken away counts for little
 NO_NUMBER = "the detector gives no number for it"
 CONTRADICTED = "the score alone would decide, but not with the share of forgeries expected"
 LABELS = {REAL: VerdictLabel.REAL, FAKE: VerdictLabel.FAKE}
@@ -127,6 +130,8 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
     if not all(map(isfinite, numbers)):
         scores, face = None, replace(face, reason=NO_NUMBER)
     found = _found(detector, scores["p_fake"], prior) if scores else _nothing()
+    if found["label"] == VerdictLabel.UNCERTAIN and scores and scores["evidence"].get(UNFAMILIAR, 0) >= LITTLE:
+        found["reason"] = UNKNOWN_LOOK
     if scores and scores.get("versions"):
         found |= outlasting(detector, found["label"], scores["versions"], prior)
     found["reason"] = "; ".join(part for part in (found.get("reason", ""), face.reason) if part)

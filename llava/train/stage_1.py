@@ -31,6 +31,7 @@ from llava.detectors.published import ready_detector
 from llava.evaluation.metrics import LEVELS, choose_threshold, detection_report
 from llava.evaluation.predictions import Predictions, write_csv
 from llava.evaluation.tables import multiclass_lines
+from llava.ops.degrade import VERSIONS
 from llava.train.engine import BEST, train_phase
 from llava.train.recipe import (
     Fold,
@@ -46,6 +47,7 @@ from llava.train.scoring import (
     CollapseError,
     answers_over,
     calibrate,
+    changed,
     has_enough_groups,
     measured,
     plain_text,
@@ -202,6 +204,9 @@ def start(recipe: Recipe, phase: PhaseConfig, previous: Path | None) -> Detector
         detector.load_pretrained()
     else:
         detector.take_over(load_uncalibrated(origin, expected=recipe.detector), str(origin))
+    if phase.kind == "train":
+        for part in detector.fitted_parts().values():
+            part.before_training()
     detector.freeze(phase.freeze)
     detector.own_scope = scope_after(phase, recipe.scope, detector.own_scope)
     return detector
@@ -303,8 +308,12 @@ def fit_phase(detector: Detector, phase: PhaseConfig, fold: Fold, recipe: Recipe
             settle(detector, fitted_on(recipe, score_fold(), score_fold), recipe, fold)
             continue
         part = detector.fitted_parts()[name]
-        records, (observed,) = answers_over(detector, *run, partial(_observed, detector, name))
-        part.fit(observed, torch.tensor(list(map(detector.target, records))))
+        look = partial(answers_over, detector, *run, partial(_observed, detector, name))
+        versions = VERSIONS.values() if recipe.calibrate_versions else ()
+        seen = [look(), *(look(partial(changed, each)) for each in versions)]
+        records = [record for kept, _ in seen for record in kept]
+        observed = torch.cat([observed for _, (observed,) in seen])
+        part.fit(observed, torch.tensor(list(map(detector.target, records))), [record.group for record in records])
         assert part.is_fitted, name
         log.info("%s is fitted on %s, n = %d", name, fold.name, len(records))
     detector.save(folder)
