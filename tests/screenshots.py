@@ -16,13 +16,14 @@ from llava.core.config import build, load_yaml
 from llava.core.runtime import atomic_path
 from llava.jobs.forged_faces import ForgeDataConfig, build_forgeries
 
-PHOTO = ROOT / "utils" / "demo_faces" / "grace_hopper.jpg"
+PHOTO = ROOT / "utils" / "demo_faces" / "portrait_cc0_1.png"  # of the embedded ones, one like those the starter knows
+NAVY = PHOTO.with_name("grace_hopper.jpg")
 QUESTION = "Does this image look real or fake? Give the reasons."
 LOOKS = {"page-wide": (1280, 1000, False), "page-phone": (390, 844, False), "page-dark": (1280, 1000, True)}
 
 
 def draw(browser: Browser, address: str, folder: Path, edited: Path) -> None:
-    """Ask about a photo in public domain and draw the page in each look, then the verdicts on it and on its edit."""
+    """Ask about a photo and draw the page in each look, then the verdicts on it and on the edited Navy portrait."""
     for name, (width, height, is_dark) in LOOKS.items():
         browser.look(width, height, is_dark)
         browser.open(address)
@@ -56,9 +57,9 @@ def seen(browser: Browser) -> Image.Image:
 
 
 def edited_portrait(scratch: Path) -> Path:
-    """Edit the portrait as the demonstration does: of the embedded photos the only one that is ever shown forged."""
+    """Edit the Navy portrait as the demonstration does: of the embedded photos the only one that is ever shown forged."""
     (scratch / "navy").mkdir()
-    shutil.copy(PHOTO, scratch / "navy")
+    shutil.copy(NAVY, scratch / "navy")
     recipe = load_yaml(ROOT / "scripts" / "configs" / "demo" / "edit.yaml")
     folders = {"photos": str(scratch / "navy"), "output": str(scratch / "edited")}
     build_forgeries(build(ForgeDataConfig, {**recipe, **folders}))

@@ -214,7 +214,7 @@ def test_chat_ends_with_the_input(
 def test_chat_without_a_face_or_a_picture_says_so(ask, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask("chat", folder / "1.png") == 1
     captured = capsys.readouterr()
-    assert captured.out == f"INCONCLUSIVE: {NO_FACE}\n" and "no verdict to talk about" in captured.err
+    assert captured.out == f"INCONCLUSIVE: {NO_FACE}\n" and "nothing to talk about" in captured.err
     assert ask("chat", spoil(folder) / "cut.jpg") == 2
     assert "damaged or truncated" in capsys.readouterr().err
 

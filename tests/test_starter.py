@@ -11,6 +11,7 @@ import tomllib
 from importlib.metadata import packages_distributions, requires
 from itertools import product
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import forked
@@ -32,11 +33,12 @@ from llava.core import weights
 from llava.core.config import load_yaml, merge, parse
 from llava.core.score_map import write_calibration
 from llava.core.tensor_files import INDEX_NAME, Move, TensorFiles, tensor_files_in, write_shards
-from llava.core.types import STARTER, UNFAMILIAR, Turn, VerdictLabel
+from llava.core.types import STARTER, UNFAMILIAR, GenerationSettings, Turn, VerdictLabel
 from llava.core.weights import STARTER_DIR, halved, sha256_of
 from llava.data.splits import group_hashes
 from llava.detectors.base import load
 from llava.detectors.members import write_trained_on
+from llava.evaluation.text import parse_verdict
 from llava.explainer.delta import fingerprint
 from llava.explainer.generation import load_model, load_processor
 from llava.explainer.merge import halve, merge_delta
@@ -46,6 +48,9 @@ from llava.jobs.ddvqa_answers import JudgeSettings, ReasonSettings
 from llava.jobs.maps import CounterfactualSettings, MapSettings
 from llava.pipeline.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
+from llava.pipeline.verdict import UNKNOWN_LOOK
+from llava.serve.batching import BatchingEngine
+from llava.serve.engine import Question
 from llava.serve.options import ServeSettings
 from llava.train import stage_1
 from llava.train.recipe import Recipe
@@ -53,6 +58,7 @@ from llava.train.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 PHOTO = ROOT / "utils" / "demo_faces" / "astronaut.png"
 FACES = ("astronaut.png", "grace_hopper.jpg", "portrait_cc0_1.png", "portrait_cc0_2.png")
+KNOWN = PHOTO.with_name("portrait_cc0_1.png")
 WHOLE = FaceSettings(face="off")
 
 
@@ -198,7 +204,7 @@ def test_what_ships_needs_none_of_the_extras(tmp_path: Path) -> None:
         if needed.isdisjoint(map(canonicalize_name, packages)) and module != "llava"
     ]
     assert {"gradio", "deepspeed", "ray"} <= set(absent) and "torch" not in absent
-    words = [sys.executable, "-c", BARE, json.dumps(absent), str(PHOTO)]
+    words = [sys.executable, "-c", BARE, json.dumps(absent), str(KNOWN)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["text"]
@@ -354,6 +360,7 @@ def test_what_ships_can_be_fitted_to_own_pictures_without_training(tmp_path: Pat
     (tmp_path / "own.csv").write_text("\n".join(["file,label,split,group", *rows, f"{PHOTO},real,train,other"]))
     flags = ["--data.source", "csv", "--data.path", str(tmp_path / "own.csv"), "--output_dir", str(tmp_path / "own")]
     flags += ["--workers", "0", "--resamples", "10", "--near_duplicates", "false"]
+    flags += ["--calibration.real_coverage", "0.9"]  # 0.98 needs 49 people
     files = [word for name in ("stage_1", "own_pictures") for word in ("--config", str(RECIPES / f"{name}.yaml"))]
     stage_1.train(parse(Recipe, [*files, *flags]))
     before, after = load(STARTER_DIR), load(tmp_path / "own")
@@ -482,7 +489,27 @@ def test_what_ships_answers_anywhere_and_offline(
     monkeypatch.setattr(weights, "snapshot_download", None)  # the hub can not be asked
     answers = {}
     for command in ("detect", "explain"):
-        assert main([command, str(PHOTO), "--json", "--device", "cpu"]) == 0
+        assert main([command, str(KNOWN), "--json", "--device", "cpu"]) == 0
         answers[command] = json.loads(capsys.readouterr().out)
     assert answers["explain"]["text"] and answers["detect"]["label"] in ("REAL", "FAKE", "UNCERTAIN")
     assert {name: answers["explain"]["verdict"][name] for name in answers["detect"]} == answers["detect"]
+
+
+@pytest.mark.e2e
+def test_what_ships_writes_no_words_about_a_face_that_it_cannot_judge(tmp_path: Path) -> None:
+    strange = tmp_path / "strange.png"
+    Image.merge("RGB", Image.open(PHOTO).convert("RGB").split()[::-1]).save(strange)
+    pipeline = llava.load(device="cpu")
+    answers = list(pipeline.explain_all([strange, KNOWN, strange]))
+    assert [bool(answer.text) for answer in answers] == [False, True, False]
+    assert answers[0].verdict.reason == UNKNOWN_LOOK and answers[0].verdict.label == VerdictLabel.UNCERTAIN
+    assert not pipeline.chat(strange).can_answer and pipeline.chat(KNOWN).can_answer
+    engine = BatchingEngine(pipeline)
+    try:
+        asked = [Turn(role="human", text="Why?")]
+        question = Question(image=np.asarray(Image.open(strange)), turns=asked, settings=GenerationSettings())
+        first, said = engine.ask(question, Event())
+    finally:
+        engine.close()
+    assert first.verdict is not None and first.evidence_map is not None
+    assert said.text == f"No reasons can be given: {UNKNOWN_LOOK}." and parse_verdict(said.text) is None

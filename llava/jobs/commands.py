@@ -189,8 +189,8 @@ def chat(settings: ChatSettings) -> Iterator[str]:
     words = generation_settings(settings.max_new_tokens, settings.temperature, seed=settings.seed)
     session = pipeline.chat(image, words)
     yield "".join(f"{line}\n" for line in (str(session.verdict), session.verdict.scope_text) if line)
-    if session.verdict.label == VerdictLabel.INCONCLUSIVE:
-        raise Incomplete(f"{name}: there is no verdict to talk about.")
+    if not session.can_answer:
+        raise Incomplete(f"{name}: there is nothing to talk about.")
     for question in _questions():
         yield from session.ask(question)
         assert session.last is not None

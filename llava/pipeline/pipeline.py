@@ -54,10 +54,15 @@ class Chat:
         self.turns: list[Turn] = []
         self.last: Explanation | None = None
 
+    @property
+    def can_answer(self) -> bool:
+        """Whether there is anything to ask about: a face, and a score that counts."""
+        return self._encoded is not None
+
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer piece by piece; it becomes part of the conversation once it is complete.
 
-        Raises ValueError for an empty question, and where there is no face to talk about.
+        Raises ValueError for an empty question, and where there is nothing to talk about.
         """
         if self._encoded is None:
             raise ValueError(f"There is nothing to ask about: {self.verdict.reason}.")
@@ -155,7 +160,7 @@ class Pipeline:
     def explain_all(
         self, images: Sequence[Image], question: str | None = None, settings: GenerationSettings | None = None
     ) -> Iterator[Explanation]:
-        """Yield one explanation per face, in the order of the images; without words where there is no verdict."""
+        """Yield one explanation per face, in the order of the images; without words where there are no grounds."""
         for finding in self.explained_findings(images, question, settings):
             assert finding.explanation is not None
             yield finding.explanation
@@ -176,10 +181,12 @@ class Pipeline:
         """Yield the explanations as `explain_all` gives them, each beside the crop and the map."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
         for found, encoded in self.observations(images):
-            conversations = [[Turn(role="human", text=asked)]] * (0 if encoded is None else len(encoded.evidence))
-            texts = iter(explainer.answer(encoded, conversations, settings) if encoded else [])
+            shown = [finding for finding in found if finding.pixels is not None]
+            rows = [row for row, finding in enumerate(shown) if finding.has_grounds]
+            conversations = [[Turn(role="human", text=asked)]] * len(rows)
+            texts = iter(explainer.answer(encoded.take(rows), conversations, settings) if encoded and rows else [])
             for finding in found:
-                text = "" if finding.pixels is None else next(texts)
+                text = next(texts) if finding.has_grounds else ""
                 yield replace(finding, explanation=explanation(finding.verdict, asked, text))
 
     def detect_video(self, video: Video, settings: VideoSettings | None = None) -> VideoVerdict:
@@ -217,14 +224,15 @@ class Pipeline:
         """Give the explanation as `explain_video` does, beside the crop and the map that it is about."""
         explainer, asked = self.needed_explainer(), question or VERDICT_QUESTION
         finding, encoded = self._watch(video, settings)
-        (text,) = explainer.answer(encoded, [[Turn(role="human", text=asked)]], words) if encoded else ("",)
+        grounds = encoded if finding.has_grounds else None
+        (text,) = explainer.answer(grounds, [[Turn(role="human", text=asked)]], words) if grounds else ("",)
         return replace(finding, explanation=explanation(finding.verdict, asked, text))
 
     def chat(self, image: Image, settings: GenerationSettings | None = None) -> Chat:
         """Begin a conversation about the largest face of an image; the verdict is there before the first question."""
         explainer = self.needed_explainer()
         (finding,), encoded = self.look([self.face_of(image)], self.stability)
-        return Chat(explainer, finding.verdict, encoded, settings)
+        return Chat(explainer, finding.verdict, encoded if finding.has_grounds else None, settings)
 
     def needed_explainer(self) -> Explainer:
         """Give the explainer. Raises ValueError for a detector on its own, which has no words."""

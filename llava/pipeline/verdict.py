@@ -82,6 +82,11 @@ class Finding:
     lacks: str = ""
 
     @property
+    def has_grounds(self) -> bool:
+        """Whether there is anything that words could rest on: a face, and a score that counts."""
+        return self.pixels is not None and not is_strange(self.verdict.label, self.verdict.evidence)
+
+    @property
     def answer(self) -> Verdict | Explanation:
         """Give the explanation where there is one, else the verdict."""
         return self.explanation or self.verdict
@@ -113,6 +118,11 @@ def outlasting(
     return found
 
 
+def is_strange(label: VerdictLabel, evidence: Mapping[str, float]) -> bool:
+    """Say whether nothing can be said because the picture looks like none that the detector knows."""
+    return label == VerdictLabel.UNCERTAIN and evidence.get(UNFAMILIAR, 0.0) >= LITTLE
+
+
 def _listed(names: list[str]) -> str:
     """Write "a", "a and b", "a, b and c"."""
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
@@ -130,7 +140,7 @@ def judge(detector: Detector, face: Face, scores: Mapping[str, Any] | None, prio
     if not all(map(isfinite, numbers)):
         scores, face = None, replace(face, reason=NO_NUMBER)
     found = _found(detector, scores["p_fake"], prior) if scores else _nothing()
-    if found["label"] == VerdictLabel.UNCERTAIN and scores and scores["evidence"].get(UNFAMILIAR, 0) >= LITTLE:
+    if scores and is_strange(found["label"], scores["evidence"]):
         found["reason"] = UNKNOWN_LOOK
     if scores and scores.get("versions"):
         found |= outlasting(detector, found["label"], scores["versions"], prior)

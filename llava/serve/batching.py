@@ -338,10 +338,11 @@ class BatchingEngine:
                 job.pieces.put(error)
                 continue
             found = sight.finding
-            if sight.encoded is None:
-                job.end(Piece(verdict=found.verdict))
-                continue
             first = Piece(verdict=found.verdict, evidence_map=found.evidence_map, seen=found.seen, prompt_tokens=read)
+            if sight.encoded is None or not found.has_grounds:
+                why = "" if found.verdict.p_fake is None else f"No reasons can be given: {found.verdict.reason}."
+                job.end(replace(first, prompt_tokens=0), *([Piece(text=why)] if why else []))
+                continue
             job.pieces.put(first)
             begun.append((job, sight, ids, row))
         self._run_prefixes([(sight, ids) for _, sight, ids, _ in begun])
