@@ -16,7 +16,8 @@ from llava.core.config import build, load_yaml
 from llava.core.runtime import atomic_path
 from llava.jobs.forged_faces import ForgeDataConfig, build_forgeries
 
-PHOTO = ROOT / "utils" / "demo_faces" / "portrait_cc0_1.png"  # of the embedded ones, one like those the starter knows
+# Of the embedded portraits one that is like those the starter knows.
+PHOTO = ROOT / "utils" / "demo_faces" / "portrait_cc0_1.png"
 NAVY = PHOTO.with_name("grace_hopper.jpg")
 QUESTION = "Does this image look real or fake? Give the reasons."
 LOOKS = {"page-wide": (1280, 1000, False), "page-phone": (390, 844, False), "page-dark": (1280, 1000, True)}
