@@ -58,7 +58,7 @@ def seen(browser: Browser) -> Image.Image:
 
 
 def edited_portrait(scratch: Path) -> Path:
-    """Edit the Navy portrait as the demonstration does: of the embedded photos the only one that is ever shown forged."""
+    """Edit the Navy portrait as the demonstration does: the only embedded photo that is ever shown forged."""
     (scratch / "navy").mkdir()
     shutil.copy(NAVY, scratch / "navy")
     recipe = load_yaml(ROOT / "scripts" / "configs" / "demo" / "edit.yaml")
