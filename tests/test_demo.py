@@ -19,6 +19,7 @@ from page_parser import Page
 from llava.core.config import build, load_yaml, merge
 from llava.jobs.case_file import outlined
 from llava.jobs.forged_faces import ForgeDataConfig
+from llava.pipeline.verdict import UNKNOWN_LOOK
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "scripts" / "configs" / "demo"
@@ -102,7 +103,7 @@ def test_the_report_shows_only_the_historical_portrait_forged(demo: Path) -> Non
     assert [row["label"] for row in shown] == ["real", "fake"]
     assert f"{shown[1]['region']} edited" in text and "The truth: nothing was edited." in text
     (starter,) = [s for s in page.all("section") if s["id"] == "starter"]
-    assert starter and all(name in page.text for name in ("astronaut.png", "portrait_cc0_2.png"))
+    assert starter and all(name in page.text for name in ("astronaut.png", "portrait_cc0_2.png", UNKNOWN_LOOK))
     assert {"starter", "data", "learning", "scores", "integrity", "real", "forged", "time"} <= {
         s["id"] for s in page.all("section")
     }

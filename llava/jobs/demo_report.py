@@ -129,10 +129,11 @@ def _starter(out: Path) -> Section:
     truths[out / "edited" / edited["file"]] = f"{edited['region']} edited ({edited['artefact'].replace('_', ' ')})"
     answers = Pipeline.from_pretrained(STARTER).explain_all(list(truths), label_free_question(None))
     cells = [
-        (path.name, truth, answer.verdict.label, answer.verdict.score_text, answer.text)
+        (path.name, truth, answer.verdict.label, answer.verdict.score_text, answer.text or answer.verdict.reason)
         for (path, truth), answer in zip(truths.items(), answers, strict=True)
     ]
-    body = fill("table.html", head=("picture", "the truth", "verdict", "", "in words"), rows=cells, note=STARTER_NOTE)
+    head = ("picture", "the truth", "verdict", "", "in words, or why not")
+    body = fill("table.html", head=head, rows=cells, note=STARTER_NOTE)
     return Section(title="What the starter says", body=body, anchor="starter")
 
 
