@@ -28,7 +28,7 @@ def main() -> None:
     settings = parse(Settings, description=__doc__ or "")
     answers = read_judgements(settings.predict_path, settings.gt_path, settings.published)
     report = judgement_report(answers, settings.n_boot, settings.seed)
-    report["agreement"] = read_agreement(settings.predict_path, settings.n_boot, settings.seed)
+    report["agreement"] = read_agreement(settings.predict_path, answers)
     out = console()
     for part in (*judgement_tables(report), *report["notes"]):
         out.print(part)

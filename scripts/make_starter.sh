@@ -44,7 +44,7 @@ m2f2 data forge "$table" --config "$recipes/forge.yaml" --output "$forged/data"
 
 echo "== the words"
 # Learned anew each time, in minutes: the forgeries lie elsewhere now. The detector above goes on where it stopped.
-for made in base stage_2-start stage_2-delta stage_2 stage_3-delta full model exp.jsonl exp_run; do
+for made in base stage_2-start stage_2-delta stage_2 stage_3-delta full model exp.jsonl exp_run det.jsonl det_run; do
   rm -rf "${out:?}/$made"
 done
 train=$forged/data/train images=(--image_folder "$forged/data/images")
@@ -67,4 +67,8 @@ for script in explanation integrity; do
   "$PYTHON" "eval/eval_$script.py" --predict_path "$out/exp.jsonl" --gt_path "$forged/data/test/label_free.jsonl" \
     "${extra[@]}" --json "$out/$script.json"
 done
+bash stage_3_inference_det.sh --model_path "$out/model" --images "$forged/data/images" \
+  --questions "$forged/data/test/verdict_only.jsonl" --output "$out/det.jsonl"
+"$PYTHON" eval/eval_judgement.py --predict_path "$out/det.jsonl" --gt_path "$forged/data/test/verdict_only.json" \
+  --json "$out/judgement.json"
 echo "The model is $out/model."

@@ -125,14 +125,33 @@ def test_ambiguous_and_bad_truth(tmp_path):
 
 
 def test_agreement_counts_undecided_against_and_inconclusive_out():
-    report = agreement([0, 1, None, 1, 1], [0, 1, 1, 0, None], ["a", "b", "c", "d", "e"], n_boot=100)
+    report = agreement([0, 1, None, 1, 1], [0, 1, 1, 0, None], ["a", "b", "c", "d", "e"])
     assert report["agreement"]["value"] == 0.5
     assert (report["n"], report["text_undecided"], report["left_out"]) == (4, 1, 1)
     assert report["agreement"]["low"] < 0.5 < report["agreement"]["high"]
 
 
+def test_agreement_counts_people_and_not_their_images():
+    perfect = agreement([1] * 40, [1] * 40, [f"person {n % 10}" for n in range(40)])["agreement"]
+    assert (perfect["value"], perfect["n"]) == (1, 10)
+    assert perfect["low"] == pytest.approx(1 / (1 + 1.959964**2 / 10), abs=1e-4), "never without a width"
+
+
+def test_groups_of_the_truth_are_those_of_the_agreement(tmp_path):
+    answers, truth = tmp_path / "answers.jsonl", tmp_path / "truth.csv"
+    notes = {"label": "FAKE", "p_fake": 0.9}
+    rows = [{"image": f"{n}.png", "text": "The image is fake.", "metadata": notes} for n in range(6)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    truth.write_text("image,label,group\n" + "".join(f"{n}.png,fake,person {n % 2}\n" for n in range(6)))
+    judged = read_judgements(answers, truth)
+    assert {item.group for item in judged.items} == {"person 0", "person 1"}
+    assert judgement_report(judged, 20)["n"]["groups"] == 2
+    assert read_agreement(answers, judged)["agreement"]["n"] == 2
+    assert read_agreement(answers)["agreement"]["n"] == 6
+
+
 def test_agreement_with_nothing_has_no_value():
-    report = agreement([0, 1], [None, None], ["a", "b"], n_boot=100)
+    report = agreement([0, 1], [None, None], ["a", "b"])
     assert (report["n"], report["left_out"], report["agreement"]["value"]) == (0, 2, None)
 
 
@@ -208,7 +227,7 @@ def test_words_are_compared_with_what_the_rows_say(tmp_path):
     ]
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = read_agreement(path, n_boot=50)
+    report = read_agreement(path)
     assert (report["told"], report["n"], report["text_undecided"], report["left_out"]) == (None, 4, 1, 1)
     assert report["agreement"]["value"] == pytest.approx(2 / 4)
     assert (report["clear"]["n"], report["clear"]["left_out"]) == (3, 2)
@@ -217,7 +236,7 @@ def test_words_are_compared_with_what_the_rows_say(tmp_path):
     assert shown[:2] == [["all answers", "verdict REAL or FAKE"], ["4", "3"]]
     told = [row | {"metadata": row["metadata"] | {"evidence_p_fake": 0.02}} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in told))
-    report = read_agreement(path, n_boot=50)
+    report = read_agreement(path)
     assert (report["told"], report["n"], report.get("clear")) == (0.02, 5, None)
     assert report["agreement"]["value"] == pytest.approx(2 / 5)
     path.write_text(json.dumps({"image": "5_001.jpg", "text": "real", "metadata": {}}) + "\n")

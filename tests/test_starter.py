@@ -432,6 +432,7 @@ def test_the_script_makes_a_small_model_and_leaves_no_forged_face(tmp_path: Path
     assert load(tmp_path / "out" / "model").trained_on == set(group_hashes(["astro"]))
     assert made.detector.scope == load_yaml(RECIPES / "stage_1.yaml")["scope"]
     assert json.loads((tmp_path / "out" / "integrity.json").read_text())
+    assert json.loads((tmp_path / "out" / "judgement.json").read_text())["agreement"]["n"]
     assert json.loads((tmp_path / "out" / "explanation.json").read_text())["n"]
     assert list((tmp_path / "temporary").iterdir()) == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,17 @@ from llava.data.conversations import read_conversations
 from llava.data.ddvqa import MANIPULATIONS
 from llava.evaluation.captions import image_groups, read_jsonl
 from llava.evaluation.metrics import Confusion, confusion
-from llava.evaluation.statistics import Interval, group_bootstrap, wilson
+from llava.evaluation.statistics import group_bootstrap, wilson
 from llava.evaluation.text import parse_verdict, parse_verdict_published
 
 PUBLISHED_REAL_PREFIX = "./utils/DDVQA_images/c40/test/5"
 _LABELS = {"0": REAL, "1": FAKE} | {name: label for label, name in enumerate(LABEL_NAMES)}
-_COLUMNS = {"image": ("image", "file"), "label": ("label",), "class_name": ("class_name", "manipulation")}
+_COLUMNS = {
+    "image": ("image", "file"),
+    "label": ("label",),
+    "class_name": ("class_name", "manipulation"),
+    "group": ("group",),
+}
 _LABELS_OF = {"REAL": REAL, "FAKE": FAKE}
 
 
@@ -53,6 +57,7 @@ class _Truth:
     image: str
     label: int
     class_name: str
+    group: str | None = None
 
 
 def read_judgements(
@@ -61,7 +66,7 @@ def read_judgements(
     """Read rows {image, text} and find the truth of each image.
 
     Truth: `gt_path`, a csv, a jsonl or a conversation json (`verdict_only.json`) with image (or file), label (0/1 or
-    real/fake) and perhaps class_name (or manipulation); without it the DD-VQA file name (5_... real, 0, 1, 2, 3, 6
+    real/fake) and perhaps class_name (or manipulation) and group; without it the DD-VQA file name (5_... real, 0, 1, 2, 3, 6
     manipulated), whatever its folder. `published`: the original parser, and its truth by the start of the path.
     Raises FileNotFoundError or ValueError naming the file, the line or the image.
     """
@@ -143,7 +148,7 @@ def _judged(
             verdict=read(texts.get(image, "")),
             label=truth.label,
             class_name=truth.class_name,
-            group=group,
+            group=truth.group or group,
         )
         for (image, truth), group in zip(truths.items(), groups, strict=True)
     )
@@ -191,7 +196,7 @@ def _truth_of_row(row: dict[str, Any], where: str) -> _Truth:
     label = _LABELS.get(str(values["label"]))
     if not values["image"] or label is None:
         raise ValueError(f"{where}: expected image (or file) and label (0, 1, real or fake), got {row!r}.")
-    return _Truth(values["image"], label, values["class_name"] or LABEL_NAMES[label])
+    return _Truth(values["image"], label, values["class_name"] or LABEL_NAMES[label], values["group"])
 
 
 def _truth_by_name(image: str) -> _Truth:
@@ -230,32 +235,28 @@ def _class_row(name: str, items: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def agreement(
-    text_verdicts: Sequence[int | None],
-    found: Sequence[int | None],
-    groups: Sequence[str],
-    n_boot: int = 2000,
-    seed: int = 0,
+    text_verdicts: Sequence[int | None], found: Sequence[int | None], groups: Sequence[str]
 ) -> dict[str, Any]:
-    """Give the part of items whose text says what was found, with its group-bootstrap interval.
+    """Give the part of items whose text says what was found, with Wilson's interval whose trials are the groups.
 
     An undecided text does not agree. Items on which nothing was found (None) are left out and counted; when no item is
     left, the agreement has no value.
     """
     pairs = [(t, f, g) for t, f, g in zip(text_verdicts, found, groups, strict=True) if f is not None]
-    same = np.array([t == f for t, f, _ in pairs], dtype=float)
-    interval = Interval(math.nan, math.nan, math.nan, 0)
-    if pairs:
-        interval = group_bootstrap([g for _, _, g in pairs], lambda w: float(np.average(same, weights=w)), n_boot, seed)
+    n_groups = len({group for _, _, group in pairs})
+    share = sum(t == f for t, f, _ in pairs) / max(len(pairs), 1)
     return {
-        "agreement": interval.to_dict(),
+        "agreement": wilson(share * n_groups, n_groups).to_dict(),
         "n": len(pairs),
         "text_undecided": sum(t is None for t, _, _ in pairs),
         "left_out": len(found) - len(pairs),
     }
 
 
-def read_agreement(predict_path: str | Path, n_boot: int = 2000, seed: int = 0) -> dict[str, Any] | None:
+def read_agreement(predict_path: str | Path, judged: JudgementSet | None = None) -> dict[str, Any] | None:
     """Compare each answer with its row's metadata; None where rows do not say what the detector found.
+
+    judged: the same answers with the groups of their truth; without, groups are those of DD-VQA's file names.
 
     What was found is the side of `p_fake`, of the detector or told (`evidence_p_fake`, the causality test): fake from
     0.5 on, or as a clear label (REAL, FAKE) says. `clear`: the same over clear labels only, without UNCERTAIN ones.
@@ -269,14 +270,16 @@ def read_agreement(predict_path: str | Path, n_boot: int = 2000, seed: int = 0) 
     if len(choices) > 1:
         raise ValueError(f"{str(predict_path)!r} mixes answers to different evidence: {sorted(map(str, choices))}.")
     texts = [parse_verdict(row["text"]) for row in rows]
-    groups = image_groups([Path(row["image"]).stem for row in rows])
+    known = {item.image: item.group for item in judged.items} if judged else {}
+    named = image_groups([Path(row["image"]).stem for row in rows])
+    groups = [known.get(row["image"], group) for row, group in zip(rows, named, strict=True)]
     p_fake = choices.pop()
     if p_fake is not None:
-        return {"told": p_fake, **agreement(texts, [int(p_fake >= 0.5)] * len(rows), groups, n_boot, seed)}
+        return {"told": p_fake, **agreement(texts, [int(p_fake >= 0.5)] * len(rows), groups)}
     labels = [_LABELS_OF.get(note.get("label", "")) for note in notes]
     sides = [_side(note) if label is None else label for note, label in zip(notes, labels, strict=True)]
-    clear = agreement(texts, labels, groups, n_boot, seed)
-    return {"told": None, **agreement(texts, sides, groups, n_boot, seed), "clear": clear}
+    clear = agreement(texts, labels, groups)
+    return {"told": None, **agreement(texts, sides, groups), "clear": clear}
 
 
 def _side(note: dict[str, Any]) -> int | None:
