@@ -312,6 +312,9 @@ def test_other_precisions_agree(detector, dtype, tolerance):
 
 
 def test_class_weights_enter_the_loss(detector):
+    if detector.name == "radar":  # whose loss has more parts than that of the class
+        weights = ("label_smoothing", "branch_weight", "orthogonal_weight", "deep_weight")
+        detector.config = replace(detector.config, **dict.fromkeys(weights, 0.0))
     inputs, _ = batch_for(detector.eval())
     last = len(detector.classes) - 1
     labels = torch.tensor([0, last, last, last])

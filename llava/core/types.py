@@ -107,7 +107,8 @@ class Sample(Content):
 class InputSpec:
     """What one named tensor of a detector must look like; data code reads it, the detector declares it.
 
-    The image is resized so that its shortest edge is `resize_size`, None = `size` (PIL resampling `interpolation`),
+    The image is resized so that its shortest edge is `resize_size`, None = `size` (PIL resampling `interpolation`;
+    unfiltered = OpenCV's bilinear, which reads four pixels however far it shrinks, and draws patterns of fine detail),
     centre-cropped to (size, size), scaled to [0, 1] and normalised by mean and std. `fit`: with squash the whole image
     is resized to (size, size) instead, whatever its shape. `views`: what is averaged at test time. Raises ValueError
     when the crop would be larger than the image, and for a resize_size that squash has no use for.
@@ -116,7 +117,7 @@ class InputSpec:
     size: int
     mean: Triple
     std: Triple
-    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "unfiltered"] = "bicubic"
     views: tuple[View, ...] = ("plain",)
     resize_size: int | None = None
     fit: Literal["crop", "squash"] = "crop"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial, singledispatch
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -200,7 +201,10 @@ def _resize_and_crop(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     # The long side is cut off, not rounded, as transformers and torchvision do.
     long = short if spec.fit == "squash" else int(short * max(height, width) / min(height, width))
     new_width, new_height = (short, long) if width <= height else (long, short)
-    resized = np.array(Image.fromarray(image).resize((new_width, new_height), _RESAMPLING[spec.interpolation]))
+    if spec.interpolation == "unfiltered":
+        resized = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+    else:
+        resized = np.array(Image.fromarray(image).resize((new_width, new_height), _RESAMPLING[spec.interpolation]))
     top, left = (new_height - spec.size) // 2, (new_width - spec.size) // 2
     return resized[top : top + spec.size, left : left + spec.size]
 

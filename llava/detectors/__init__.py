@@ -9,6 +9,8 @@ DETECTORS: Registry[type[Detector]] = Registry(
         "m2f2det": "llava.detectors.m2f2det:M2F2Det",
         "cnn": "llava.detectors.cnn:FaceCnn",
         "vit3": "llava.detectors.vit3:ViT3",
+        "baseline": "llava.detectors.baselines:Baseline",
+        "radar": "llava.detectors.radar:Radar",
         "ensemble": "llava.detectors.ensemble:Ensemble",
     },
 )

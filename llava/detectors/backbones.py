@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
+from torchvision.models import WeightsEnum
 
 from llava.core.registry import nearest
 from llava.core.weights import load_strictly
@@ -161,3 +163,45 @@ def _out_channels(stage: nn.Module) -> int:
         return list(convolutions.values())[-1].out_channels
     first = convolutions["denselayer1.conv1"].in_channels  # a dense block passes its input on beside what layers add
     return first + sum(m.out_channels for name, m in convolutions.items() if name.endswith("conv2"))
+
+
+def timm_vit(image_size: int, patch_size: int, width: int, layers: int, heads: int, classes: int = 0) -> Any:
+    """Build timm's ViT; `forward_features` gives its tokens (B, 1 + P, width), the class token first.
+
+    classes: logits of its head; 0 = it has none.
+    """
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(
+        img_size=image_size, patch_size=patch_size, embed_dim=width, depth=layers, num_heads=heads, num_classes=classes
+    )
+
+
+def timm_weights(name: str) -> Mapping[str, Tensor]:
+    """Give timm's ImageNet weights `name`, without those of a head. Raises FileNotFoundError out of its reach."""
+    import timm
+
+    return _fetched(
+        f"{name} (timm)",
+        lambda: timm.create_model(name, pretrained=True, num_classes=0).state_dict(),
+        "fetch them once where there is a network",
+    )
+
+
+def torchvision_weights(weights: WeightsEnum) -> Mapping[str, Tensor]:
+    """Give ImageNet weights of torchvision. Raises FileNotFoundError when they are out of its reach."""
+    return _fetched(
+        f"{weights} (torchvision)",
+        lambda: weights.get_state_dict(progress=False, check_hash=True, weights_only=True),
+        f"put {weights.url} into {torch.hub.get_dir()}/checkpoints",
+    )
+
+
+def _fetched(what: str, fetch: Callable[[], Mapping[str, Tensor]], step: str) -> Mapping[str, Tensor]:
+    try:
+        return fetch()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileNotFoundError(
+            f"ImageNet weights {what} can not be downloaded ({type(error).__name__}); {step}, or train from scratch: "
+            "--model.pretrained false"
+        ) from error

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -25,11 +25,14 @@ class Unseen:
     """What tensors do not show, said by hand; None = as in the weights that were published.
 
     vision_tower: file of the CLIP vision tower. clip: a CLIP config.json. heads: attention heads of a transformer.
+    iterations, branches: of RADAR, its rounds of reasoning and what it looks at.
     """
 
     vision_tower: Path | None = None
     clip: Mapping[str, Any] | None = None
     heads: int | None = None
+    iterations: int | None = None
+    branches: Literal["both", "boundary", "frequency"] | None = None
 
 
 class PublishedFile:
@@ -80,13 +83,14 @@ LAYOUTS: Registry[type[PublishedFile]] = Registry(
     {
         "m2f2det": "llava.detectors.m2f2det_published:PublishedDetector",
         "vit3": "llava.detectors.vit3:PublishedViT3",
+        "radar": "llava.detectors.radar_published:PublishedRadar",
     },
 )
 
 
 def detector_tensors(file: Path) -> TensorFiles:
-    """Open the tensors of a detector file, wrapped or not, without the `module.` of DataParallel."""
-    return TensorFiles([file], lambda name: name.removeprefix("module."))
+    """Open the tensors of a detector file, wrapped or not, without what DataParallel and torch.compile put before."""
+    return TensorFiles([file], lambda name: name.removeprefix("module.").removeprefix("_orig_mod."))
 
 
 def plan_for(

@@ -20,6 +20,7 @@ from torchvision.models import VisionTransformer, ViT_B_16_Weights
 from llava.core.config import setting
 from llava.core.tensor_files import Rules, Shape
 from llava.core.types import NORMALISATIONS, InputSpec
+from llava.detectors.backbones import torchvision_weights
 from llava.detectors.base import Detector, DetectorOutput
 from llava.detectors.published import PublishedFile, Unseen, detector_tensors, plan_for
 
@@ -122,18 +123,11 @@ class ViT3(Detector):
     def load_pretrained(self) -> None:
         """Load torchvision's ImageNet weights, but for the head, if the config says so.
 
-        Raises FileNotFoundError when they are neither in the cache of torch.hub nor can be downloaded.
+        Raises FileNotFoundError when they are out of reach.
         """
         if not self.config.pretrained:
             return
-        weights = ViT_B_16_Weights.IMAGENET1K_V1
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"ImageNet weights of ViT-B/16 can not be downloaded ({error}); put {weights.url} into "
-                f"{torch.hub.get_dir()}/checkpoints, or train from scratch: --model.pretrained false"
-            ) from error
+        state = torchvision_weights(ViT_B_16_Weights.IMAGENET1K_V1)
         own = {f"heads.{name}": tensor for name, tensor in self.vit.heads.state_dict().items()}
         self.vit.load_state_dict({**state, **own})  # torchvision renames what it wrote before version 0.13
 

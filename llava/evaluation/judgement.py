@@ -66,8 +66,8 @@ def read_judgements(
     """Read rows {image, text} and find the truth of each image.
 
     Truth: `gt_path`, a csv, a jsonl or a conversation json (`verdict_only.json`) with image (or file), label (0/1 or
-    real/fake) and perhaps class_name (or manipulation) and group; without it the DD-VQA file name (5_... real, 0, 1, 2, 3, 6
-    manipulated), whatever its folder. `published`: the original parser, and its truth by the start of the path.
+    real/fake) and perhaps class_name (or manipulation) and group; without it the DD-VQA file name (5_... real, 0, 1,
+    2, 3, 6 manipulated), whatever its folder. `published`: the original parser, and its truth by the start of the path.
     Raises FileNotFoundError or ValueError naming the file, the line or the image.
     """
     if published and gt_path:
