@@ -1,6 +1,6 @@
 """Convert published LLaVA-1.5 and detector weights into this project's layout, with a report on every tensor.
 
-What it takes: a LLaVA-1.5 or merged M2F2-Det folder (or hub id), a detector file (M2F2-Det, three-class ViT) or
+What it takes: a LLaVA-1.5 or merged M2F2-Det folder (or hub id), a detector file (M2F2-Det, three-class ViT, RADAR) or
 vision_tower.pth, and with --model_base the output folder of the published stage 2 or 3.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from llava.core.config import parse, setting
 from llava.core.runtime import setup_logging
@@ -36,7 +36,9 @@ class Options:
         None, "CLIP vision tower for weights without one: vision_tower.pth, a CLIP folder or hub id"
     )
     clip: str | None = setting(None, "folder of the CLIP's config.json, when it is not ViT-L/14-336")
-    heads: int | None = setting(None, "attention heads of a three-class ViT, when they are not 64 channels wide")
+    heads: int | None = setting(None, "attention heads of a detector's ViT, when they are not 64 channels wide")
+    iterations: int | None = setting(None, "RADAR: rounds of reasoning, when no config.yaml says it")
+    branches: Literal["both", "boundary", "frequency"] | None = setting(None, "RADAR: what was on, when nobody says it")
     dry_run: bool = setting(False, "print what would become of every tensor; write nothing")
 
 
@@ -68,7 +70,10 @@ def opened(options: Options) -> Published:
         clip = None if options.clip is None else read_clip_config(options.clip)
         if all(name.startswith(TOWER_PREFIX) for name in TensorFiles([path])):
             return PublishedTower(path, clip)
-        return layout_of(path).open(path, Unseen(vision_tower=tower, clip=clip, heads=options.heads))
+        unseen = Unseen(
+            vision_tower=tower, clip=clip, heads=options.heads, iterations=options.iterations, branches=options.branches
+        )
+        return layout_of(path).open(path, unseen)
     folder = resolve(options.model_path)
     if options.model_base is not None:
         return PublishedDelta(folder, ready(options.model_base))

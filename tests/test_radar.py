@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from llava.core.types import InputSpec
 from llava.data.dataset import to_tensor
 from llava.detectors.base import create, load
+from llava.detectors.published import Unseen, ready_detector
 from llava.detectors.radar import Radar, RadarConfig
 from llava.detectors.radar_branches import FrequencyBranch
+from llava.detectors.radar_published import PublishedRadar, rules_of
 from llava.ops.edges import sobel_magnitude
 from llava.ops.spectrum import high_pass_gate, high_spectrum, published_spectrum
 
@@ -275,6 +278,38 @@ def test_pixels_without_a_filter_keep_what_averaging_takes_away() -> None:
     assert to_tensor(stripes, spec).std() < 0.01 and to_tensor(np.roll(stripes, 2, axis=1), spec).mean() > 0.49
     smooth = to_tensor(stripes, replace(spec, interpolation="bilinear"))
     assert 0.2 < smooth.mean() < 0.3
+
+
+def published_file(folder: Path, detector: Radar, **settings: object) -> Path:
+    """Write a detector's weights as the published scripts do, with those of the parts that they never train."""
+    rules = rules_of(detector.config)
+    tensors = {rules.foreign(name): tensor for name, tensor in detector.state_dict().items()}
+    width = detector.config.evidence_dim
+    tensors |= {"reasoning.init_proj_single.0.weight": torch.zeros(width, width)}
+    torch.save({"model_state_dict": tensors, "optimizer_state_dict": {}, **settings}, folder / "best.pth")
+    return folder / "best.pth"
+
+
+def test_a_published_file_is_used_as_it_is_once_its_switches_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M2F2_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    original = radar(operators="published", normalisation="imagenet", hidden_size=64, num_attention_heads=1).eval()
+    file = published_file(tmp_path, original)
+    with pytest.raises(ValueError, match=r"put the config\.yaml of the run beside it, or say --iterations NUMBER"):
+        ready_detector(file)
+    known = {"reasoning_iterations": 3, "fft_size": 32, "reasoning_heads": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(known))
+    again = load(ready_detector(file))
+    assert again.config == original.config
+    with torch.no_grad():
+        torch.testing.assert_close(again(noise(2)).evidence, original(noise(2)).evidence)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(known | {"reasoning_iterations": 1}))
+    assert load(ready_detector(file)).config.iterations == 1, "another run's settings: another copy"
+    inside = published_file(tmp_path, original, config=known | {"use_badm": True, "use_aadm": True})
+    (tmp_path / "config.yaml").unlink()
+    assert PublishedRadar.open(inside, Unseen()).config == original.config
+    assert PublishedRadar.open(inside, Unseen(iterations=5)).config.iterations == 5
 
 
 @pytest.mark.parametrize(
