@@ -55,6 +55,9 @@ COMMANDS = {
     "causality": Command(
         "llava.jobs.causality:causality", "say whether an explainer's words follow its evidence, class by class"
     ),
+    "reasoning": Command(
+        "llava.jobs.reasoning:show_reasoning", "draw what RADAR's reasoning attends to, round by round"
+    ),
     "tiny-base": Command(
         "llava.train.tiny_base:make_tiny_base", "make a tiny LLaVA from training data, for two CPU cores"
     ),

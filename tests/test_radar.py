@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from llava.core.types import InputSpec
 from llava.data.dataset import to_tensor
+from llava.data.sources import DataConfig
 from llava.detectors.base import create, load
 from llava.detectors.published import Unseen, ready_detector
 from llava.detectors.radar import Radar, RadarConfig
 from llava.detectors.radar_branches import FrequencyBranch
 from llava.detectors.radar_published import PublishedRadar, rules_of
+from llava.jobs.reasoning import ReasoningSettings, show_reasoning
 from llava.ops.edges import sobel_magnitude
 from llava.ops.spectrum import high_pass_gate, high_spectrum, published_spectrum
 
@@ -335,3 +339,40 @@ def test_pretrained_weights_out_of_reach_say_so(tmp_path: Path, monkeypatch: pyt
     detector = create("radar", {"pretrained": True})
     with pytest.raises(FileNotFoundError, match="can not be downloaded"):
         detector.load_pretrained()
+
+
+# ---- what the reasoning attends to ------------------------------------------------------------------------------
+
+
+def test_the_reasoning_is_drawn_and_written(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(6):
+        picture = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
+        picture.save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{number % 2},test,{number}")
+    (tmp_path / "table.csv").write_text("\n".join(["file,label,split,group", *rows]))
+    detector = radar().eval()
+    detector.save(tmp_path / "radar")
+    data = DataConfig(source="csv", path=str(tmp_path / "table.csv"))
+    settings = ReasoningSettings(model=str(tmp_path / "radar"), data=data, samples=3, output_dir=str(tmp_path / "out"))
+    text = show_reasoning(settings)
+    assert text.splitlines()[0].split() == ["class", "n", "round", "attention", "to", "boundary", "p_fake"]
+    assert "alpha, the share of the reasoning in the verdict: 0.500" in text
+    for name in ("samples.png", "attention.png"):
+        assert Image.open(tmp_path / "out" / name).width > 300
+    report = json.loads((tmp_path / "out" / "reasoning.json").read_text())
+    assert [row["id"] for row in report["images"]] == [f"{number}.png" for number in range(6)]
+    image = to_tensor(np.array(Image.open(tmp_path / "4.png")), detector.inputs["pixel_values"])
+    reasons = detector.answer(image[None]).reasons
+    assert reasons is not None
+    assert report["images"][4]["attention_boundary"] == pytest.approx(reasons.attention[0, :, 0].tolist(), abs=1e-5)
+    means = [round["attention_boundary"]["mean"] for round in report["classes"]["real"]]
+    rows_of_real = [row["attention_boundary"] for row in report["images"] if row["label"] == 0]
+    assert means == pytest.approx(np.mean(rows_of_real, axis=0).tolist(), abs=1e-6)
+
+
+def test_a_detector_without_such_reasoning_is_refused(tmp_path: Path) -> None:
+    radar(frequency=False).save(tmp_path / "one")
+    with pytest.raises(ValueError, match="'radar' without reasoning over two branches; give a RADAR with both"):
+        show_reasoning(ReasoningSettings(model=str(tmp_path / "one"), data=DataConfig(source="folder", path="x")))

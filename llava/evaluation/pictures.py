@@ -140,6 +140,45 @@ def draw_losses(path: str | Path, histories: Mapping[str, Sequence[tuple[int, fl
     _save(figure, path)
 
 
+def draw_rounds(path: str | Path, titles: Sequence[str], attention: np.ndarray, p_fake: np.ndarray) -> None:
+    """Draw how attention to the boundary branch and p_fake, both (N, T), change over T rounds, one panel an image."""
+    columns = min(4, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(2.6 * columns, 2.5 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    rounds = np.arange(1, attention.shape[1] + 1)
+    for axes, title, looked, scores in zip(panels, titles, attention, p_fake, strict=False):
+        axes.plot(rounds, looked, "o-", markersize=4, label="attention to boundary (rest: frequency; sum 1)")
+        axes.plot(rounds, scores, "s--", markersize=4, color=TELLING_COLOUR, label="p_fake after the round")
+        axes.set(xlabel="round", xticks=rounds, ylim=(-0.03, 1.03))
+        axes.label_outer()
+        axes.set_title(title, fontsize="small")
+    for axes in panels[len(titles) :]:
+        axes.set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    _save(figure, path)
+
+
+def draw_attention(path: str | Path, labels: np.ndarray, attention: np.ndarray) -> None:
+    """Draw how attention (N, T) to the boundary branch is distributed in each class, one panel a round."""
+    figure = Figure(figsize=(2.9 * attention.shape[1] + 0.5, 3.2), layout="constrained")
+    panels = figure.subplots(1, attention.shape[1], sharey=True, squeeze=False)[0]
+    edges = np.linspace(0, 1, 31)
+    for number, (axes, looked) in enumerate(zip(panels, attention.T, strict=True), 1):
+        for label, name, colour in ((0, "real", REAL_COLOUR), (1, "fake", TELLING_COLOUR)):
+            values = looked[labels == label]
+            if len(values):
+                parts = np.histogram(values, edges)[0] / len(values)
+                axes.stairs(parts, edges, label=f"{name} ({len(values)})", color=colour, linewidth=1.5)
+        axes.set(title=f"round {number}", xlim=(0, 1))
+    panels[0].set(ylabel="part of the class")
+    panels[0].legend(fontsize="small")
+    figure.supxlabel(
+        "attention to the boundary branch; the rest goes to frequency, so that both sum to 1", fontsize="small"
+    )
+    _save(figure, path)
+
+
 def draw_robustness(path: str | Path, report: Mapping[str, Any]) -> None:
     """Draw AUC (above) and flip rates (below), with 95 % intervals, over strength per degradation into a picture.
 
