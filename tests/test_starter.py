@@ -481,6 +481,13 @@ def test_what_ships_accuses_none_of_the_authentic_portraits() -> None:
     assert set(labels.values()) <= {VerdictLabel.REAL, VerdictLabel.UNCERTAIN}, labels
 
 
+@pytest.mark.parametrize("command", ["detect", "explain"])
+def test_what_ships_fills_a_case_file(command: str, tmp_path: Path) -> None:
+    assert main([command, str(KNOWN), "--html", str(tmp_path / "case.html")]) == 0
+    page = (tmp_path / "case.html").read_text(encoding="utf-8")
+    assert "Coverage of real faces, of forged ones" in page and "98 %, 90 %" in page
+
+
 @pytest.mark.e2e
 def test_what_ships_answers_anywhere_and_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
