@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -27,8 +28,15 @@ from llava.evaluation.calibration import CalibrationConfig, fit_calibration
 from llava.evaluation.predictions import from_records, read_csv
 from llava.ops.degrade import VERSIONS, Change
 from llava.train import stage_1
-from llava.train.engine import DetectorTrainer, WholeBatches, balance_classes, flat_metrics, training_arguments
-from llava.train.recipe import CollapseConfig, Fold, LossConfig, PhaseConfig, Recipe, data_name, open_data
+from llava.train.engine import (
+    DetectorTrainer,
+    WholeBatches,
+    balance_classes,
+    flat_metrics,
+    train_phase,
+    training_arguments,
+)
+from llava.train.recipe import CollapseConfig, Fold, LossConfig, OptimConfig, PhaseConfig, Recipe, data_name, open_data
 from llava.train.scoring import CollapseError, changed, check_collapse, measured, probe_answers, score, with_versions
 from llava.train.stage_1 import settle
 
@@ -263,6 +271,53 @@ def test_the_best_weights_are_those_of_the_highest_video_auc(images, tmp_path):
     assert [trainer._determine_best_metric(metrics, None) for metrics in seen] == [True, True, False]
 
 
+def one_cycle(images, folder, steps):
+    """Give a trainer's rates and first averages, step by step, of a phase with one cycle."""
+    optim = {"schedule": "one_cycle", "warmup": 0.1, "lr": 5e-4}
+    phase = build(Recipe, settings(images, folder, optim=optim)).phase_list()[0]
+    detector = create("cnn", {"backbone": "conv_tiny", "image_size": 32, "width": 8})
+    data = open_data(phase.data, seed=0)
+    trainer = DetectorTrainer(detector, phase, data, training_arguments(phase, folder))
+    trainer.create_optimizer_and_scheduler(steps)
+    seen = []
+    for _ in range(steps):
+        group = trainer.optimizer.param_groups[0]
+        seen.append((group["lr"], group["betas"][0]))
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    return seen
+
+
+def test_one_cycle_rises_and_falls_as_published(images, tmp_path):
+    rates, averages = zip(*one_cycle(images, tmp_path, 40), strict=True)
+    assert (rates[0], rates[3], rates[-1]) == pytest.approx((5e-4 / 25, 5e-4, 5e-4 / 25 / 1e4))
+    assert (averages[0], averages[3], averages[-1]) == pytest.approx((0.95, 0.85, 0.95))
+    if not (golden.RADAR / "radar_stats.json").is_file():
+        pytest.skip("the recorded rates do not lie beside this checkout")
+    recorded = json.loads((golden.RADAR / "radar_stats.json").read_text(encoding="utf-8"))["one_cycle"]
+    assert list(rates) == pytest.approx(recorded["lr"], rel=1e-9)
+    assert list(averages) == pytest.approx(recorded["beta1"], rel=1e-9)
+
+
+@pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 7}])
+def test_one_cycle_ends_with_the_training_whatever_is_accumulated(images, length, tmp_path):
+    """Ten batches an epoch, four of them a step: the last step of an epoch has but two."""
+    changes = {"detector": "cnn", "model": {"backbone": "conv_tiny", "image_size": 32, "width": 8}, "accumulation": 4}
+    optim = {"schedule": "one_cycle", "warmup": 0.3}
+    values = {"optim": optim, "collapse": {"min_recall": 0.0, "min_sd": 0.0}, "epochs": 1, **changes, **length}
+    base = settings(images, tmp_path)
+    recipe = build(Recipe, {**base, **values, "optim": base["optim"] | optim})
+    phase = recipe.phase_list()[0]
+    train_phase(create("cnn", changes["model"]), phase, open_data(phase.data, seed=0), tmp_path)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert max(row["step"] for row in history) == length.get("steps", 9)
+
+
+def test_one_cycle_that_never_rises_is_refused():
+    with pytest.raises(ValueError, match=r"warmup: 0\.0 is not usable with one_cycle"):
+        OptimConfig(schedule="one_cycle")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -493,6 +548,7 @@ def test_a_killed_run_goes_on_exactly(images, workers, tmp_path):
     changes["workers"] = workers
     changes["collapse"] = {"min_recall": 0.0, "min_sd": 0.0}
     changes["loss"] = {"class_balance": "sampling"}
+    changes["optim"] = {"schedule": "one_cycle" if workers else "cosine", "warmup": 0.1}
     whole = write_recipe(tmp_path / "whole.yaml", settings(images, tmp_path / "whole", **changes))
     broken = write_recipe(tmp_path / "broken.yaml", settings(images, tmp_path / "broken", **changes))
     said = whole_and_broken(["--config", whole], ["--config", broken], tmp_path / "broken")

@@ -1,11 +1,11 @@
-"""One phase of detector training on HF Trainer: our samples, parameter groups, metrics, files, and what watches it."""
+"""One phase of detector training on HF Trainer: our samples, parameter groups, schedule, metrics and files."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    EarlyStoppingCallback,
-    EvalPrediction,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from llava.core.runtime import last_checkpoint, write_json
 from llava.core.types import REAL
@@ -33,7 +25,8 @@ from llava.data.splits import group_hashes
 from llava.detectors.base import Detector
 from llava.evaluation.metrics import detection_report
 from llava.evaluation.predictions import Predictions
-from llava.train.recipe import Best, CollapseConfig, OptimConfig, PhaseConfig, PhaseData
+from llava.train.callbacks import CollapseCheck, ProgressLine, TensorBoard
+from llava.train.recipe import Best, OptimConfig, PhaseConfig, PhaseData
 from llava.train.scoring import CLASS_RECALL, answers_of, check_collapse, predictions_of, probe_answers, usable_data
 
 log = logging.getLogger(__name__)
@@ -44,70 +37,12 @@ RESAMPLES_WHILE_TRAINING = 200
 # One pair of 100 + 100 videos in another order changes the AUC by 1e-4.
 LOSS_IN_MERIT = 1e-5
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SCHEDULES = {"cosine": "cosine", "plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup"}
-
-
-class CollapseCheck(TrainerCallback):
-    """Check for collapse at each evaluation after the grace epochs."""
-
-    def __init__(self, config: CollapseConfig, answers: Callable[[], Mapping[str, float]]) -> None:
-        self.config, self.answers = config, answers
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Look at the numbers just measured."""
-        if (state.epoch or 0) > self.config.grace_epochs:
-            check_collapse(metrics or {}, self.config, self.answers)
-
-
-class ProgressLine(ProgressCallback):
-    """The progress bar, with one short line per evaluation instead of every number."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the loss beside the bar and validation above it."""
-        if self.training_bar is None or logs is None:
-            return
-        if "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}")
-        if "eval_video_auc" in logs:
-            log.info(
-                "epoch %.1f: validation AUC %.3f (frame), %.3f [%.3f, %.3f] (video), accuracy %.3f, loss %.3f",
-                state.epoch or 0.0,
-                logs["eval_frame_auc"],
-                logs["eval_video_auc"],
-                logs.get("eval_video_auc_low", float("nan")),
-                logs.get("eval_video_auc_high", float("nan")),
-                logs["eval_frame_accuracy"],
-                logs["eval_log_loss"],
-            )
-
-
-class TensorBoard(TensorBoardCallback):
-    """TensorBoard logs in a folder of the run; the model's settings are in run.json."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.logging_dir = str(folder)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the writer; a detector's config is no Hugging Face config and is left out."""
-        kwargs.pop("model", None)
-        super().on_train_begin(args, state, control, **kwargs)
+SCHEDULES = {
+    "cosine": "cosine",
+    "plateau": "reduce_lr_on_plateau",
+    "constant": "constant_with_warmup",
+    "one_cycle": "constant",  # not by Hugging Face, see `DetectorTrainer.create_scheduler`
+}
 
 
 class WholeBatches(EpochSampler):
@@ -135,6 +70,7 @@ class DetectorTrainer(Trainer):
 
     model: Detector
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
 
     def __init__(
         self, detector: Detector, phase: PhaseConfig, data: PhaseData, args: TrainingArguments, goes_on: bool = False
@@ -196,6 +132,16 @@ class DetectorTrainer(Trainer):
             groups = sorted(self.model.parameter_groups(optim.lr), key=lambda group: -len(group["params"]))
             self.optimizer = OPTIMIZERS[optim.optimizer](groups, betas=optim.betas, weight_decay=optim.weight_decay)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Let one cycle span all steps of the phase, each parameter group with its own highest rate."""
+        optimizer = optimizer or self.optimizer
+        if self.phase.optim.schedule == "one_cycle" and self.lr_scheduler is None:
+            assert optimizer is not None
+            rates, share = [group["lr"] for group in optimizer.param_groups], self.phase.optim.warmup
+            self.lr_scheduler = OneCycleLR(optimizer, rates, total_steps=num_training_steps, pct_start=share)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,

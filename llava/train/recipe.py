@@ -44,14 +44,21 @@ class OptimConfig:
     lr: float = setting(1e-3, "learning rate; a detector may give some weights their own")
     weight_decay: float = setting(1e-6, "weight decay")
     betas: tuple[float, float] = setting((0.9, 0.999), "Adam's moving averages")
-    schedule: Literal["cosine", "plateau", "constant"] = setting(
-        "cosine", "cosine to zero, plateau (lowered when validation stalls) or constant"
+    schedule: Literal["cosine", "plateau", "constant", "one_cycle"] = setting(
+        "cosine",
+        "cosine to zero, plateau (lowered when validation stalls), constant, or one_cycle: from a 25th of the rate up "
+        "to it and down to nothing, Adam's first average the other way (0.95, 0.85, 0.95)",
     )
-    warmup: float = setting(0.0, "part of all steps in which the rate rises from zero (not with plateau)")
+    warmup: float = setting(0.0, "part of all steps in which the rate rises (not with plateau)")
     plateau_factor: float = setting(0.4, "plateau: what the rate is multiplied by")
     plateau_patience: int = setting(6, "plateau: evaluations without a better one before it is lowered")
     plateau_cooldown: int = setting(5, "plateau: evaluations after lowering that do not count")
     max_grad_norm: float = setting(0.0, "gradients are scaled down to this norm; 0 = left alone")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a cycle that does not rise, or does not fall."""
+        if self.schedule == "one_cycle" and not 0 < self.warmup < 1:
+            raise ValueError(f"warmup: {self.warmup} is not usable with one_cycle; give a part in (0, 1), such as 0.1.")
 
 
 @dataclass(frozen=True, kw_only=True)
