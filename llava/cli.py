@@ -36,6 +36,9 @@ COMMANDS = {
     "diagnose": Command(
         "llava.jobs.diagnose:diagnose", "say whether a detector looks at faces and knows every class: healthy or not"
     ),
+    "ablate": Command(
+        "llava.train.experiments:ablate", "train variants of a recipe by a plan, each with the same seeds"
+    ),
     "maps": Command("llava.jobs.maps:write_maps", "write a detector's maps of forged images into a file"),
     "counterfactual": Command(
         "llava.jobs.maps:write_counterfactual", "change what the words name and write how far the score falls"
