@@ -33,7 +33,7 @@ from llava.detectors.base import Detector, load
 from llava.detectors.published import ready_detector
 from llava.evaluation.blind import against_blind_guess
 from llava.evaluation.metrics import class_aucs
-from llava.evaluation.predictions import Predictions, read_csv, write_csv
+from llava.evaluation.predictions import Predictions
 from llava.evaluation.reliability import verdict_report
 from llava.evaluation.robustness import Verdicts
 from llava.evaluation.tables import interval_text, run_script
@@ -42,7 +42,7 @@ from llava.ops.degrade import DEGRADATIONS, VERSIONS, Change
 from llava.ops.forge import ARTEFACTS, SELF_BLENDED, ForgeConfig
 from llava.train.evaluate import training_of
 from llava.train.recipe import forging_source
-from llava.train.scoring import answers_over, changed, measured, score
+from llava.train.scoring import answers_over, changed, kept_scores, measured, score
 
 Row: TypeAlias = dict[str, Any]  # value, low, high; images and groups as far as they make sense
 Rows: TypeAlias = dict[str, Row]
@@ -180,14 +180,9 @@ class Bench:
     def scores(self, name: str, source: Source, records: Sequence[Record], change: Change | None = None) -> Predictions:
         """Score records, or read what they scored before."""
         path = self.cache / f"{name}{'' if change is None else f' {change.kind} {change.strength:g}'}.csv"
-        if path.is_file():
-            found = read_csv(path)
-            if [prediction.id for prediction in found] == [record.id for record in records]:
-                return found
         degrade = None if change is None else partial(changed, change)
-        found = score(self.detector, source, records, self.device, self.settings.batch_size, degrade=degrade)
-        write_csv(path, found)
-        return found
+        make = partial(score, self.detector, source, records, self.device, self.settings.batch_size, degrade=degrade)
+        return kept_scores(path, records, make)
 
 
 def public_faces(settings: Settings, public: PublicSet, is_cut: bool) -> tuple[Source, list[Record]]:

@@ -32,9 +32,15 @@ COMMANDS = {
     "chat": Command("llava.jobs.commands:chat", "talk about one face: the verdict, then your questions"),
     "completion": Command("llava.cli:shell_completion", "print what makes a shell complete commands and settings"),
     "detectors": Command("llava.cli:list_detectors", "list the detectors that can be trained and asked"),
-    "evaluate": Command("llava.train.evaluate:evaluate", "score a detector on a split: AUC, calibration, robustness"),
+    "evaluate": Command(
+        "llava.train.evaluate:evaluate",
+        "score a detector on a split: AUC, calibration, robustness; or several on several sets",
+    ),
     "diagnose": Command(
         "llava.jobs.diagnose:diagnose", "say whether a detector looks at faces and knows every class: healthy or not"
+    ),
+    "ablate": Command(
+        "llava.train.experiments:ablate", "train variants of a recipe by a plan, each with the same seeds"
     ),
     "maps": Command("llava.jobs.maps:write_maps", "write a detector's maps of forged images into a file"),
     "counterfactual": Command(

@@ -24,6 +24,8 @@ READERS = {
     "stage_2": "llava.train.arguments:ExplainArguments",
     "stage_3": "llava.train.arguments:ExplainArguments",
     "own_pictures": "llava.train.recipe:Recipe",
+    "example": "llava.train.experiments:Plan",
+    "small_cnn": "llava.train.recipe:Recipe",
     "forge": "llava.jobs.forged_faces:ForgeDataConfig",
     "edit": "llava.jobs.forged_faces:ForgeDataConfig",
     "tiny_base": "llava.train.tiny_base:TinyBaseConfig",
@@ -204,7 +206,7 @@ def wrong_settings(values: dict[str, Any], reader: type[Any]) -> str | None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.relative_to(ROOT / "scripts").as_posix())
 def test_every_recipe_is_read_by_its_class(recipe: Path) -> None:
-    reader = recipe.stem if recipe.parent.name in ("demo", "starter") else recipe.parent.name
+    reader = recipe.stem if recipe.parent.name in ("demo", "experiments", "starter") else recipe.parent.name
     assert reader in READERS, f"no class is known to read {recipe}; add it to READERS"
     assert wrong_settings(load_yaml(recipe), loaded(READERS[reader])) is None
 

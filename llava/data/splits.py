@@ -43,12 +43,17 @@ def group_hashes(groups: Iterable[str]) -> frozenset[str]:
     return frozenset(hashlib.sha256(name.encode()).hexdigest() for name in set(groups))
 
 
+def shared_groups(groups: Iterable[str], hashes: AbstractSet[str]) -> list[str]:
+    """List the groups that are among others, which are only known by their hashes, in order and each once."""
+    return sorted(name for name in set(groups) if not hashes.isdisjoint(group_hashes([name])))
+
+
 def refuse_groups(groups: Iterable[str], hashes: AbstractSet[str], fold: str, use: str, allow: bool = False) -> None:
     """Refuse a fold of which some groups are among others, which are only known by their hashes.
 
     use: what the others are for, as "trained on". allow: warn only. Raises LeakError with the count and five names.
     """
-    shared = sorted(name for name in set(groups) if not hashes.isdisjoint(group_hashes([name])))
+    shared = shared_groups(groups, hashes)
     if shared:
         problem = (
             f"Leak: {fold} has {len(shared)} groups that the detector, or a part of it, is {use} "

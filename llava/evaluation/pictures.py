@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def draw_confusion(path: str | Path, what: str, part: Mapping[str, Any], columns
     counts = np.array([[said.get(column, 0) for column in columns] for said in rows.values()])
     interval = _bounded(part["accuracy"])
     title = f"{part['n']} images: right {interval}, chance {part['chance']['value']:.3f}"
-    figure = _shaded_counts(counts, [*rows], columns, counts.astype(str), title)
+    figure = _shaded(_row_shares(counts), [*rows], columns, counts.astype(str), title)
     figure.axes[0].set(xlabel=f"{what} named in the text", ylabel=f"edited {what}")
     _save(figure, path)
 
@@ -228,27 +229,57 @@ def draw_class_confusion(path: str | Path, report: Mapping[str, Any], level: str
         raise ValueError("The report has no part 'multiclass'; give that of a detector of three or more classes.")
     part = report["multiclass"][level]
     classes, counts = part["confusion"]["classes"], np.array(part["confusion"]["counts"])
-    texts = np.vectorize("{:.0%}\n({})".format)(_row_shares(counts), counts)
+    shares = _row_shares(counts)
+    texts = np.vectorize("{:.0%}\n({})".format)(shares, counts)
     title = f"{counts.sum()} items: right {_bounded(part['accuracy'])}"
-    figure = _shaded_counts(counts, classes, classes, texts, title)
+    figure = _shaded(shares, classes, classes, texts, title)
     figure.axes[0].set(xlabel="class answered", ylabel="true class")
     _save(figure, path)
 
 
-def _shaded_counts(
-    counts: np.ndarray, rows: Sequence[str], columns: Sequence[str], texts: np.ndarray, title: str
+def draw_matrix(path: str | Path, report: Mapping[str, Any], level: str = "frame") -> None:
+    """Draw the AUC of each model (rows) on each set (columns), with its interval and a word of leaks: a picture.
+
+    report: of `m2f2 evaluate` with several models or sets. White is 0.5 and less, or no score.
+    """
+    models, sets, cells = report["models"], report["sets"], report["cells"]
+    found = {(cell["model"], cell["set"]): cell for cell in cells}
+    values, texts = np.full((len(models), len(sets)), np.nan), np.full((len(models), len(sets)), "-", dtype=object)
+    for (i, model), (j, name) in product(enumerate(models), enumerate(sets)):
+        cell = found[model, name]
+        if "problem" in cell or cell[level]["value"] is None:
+            continue
+        values[i, j] = cell[level]["value"]
+        leak = f"\nleak: {cell['shared_groups']} groups" if cell["shared_groups"] else ""
+        texts[i, j] = _bounded(cell[level]).replace(" ", "\n", 1) + leak
+    rows = [f"{name}\ntrained on {about['trained_on']}" for name, about in models.items()]
+    figure = _shaded(values, rows, [*sets], texts, f"AUC of {level}s, [95 % interval]", 0.5, "AUC")
+    longest = max(len(line) for row in rows for line in row.splitlines())
+    figure.set_size_inches(2 + 0.08 * longest + 1.4 * len(sets), 1.8 + 0.9 * len(models))
+    figure.axes[0].set(xlabel="tested on")
+    _save(figure, path)
+
+
+def _shaded(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    texts: np.ndarray,
+    title: str,
+    least: float = 0.0,
+    meaning: str = "part of the row",
 ) -> Figure:
-    """Draw a table of texts, each cell shaded by the part of its row that its count is."""
-    shares = _row_shares(counts)
+    """Draw a table of texts, each cell shaded by its value, white from `least` down; meaning: what a value is."""
     figure = Figure(figsize=(1.8 + 0.95 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    shown = axes.imshow(values, cmap="Blues", vmin=least, vmax=1, aspect="auto")
     for (i, j), text in np.ndenumerate(texts):
-        axes.text(j, i, text, ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
+        is_dark = values[i, j] > (least + 1) / 2
+        axes.text(j, i, text, ha="center", va="center", color="white" if is_dark else "black")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize="medium")
-    figure.colorbar(shown, ax=axes, label="part of the row")
+    figure.colorbar(shown, ax=axes, label=meaning)
     return figure
 
 

@@ -125,6 +125,43 @@ def multiclass_lines(report: Mapping[str, Any], level: str = "frame") -> list[st
     return aligned(rows)
 
 
+def matrix_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Give the AUC of each model (rows) on each set (columns) as texts, heads first; of frames, then of videos.
+
+    report: of `m2f2 evaluate` with several models or sets.
+    """
+    found = {(cell["model"], cell["set"]): cell for cell in report["cells"]}
+    heads = [f"{name}, {about['images']} images, {about['groups']} groups" for name, about in report["sets"].items()]
+    rows = [["model", "trained on", *heads]]
+    for model, about in report["models"].items():
+        rows.append([model, about["trained_on"], *(_matrix_cell(found[model, name]) for name in report["sets"])])
+    return rows
+
+
+def _matrix_cell(cell: Mapping[str, Any]) -> str:
+    if "problem" in cell:
+        return "-"
+    leak = f"; LEAK: trained on {cell['shared_groups']} of the groups" if cell["shared_groups"] else ""
+    if cell["videos"] == cell["frames"]:
+        return interval_text(cell["frame"]) + leak
+    return f"{interval_text(cell['frame'])}; videos {interval_text(cell['video'])}{leak}"
+
+
+def matrix_table(report: Mapping[str, Any]) -> Table:
+    """Put `matrix_rows` into a table for a terminal."""
+    heads, *rows = matrix_rows(report)
+    table = titled_table(f"AUC, split {report['split']!r}; 95 % intervals by group bootstrap", *map(escape, heads))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def matrix_markdown(report: Mapping[str, Any]) -> str:
+    """Write `matrix_rows` as a table in Markdown."""
+    heads, *rows = ([cell.replace("|", "\\|") for cell in row] for row in matrix_rows(report))
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
+
+
 def published_table(scores: Mapping[str, VideoScores]) -> Table:
     """Put the published way of scoring videos beside the same without its slip."""
     table = titled_table(

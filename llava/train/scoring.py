@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from llava.data.sources import Source
 from llava.data.splits import refuse_groups
 from llava.detectors.base import Detector
 from llava.evaluation.calibration import CalibrationConfig, fit_calibration, groups_of, needed_groups
-from llava.evaluation.predictions import Predictions, from_records
+from llava.evaluation.predictions import Predictions, from_records, read_csv, write_csv
 from llava.evaluation.reliability import calibration_report, share_of_fakes
 from llava.ops.degrade import VERSIONS, Change
 from llava.train.recipe import CollapseConfig, PhaseData
@@ -63,6 +64,17 @@ def score(
     kept, (p_fake, scores) = answers_over(detector, source, records, *run)
     require_numbers(p_fake, kept)
     return predictions_of(detector, kept, p_fake.numpy(), scores.numpy())
+
+
+def kept_scores(path: Path, records: Sequence[Record], make: Callable[[], Predictions]) -> Predictions:
+    """Read what these records scored before, or make the scores and keep them; `path` says what they depend on."""
+    if path.is_file():
+        found = read_csv(path)
+        if [prediction.id for prediction in found] == [record.id for record in records]:
+            return found
+    made = make()
+    write_csv(path, made)
+    return made
 
 
 def changed(
