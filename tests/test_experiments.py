@@ -90,14 +90,14 @@ def test_the_command_line_lies_over_the_shared_settings(class_folder: Path, tmp_
     assert (recipe.data.path, recipe.steps, recipe.eval_steps, plan.output_dir) == ("elsewhere", 7, 2, "out")  # type: ignore[union-attr]
 
 
-def test_the_example_is_a_plan_of_working_recipes(class_folder: Path) -> None:
+def test_the_plan_that_comes_along_has_working_recipes(class_folder: Path) -> None:
     data = {"data": {"path": str(class_folder)}}
-    plan = read_plan(AblateConfig(plan=str(ROOT / "scripts/configs/experiments/example.yaml"), shared=data))
+    plan = read_plan(AblateConfig(plan=str(ROOT / "scripts/configs/experiments/radar.yaml"), shared=data))
     runs = runs_of(plan)
-    assert len(runs) == 15 and {run.recipe.steps for run in runs} == {500}
-    assert {run.recipe.detector for run in runs} == {"m2f2det", "cnn"}
+    assert len(runs) == 48 and {run.recipe.steps for run in runs} == {400}
+    assert {run.recipe.detector for run in runs} == {"radar", "baseline"}
     recipes = [json.dumps(to_dict(run.recipe) | {"output_dir": ""}) for run in runs]
-    assert len(set(recipes)) == 15, "each variant changes something"
+    assert len(set(recipes)) == 48, "each variant changes something"
 
 
 @pytest.mark.parametrize(
