@@ -205,7 +205,7 @@ def wrong_settings(values: dict[str, Any], reader: type[Any]) -> str | None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.relative_to(ROOT / "scripts").as_posix())
 def test_every_recipe_is_read_by_its_class(recipe: Path) -> None:
-    reader = recipe.stem if recipe.parent.name in ("demo", "experiments", "starter") else recipe.parent.name
+    reader = recipe.stem if recipe.parent.name in ("demo", "starter") else recipe.parent.name
     assert reader in READERS, f"no class is known to read {recipe}; add it to READERS"
     assert wrong_settings(load_yaml(recipe), loaded(READERS[reader])) is None
 
