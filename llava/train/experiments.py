@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -248,13 +249,14 @@ def train_apart(run: Run) -> None:
             raise ValueError(f"{run.name} is being trained by another process; wait for its end.") from None
         start = file.tell()
         log.info("%s is being trained; its log is %s", run.name, path)
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0)
         try:
             code = process.wait()
             state, reason = ending(path.read_bytes()[start:].decode(errors="replace"), code)
         finally:
-            process.terminate()
-            process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # with its workers, which hold the log, too
+                process.wait()
             minutes = round(before + (time.monotonic() - began) / 60, 2)
             write_json(run.folder / OUTCOME, {"state": state, "reason": reason, "minutes": minutes})
 
