@@ -36,6 +36,9 @@ COMMANDS = {
         "llava.train.evaluate:evaluate",
         "score a detector on a split: AUC, calibration, robustness; or several on several sets",
     ),
+    "compare": Command(
+        "llava.jobs.compare:compare_runs", "compare trained runs on their test split: table, tests, pictures"
+    ),
     "diagnose": Command(
         "llava.jobs.diagnose:diagnose", "say whether a detector looks at faces and knows every class: healthy or not"
     ),

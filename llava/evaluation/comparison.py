@@ -40,8 +40,8 @@ def delong(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> DeLong:
     few = [name for name, count in counts.items() if count < 2]
     if few:
         raise ValueError(f"DeLong's test needs two {few[0]} items or more, got {counts[few[0]]}; give another split.")
-    of_fakes, of_reals = np.array([_placements(scores, is_fake) for scores in (first, second)]).T
-    v_fake, v_real = np.stack(of_fakes), np.stack(of_reals)  # (2, n1), (2, n0)
+    placed = [_placements(scores, is_fake) for scores in (first, second)]
+    v_fake, v_real = (np.stack([each[n] for each in placed]) for n in (0, 1))  # (2, n1), (2, n0)
     covariance = np.cov(v_fake) / counts["fake"] + np.cov(v_real) / counts["real"]
     aucs = v_fake.mean(axis=1)
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]

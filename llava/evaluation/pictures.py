@@ -180,6 +180,54 @@ def draw_attention(path: str | Path, labels: np.ndarray, attention: np.ndarray) 
     _save(figure, path)
 
 
+def draw_rocs(path: str | Path, scored: Mapping[str, Predictions]) -> None:
+    """Draw the ROC curves of several models on the same items into a picture."""
+    figure = Figure(figsize=(6, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for number, (name, items) in enumerate(scored.items()):
+        curve = RankedScores(items.labels, items.p_fake).curve()
+        style = ("-", "--", ":")[number // 10 % 3]
+        axes.plot(curve.fpr, curve.tpr, style, linewidth=1.2, label=f"{name}: {curve.auc():.3f}")
+    axes.set(xlabel="reals called fake", ylabel="fakes called fake", title="ROC", aspect="equal")
+    axes.legend(loc="lower right", fontsize="x-small", title="AUC", title_fontsize="small")
+    _save(figure, path)
+
+
+def draw_aucs(path: str | Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw the AUC of each model with its interval, and one dot a seed, into a picture.
+
+    rows: of `m2f2 compare`, by model: `auc` of the mean score as value, low and high; `aucs` of the seeds.
+    """
+    figure = Figure(figsize=(6.5, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows.values()):
+        auc = row["auc"]
+        reach = [[auc["value"] - auc["low"]], [auc["high"] - auc["value"]]]
+        axes.errorbar(auc["value"], place, xerr=reach, fmt="|", color=SCORE_COLOUR, capsize=3, markersize=9)
+        axes.plot(row["aucs"], [place] * len(row["aucs"]), "o", color=TELLING_COLOUR, markersize=3.5)
+    axes.axvline(0.5, color="0.7", linewidth=1)
+    axes.set_yticks(range(len(rows)), [*rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="AUC; bar: mean score of the seeds, 95 % interval; dots: seeds")
+    _save(figure, path)
+
+
+def draw_curves(path: str | Path, runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> None:
+    """Draw (step, validation AUC) of several models, one colour a model and one line a seed, into a picture."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, curves) in enumerate(runs.items()):
+        style, colour = ("-", "--", ":")[number // 10 % 3], f"C{number % 10}"
+        for points in curves:
+            axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1, label=name)
+    lines, names = axes.get_legend_handles_labels()
+    known = dict(zip(names, lines, strict=True))
+    axes.set(xlabel="step", ylabel="validation AUC")
+    figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize="x-small")
+    _save(figure, path)
+
+
 def draw_robustness(path: str | Path, report: Mapping[str, Any]) -> None:
     """Draw AUC (above) and flip rates (below), with 95 % intervals, over strength per degradation into a picture.
 
