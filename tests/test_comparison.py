@@ -20,6 +20,7 @@ from llava.core.config import build, to_dict
 from llava.evaluation.comparison import LEAST_P, compare, delong, holm
 from llava.evaluation.metrics import RankedScores
 from llava.evaluation.predictions import Prediction, Predictions, write_csv
+from llava.jobs.compare import _curve
 from llava.train.recipe import Recipe
 
 
@@ -168,7 +169,7 @@ def make_run(folder: Path, seed: int, logits: np.ndarray, labels: np.ndarray, **
     (folder / "phases" / "0").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"config": to_dict(recipe) | {"output_dir": str(folder)}}))
     (folder / "metrics.json").write_text(json.dumps({"minutes": 1.5 + seed % 2}))
-    history = [{"step": step, "eval_video_auc": 0.5 + step / 100} for step in (10, 20)]
+    history = [{"step": step, "eval_video_auc": auc} for step, auc in ((10, 0.6), (20, 0.7), (20, 0.9))]
     (folder / "phases" / "0" / "history.json").write_text(json.dumps(history))
     write_csv(folder / "test.csv", predictions(labels, logits, 20))
     return folder
@@ -205,6 +206,7 @@ def test_seeds_of_a_recipe_are_one_model(runs: list[str], tmp_path: Path, capsys
     assert [row[0] for row in rows] == ["model", "good", "poor"] and rows[1][6:] == ["", "", ""]
     latex = (out / "compare.tex").read_text()
     assert "\\toprule" in latex and "\\textbf{good}" in latex and "\\textbf{poor}" not in latex
+    assert _curve(Path(runs[0])) == [(10, 0.6), (20, 0.7)], "the last is that of the best weights, once more"
     for name in ("aucs.png", "roc.png", "curves.png"):
         assert Image.open(out / name).width > 500
 

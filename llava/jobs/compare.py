@@ -208,10 +208,11 @@ def _write(path: Path, rows: Sequence[Sequence[str]]) -> None:
 
 
 def _curve(run: Path) -> list[tuple[int, float]]:
-    """Give (step, validation AUC) of a run's phases one after another."""
+    """Give (step, validation AUC) of a run's phases one after another; not of the best weights, looked at again."""
     points: list[tuple[int, float]] = []
     for path in sorted(run.glob("phases/*/history.json"), key=lambda path: int(path.parent.name)):
         begun = points[-1][0] if points else 0
         history = json.loads(path.read_text(encoding="utf-8"))
-        points += [(begun + row["step"], row["eval_video_auc"]) for row in history if "eval_video_auc" in row]
+        seen = {row["step"]: row["eval_video_auc"] for row in reversed(history) if "eval_video_auc" in row}
+        points += [(begun + step, auc) for step, auc in sorted(seen.items())]
     return points
