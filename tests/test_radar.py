@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from llava.jobs.reasoning import ReasoningSettings, show_reasoning
 from llava.ops.edges import sobel_magnitude
 from llava.ops.spectrum import high_pass_gate, high_spectrum, published_spectrum
 
+ROOT = Path(__file__).parents[1]
 SWITCHES = {
     "whole": {},
     "boundary": {"frequency": False},
@@ -370,6 +372,30 @@ def test_the_reasoning_is_drawn_and_written(tmp_path: Path) -> None:
     means = [round["attention_boundary"]["mean"] for round in report["classes"]["real"]]
     rows_of_real = [row["attention_boundary"] for row in report["images"] if row["label"] == 0]
     assert means == pytest.approx(np.mean(rows_of_real, axis=0).tolist(), abs=1e-6)
+
+
+@pytest.mark.e2e
+def test_the_slips_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(24):
+        picture = rng.integers(60, 200, (32, 32, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{number % 2},test,{number}")
+    (tmp_path / "table.csv").write_text("\n".join(["file,label,split,group", *rows]))
+    for operators in ("repaired", "published_batches"):
+        radar(operators=operators).save(tmp_path / operators)
+    places = [str(tmp_path / name) for name in ("repaired", "published_batches")]
+    words = ["--data.source", "csv", "--data.path", str(tmp_path / "table.csv"), "--batch_size", "8"]
+    words += ["--resamples", "50", "--json", str(tmp_path / "slips.json")]
+    monkeypatch.setattr("sys.argv", ["measure_radar.py", *places, *words])
+    runpy.run_path(str(ROOT / "eval" / "measure_radar.py"), run_name="__main__")
+    slips = json.loads((tmp_path / "slips.json").read_text())["slips"]
+    for place, is_repaired in zip(places, (True, False), strict=True):
+        orders = slips[place]["frequency alone"]
+        same = {round(orders[name]["value"], 6) for name in ("one by one", "shuffled batches", "batches of one class")}
+        assert (len(same) == 1) == is_repaired, "whose spectrum it is must not hang on the batch"
+        assert slips[place]["verdict"]["train mode, one class"]["value"] is not None
 
 
 def test_a_detector_without_such_reasoning_is_refused(tmp_path: Path) -> None:
