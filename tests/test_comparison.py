@@ -204,6 +204,7 @@ def test_seeds_of_a_recipe_are_one_model(runs: list[str], tmp_path: Path, capsys
     with (out / "compare.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["model", "good", "poor"] and rows[1][6:] == ["", "", ""]
+    assert (out / "compare.md").read_text().splitlines()[1] == "| " + " | ".join(["---"] * 9) + " |"
     latex = (out / "compare.tex").read_text()
     assert "\\toprule" in latex and "\\textbf{good}" in latex and "\\textbf{poor}" not in latex
     assert _curve(Path(runs[0])) == [(10, 0.6), (20, 0.7)], "the last is that of the best weights, once more"

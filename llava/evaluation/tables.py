@@ -158,8 +158,13 @@ def matrix_table(report: Mapping[str, Any]) -> Table:
 
 def matrix_markdown(report: Mapping[str, Any]) -> str:
     """Write `matrix_rows` as a table in Markdown."""
-    heads, *rows = ([cell.replace("|", "\\|") for cell in row] for row in matrix_rows(report))
-    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
+    return markdown(matrix_rows(report))
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows, heads first, as a table in Markdown."""
+    heads, *cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *cells))
 
 
 def published_table(scores: Mapping[str, VideoScores]) -> Table:

@@ -20,6 +20,7 @@ from llava.core.terminal import text_of, titled_table
 from llava.evaluation.comparison import compare
 from llava.evaluation.metrics import RankedScores
 from llava.evaluation.predictions import Predictions, by_video, read_csv
+from llava.evaluation.tables import markdown
 
 HEADS = ("model", "seeds", "weights", "minutes", "AUC, mean and sd", "AUC of mean score", "difference", "p", "p DeLong")
 
@@ -35,7 +36,7 @@ class CompareSettings:
     level: Literal["frame", "video"] = setting("frame", "what is counted: images, or videos by their mean score")
     resamples: int = setting(2000, "bootstrap resamples over groups")
     seed: int = setting(0, "seed of the resamples")
-    output_dir: str = setting("outputs/compare", "folder of compare.json, .csv, .tex and of the pictures")
+    output_dir: str = setting("outputs/compare", "folder of compare.json, .csv, .md, .tex and of the pictures")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def compare_runs(settings: CompareSettings) -> str:
     _write(output / "compare.csv", cells)
     with atomic_path(output / "compare.tex") as staged:
         staged.write_text(latex(cells, about), encoding="utf-8")
+    with atomic_path(output / "compare.md") as staged:
+        staged.write_text(markdown(cells), encoding="utf-8")
     draw_aucs(output / "aucs.png", rows)
     draw_rocs(output / "roc.png", averaged)
     draw_curves(output / "curves.png", {name: [_curve(run) for run in model.folders] for name, model in models.items()})
