@@ -17,6 +17,7 @@ from llava.data.splits import (
     check_leaks,
     choose_groups,
     connected_groups,
+    divide,
     near_duplicates,
     require_both_classes,
     summary,
@@ -112,3 +113,51 @@ def test_summary_counts_by_hand() -> None:
     assert (counted["records"], counted["videos"], counted["groups"]) == (3, 3, 2)
     assert counted["splits"]["train"]["groups"] == 1
     assert counted["splits"]["test"]["classes"] == {"unknown": 1}
+
+
+# ---- a division by groups and classes ---------------------------------------------------------------------------
+
+SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+
+
+def people(seed=0):
+    """Give 60 people: twenty have one real picture, twenty three of kind A, twenty two of kind B and one real."""
+    kinds = [["real"], ["a"] * 3, ["b", "b", "real"]]
+    found = []
+    for number in range(60):
+        for place, kind in enumerate(kinds[number % 3]):
+            name, person = f"{number:02}_{place}", f"p{number:02}"
+            label = int(kind != "real")
+            found.append(Record(id=name, label=label, class_name=kind, video=name, group=person, where=name))
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+
+
+def test_groups_stay_whole_and_classes_even():
+    divided = divide(people(), SHARES, seed=1)
+    splits = {group: {r.split for r in divided if r.group == group} for group in {r.group for r in divided}}
+    assert all(len(found) == 1 for found in splits.values())
+    for kind in ("real", "a", "b"):
+        own = [r.split for r in divided if r.class_name == kind]
+        for name, share in SHARES.items():
+            assert abs(own.count(name) - share * len(own)) <= 3, (kind, name)
+    assert [r.id for r in divided] == [r.id for r in people()], "the order stays"
+
+
+def test_a_division_hangs_on_the_seed_and_not_on_the_order():
+    def of(records, seed):
+        return {r.id: r.split for r in divide(records, SHARES, seed)}
+
+    assert of(people(0), 1) == of(people(5), 1) != of(people(0), 2)
+
+
+def test_a_large_group_is_not_put_where_there_is_no_room():
+    big = [Record(id=f"b{i}", label=0, class_name="real", video=f"b{i}", group="big", where="") for i in range(50)]
+    divided = divide(big + people(), SHARES, seed=0)
+    assert {r.split for r in divided if r.group == "big"} == {"train"}
+
+
+def test_what_can_not_be_divided_is_said():
+    with pytest.raises(ValueError, match=r"shares: 0\.7, 0\.7, 0\.15 do not add up to 1"):
+        divide(people(), SHARES | {"val": 0.7}, seed=0)
+    with pytest.raises(ValueError, match="2 records in 2 groups can not be divided into 3 splits"):
+        divide(people()[:2], SHARES, seed=0)

@@ -53,6 +53,9 @@ class DataConfig:
     train: str = setting("train", "name of the training split")
     val: str = setting("val", "name of the validation split")
     test: str = setting("test", "name of the test split")
+    shares: tuple[float, float, float] = setting(
+        (0.7, 0.15, 0.15), "of images, for training, validation and test, when the data come without splits"
+    )
     columns: dict[str, str] = setting({}, "csv column of file, label, split, video, group, class_name (default: same)")
     group_ids: bool = setting(False, "the group column holds ids joined by _; records that share an id form one group")
     real_names: tuple[str, ...] = setting(REAL_NAMES, "class names that mean real; any other class name means fake")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -136,6 +138,35 @@ def choose_groups(groups: Sequence[str], fraction: float, seed: int) -> set[str]
             break
         chosen.add(names[i])
     return chosen
+
+
+def divide(records: Sequence[Record], shares: Mapping[str, float], seed: int) -> list[Record]:
+    """Give records the names of splits: whole groups, and of each class as near to `shares` as the groups allow.
+
+    shares: of each split, with sum 1. Groups come largest first, those of one size in an order drawn by the seed; each
+    goes where its classes are missing most. Raises ValueError for shares that do not add up, and when there are fewer
+    groups than splits.
+    """
+    if not math.isclose(sum(shares.values()), 1, abs_tol=1e-6) or min(shares.values()) <= 0:
+        given = ", ".join(map(str, shares.values()))
+        raise ValueError(f"shares: {given} do not add up to 1; give 0.7, 0.15 and 0.15 for instance.")
+    classes = sorted({r.class_name for r in records})
+    counts: dict[str, np.ndarray] = {}
+    for record in records:
+        counts.setdefault(record.group, np.zeros(len(classes)))[classes.index(record.class_name)] += 1
+    if len(counts) < len(shares):
+        raise ValueError(
+            f"{len(records)} records in {len(counts)} groups can not be divided into {len(shares)} splits; give more."
+        )
+    names = sorted(counts)
+    drawn = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    wanted = np.outer([*shares.values()], np.sum([*counts.values()], axis=0))  # (splits, classes)
+    missing, split_of = wanted.copy(), dict[str, str]()
+    for group in sorted(drawn, key=lambda name: -counts[name].sum()):
+        number = int((missing / wanted @ counts[group]).argmax())
+        missing[number] -= counts[group]
+        split_of[group] = [*shares][number]
+    return [replace(record, split=split_of[record.group]) for record in records]
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +16,7 @@ from llava.data.sources import EVERY_SPLIT, DataConfig, Source, open_source, spl
 from llava.data.splits import (
     LeakError,
     check_leaks,
-    choose_groups,
+    divide,
     near_duplicates,
     refuse_groups,
     require_both_classes,
@@ -30,7 +30,6 @@ from llava.ops.degrade import DegradeConfig
 from llava.train.forging import ForgingConfig, ForgingSource
 
 log = logging.getLogger(__name__)
-OWN_FRACTION = 0.15  # of the images, for validation and for test, when the data come without splits
 
 
 Best: TypeAlias = Literal["auc", "macro_f1"]
@@ -258,15 +257,17 @@ def forging_source(config: DataConfig, forge: ForgingConfig | None, only: str = 
 
 
 def open_data(config: DataConfig, seed: int, forge: ForgingConfig | None = None) -> PhaseData:
-    """Open a source and pick its splits; data without splits are divided by groups, 70 : 15 : 15.
+    """Open a source and pick its splits; data without splits are divided by groups and classes.
 
     Raises LeakError when splits share a group (with `allow_leaks` it is a warning), ValueError when one lacks a class,
     is empty, or has unknown labels.
     """
     source = forging_source(config, forge)
-    names = {config.train, config.val, config.test}
-    if not names & {r.split for r in source.records}:
-        train, val, test = _divide(source.records, config, seed)
+    names = (config.train, config.val, config.test)
+    if not {*names} & {r.split for r in source.records}:
+        divided = divide(source.records, dict(zip(names, config.shares, strict=True)), seed)
+        train, val, test = ([r for r in divided if r.split == name] for name in names)
+        log.info("the data have no splits; divided by groups into %d / %d / %d images", len(train), len(val), len(test))
     else:
         train, val = split_of(source, config.train), split_of(source, config.val)
         test = [r for r in source.records if r.split == config.test]
@@ -292,18 +293,3 @@ def report_near_duplicates(data: PhaseData) -> list[dict[str, Any]]:
     if len(pairs) > 5:
         log.warning("... and %d more pairs; all are in metrics.json", len(pairs) - 5)
     return [{"first": first, "second": second, "distance": distance} for first, second, distance in pairs]
-
-
-def _divide(
-    records: Sequence[Record], config: DataConfig, seed: int
-) -> tuple[list[Record], list[Record], list[Record]]:
-    test = choose_groups([r.group for r in records], OWN_FRACTION, seed)
-    rest = [r for r in records if r.group not in test]
-    val = choose_groups([r.group for r in rest], OWN_FRACTION / (1 - OWN_FRACTION), seed)
-    named = [
-        replace(r, split=config.test if r.group in test else config.val if r.group in val else config.train)
-        for r in records
-    ]
-    parts = [[r for r in named if r.split == split] for split in (config.train, config.val, config.test)]
-    log.info("the data have no splits; divided by groups into %d / %d / %d images", *(len(p) for p in parts))
-    return parts[0], parts[1], parts[2]
