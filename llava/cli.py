@@ -53,6 +53,9 @@ COMMANDS = {
         "llava.data.conversations:build_verdicts", "turn labelled images into verdict-only conversations"
     ),
     "data ddvqa": Command("llava.data.ddvqa:build_ddvqa", "turn DD-VQA annotation files into training files"),
+    "data frames": Command(
+        "llava.data.frame_folders:write_frames", "write evenly spread, face-cropped frames of videos, and their table"
+    ),
     "data kaggle140k": Command(
         "llava.data.kaggle:build_kaggle", "copy (or download) Kaggle's 140k real and fake faces into class folders"
     ),
