@@ -129,7 +129,7 @@ def _written(items: Sequence[PackItem], config: FramesConfig) -> Iterator[Writte
 
 
 def _write_table(output: Path, rows: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    """Write a row per picture; gives how many there are, and of how many videos. Raises Incomplete when there is none."""
+    """Write a row per picture; gives how many there are, and of how many videos. Raises Incomplete for none."""
     files = [(path, rows[name]) for name in sorted(rows) for path in sorted((output / name).glob("*.*"))]
     if not files:
         raise Incomplete(f"No frame of {len(rows)} videos could be read.")

@@ -102,7 +102,7 @@ class DetectorTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> EpochSampler:
         dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, DetectionDataset)
-        balance, seed, batch_size = self.phase.loss.class_balance, self.phase.seed, self.phase.batch_size
+        balance, seed, batch_size = self.phase.loss.class_balance, self.phase.seed, self.phase.sizes[0]
         if balance != "pairs":
             return WholeBatches(dataset.targets, seed, balance == "sampling", batch_size)
         labels = [int(r.label or REAL) for r in dataset.records]
@@ -223,10 +223,11 @@ def train_phase(detector: Detector, phase: PhaseConfig, data: PhaseData, folder:
 def training_arguments(phase: PhaseConfig, folder: Path) -> TrainingArguments:
     """Translate a phase into Hugging Face's arguments."""
     strategy = "steps" if phase.eval_steps else "epoch"
+    batch_size, workers = phase.sizes
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=phase.batch_size,
-        per_device_eval_batch_size=phase.batch_size,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=phase.accumulation,
         num_train_epochs=phase.epochs,
         max_steps=phase.steps or -1,
@@ -245,8 +246,8 @@ def training_arguments(phase: PhaseConfig, folder: Path) -> TrainingArguments:
         greater_is_better=True,
         logging_steps=10,
         seed=phase.seed,
-        dataloader_num_workers=phase.workers,
-        dataloader_persistent_workers=phase.workers > 0,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
         label_names=["labels", "index"],
         restore_callback_states_from_checkpoint=True,

@@ -102,7 +102,9 @@ class PhaseConfig:
     collapse: CollapseConfig = setting(CollapseConfig())
     epochs: int = setting(200, "times the training split is gone through")
     steps: int = setting(0, "steps of the phase whatever the size of the split; 0 = by epochs")
-    batch_size: int = setting(80, "images per step and process")
+    batch_size: int | Literal["auto"] = setting(
+        80, "images per step and process; auto = as many as fit into the memory, 128 at most"
+    )
     accumulation: int = setting(1, "batches whose gradients are added up into one step")
     eval_steps: int = setting(0, "steps between two evaluations on the whole validation split; 0 = each epoch")
     best: Best = setting(
@@ -113,7 +115,15 @@ class PhaseConfig:
     init_from: str | None = setting(None, "folder of a trained detector to start from (default: the phase before)")
     freeze: tuple[str, ...] = setting((), "modules that are not trained, as patterns: backbone, vision_encoder.*")
     seed: int = setting(100, "seed of weights, order and degradations")
-    workers: int = setting(4, "processes that prepare images; 0 = none beside the training")
+    workers: int | Literal["auto"] = setting(
+        4, "processes that prepare images; 0 = none beside the training, auto = the cores that it leaves"
+    )
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Give batch size and workers, which are numbers once a training has begun."""
+        assert self.batch_size != "auto" and self.workers != "auto", "see llava.train.sizes.settled"
+        return self.batch_size, self.workers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,7 @@ from llava.train.scoring import (
     score,
     with_versions,
 )
+from llava.train.sizes import SIZES, settled
 
 log = logging.getLogger("llava.train.stage_1")  # run with -m, __name__ is another
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "stage_1" / "m2f2.yaml"
@@ -118,6 +119,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     duplicates = report_near_duplicates(splits) if recipe.near_duplicates else None
     if _is_main():
         write_run(folder, to_dict(recipe), recipe.seed)
+    phases = settled(recipe, phases, data, folder)
+    last = last_training(phases, data)[0]
     previous = None
     for i, (phase, phase_data) in enumerate(zip(phases, data, strict=True)):
         previous = _run_phase(recipe, phase, phase_data, folder / "phases" / str(i), previous)
@@ -180,7 +183,8 @@ def prepare_folder(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if not recipe.resume or not record.is_file():
         if _is_main():
             shutil.rmtree(folder / "phases", ignore_errors=True)
-            (folder / RESULTS).unlink(missing_ok=True)
+            for name in (RESULTS, SIZES):
+                (folder / name).unlink(missing_ok=True)
         return None
     settings = to_dict(recipe)
     other = other_settings(folder, settings, settings.keys() - set(FREE_TO_CHANGE))
@@ -230,12 +234,12 @@ def finish(detector: Detector, recipe: Recipe, phase: PhaseConfig, data: PhaseDa
     They are fitted on validation, unless the last phase has fitted them on a fold of its own.
     """
     device = pick_device()
-    score_val = partial(score, detector, data.source, data.val, device, phase.batch_size, phase.workers)
+    score_val = partial(score, detector, data.source, data.val, device, *phase.sizes)
     scored = {"val": score_val()}
     if not recipe.fits_calibration:
         settle(detector, fitted_on(recipe, scored["val"], score_val), recipe, validation_fold(phase, data))
     if data.test:
-        scored["test"] = score(detector, data.source, data.test, device, phase.batch_size, phase.workers)
+        scored["test"] = score(detector, data.source, data.test, device, *phase.sizes)
     if _is_main():
         detector.save(folder)
         for name, predictions in scored.items():
@@ -301,7 +305,7 @@ def fit_phase(detector: Detector, phase: PhaseConfig, fold: Fold, recipe: Recipe
     """
     fold.refuse(detector.trained_on, "trained on")
     device = pick_device()
-    run = (fold.source, fold.records, device, phase.batch_size, phase.workers)
+    run = (fold.source, fold.records, device, *phase.sizes)
     for name in part_names(detector, phase):
         if name == CALIBRATION:
             score_fold = partial(score, detector, *run)
