@@ -32,12 +32,20 @@ from llava.train.engine import (
     DetectorTrainer,
     WholeBatches,
     balance_classes,
-    flat_metrics,
     train_phase,
     training_arguments,
 )
 from llava.train.recipe import CollapseConfig, Fold, LossConfig, OptimConfig, PhaseConfig, Recipe, data_name, open_data
-from llava.train.scoring import CollapseError, changed, check_collapse, measured, probe_answers, score, with_versions
+from llava.train.scoring import (
+    CollapseError,
+    changed,
+    check_collapse,
+    flat_metrics,
+    measured,
+    probe_answers,
+    score,
+    with_versions,
+)
 from llava.train.stage_1 import settle
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")

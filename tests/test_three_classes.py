@@ -21,10 +21,9 @@ from llava.pipeline import Pipeline
 from llava.pipeline.settings import FaceSettings
 from llava.pipeline.verdict import meaning
 from llava.train import stage_1
-from llava.train.engine import flat_metrics
 from llava.train.evaluate import ScoreConfig, evaluate
 from llava.train.recipe import Recipe, open_data
-from llava.train.scoring import CollapseError, score
+from llava.train.scoring import CollapseError, flat_metrics, score
 
 DETECTORS.add("toy", "toy_detector:ToyDetector")
 DETECTORS.add("three_class", "toy_detector:ThreeClassDetector")

@@ -1,41 +1,42 @@
-"""One phase of detector training on HF Trainer: our samples, parameter groups, schedule, metrics and files."""
+"""One phase of detector training on HF Trainer: samples, parameter groups, schedule, files, and what watches it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.core.runtime import last_checkpoint, write_json
 from llava.core.types import REAL
 from llava.data.dataset import DetectionDataset, EpochSampler, collate
 from llava.data.splits import group_hashes
 from llava.detectors.base import Detector
-from llava.evaluation.metrics import detection_report
-from llava.evaluation.predictions import Predictions
-from llava.train.callbacks import CollapseCheck, ProgressLine, TensorBoard
-from llava.train.recipe import Best, OptimConfig, PhaseConfig, PhaseData
-from llava.train.scoring import CLASS_RECALL, answers_of, check_collapse, predictions_of, probe_answers, usable_data
+from llava.train.recipe import CollapseConfig, OptimConfig, PhaseConfig, PhaseData
+from llava.train.scoring import answers_of, check_collapse, flat_metrics, predictions_of, probe_answers, usable_data
 
 log = logging.getLogger(__name__)
 HISTORY = "history.json"  # what was logged while a phase trained: losses by step, metrics by evaluation
 BEST = "best"  # sub-folder of a phase with its best detector; it exists when the phase is finished
-RESAMPLES_WHILE_TRAINING = 200
-# The best weights have the highest video AUC (or macro F1); this small share of the loss decides between equal ones.
-# One pair of 100 + 100 videos in another order changes the AUC by 1e-4.
-LOSS_IN_MERIT = 1e-5
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = {
     "cosine": "cosine",
@@ -43,6 +44,69 @@ SCHEDULES = {
     "constant": "constant_with_warmup",
     "one_cycle": "constant",  # not by Hugging Face, see `DetectorTrainer.create_scheduler`
 }
+
+
+class CollapseCheck(TrainerCallback):
+    """Check for collapse at each evaluation after the grace epochs."""
+
+    def __init__(self, config: CollapseConfig, answers: Callable[[], Mapping[str, float]]) -> None:
+        self.config, self.answers = config, answers
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the numbers just measured."""
+        if (state.epoch or 0) > self.config.grace_epochs:
+            check_collapse(metrics or {}, self.config, self.answers)
+
+
+class ProgressLine(ProgressCallback):
+    """The progress bar, with one short line per evaluation instead of every number."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss beside the bar and validation above it."""
+        if self.training_bar is None or logs is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}")
+        if "eval_video_auc" in logs:
+            log.info(
+                "epoch %.1f: validation AUC %.3f (frame), %.3f [%.3f, %.3f] (video), accuracy %.3f, loss %.3f",
+                state.epoch or 0.0,
+                logs["eval_frame_auc"],
+                logs["eval_video_auc"],
+                logs.get("eval_video_auc_low", float("nan")),
+                logs.get("eval_video_auc_high", float("nan")),
+                logs["eval_frame_accuracy"],
+                logs["eval_log_loss"],
+            )
+
+
+class TensorBoard(TensorBoardCallback):
+    """TensorBoard logs in a folder of the run; the model's settings are in run.json."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.logging_dir = str(folder)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the writer; a detector's config is no Hugging Face config and is left out."""
+        kwargs.pop("model", None)
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 class WholeBatches(EpochSampler):
@@ -289,33 +353,6 @@ def balance_classes(detector: Detector, phase: PhaseConfig, labels: list[int]) -
     even = torch.ones(len(detector.classes))
     weights = len(labels) / (len(detector.classes) * counts)
     detector.class_weights.copy_(weights if phase.loss.class_balance == "weights" else even)
-
-
-def flat_metrics(predictions: Predictions, threshold: float = 0.5, best: Best = "auc") -> dict[str, float]:
-    """Give frame and video numbers with interval bounds as one level of names, sd(p_fake), log loss and merit.
-
-    merit: what the best weights are chosen by, see `PhaseConfig.best`. Undefined numbers are left out, as the precision
-    when nothing is called fake.
-    """
-    report = detection_report(predictions, threshold, RESAMPLES_WHILE_TRAINING)
-    ends = {"value": "", "low": "_low", "high": "_high"}
-    flat = {
-        f"{level}_{name}{ends[end]}": numbers[end]
-        for level in ("frame", "video")
-        for name, numbers in report[level].items()
-        for end in ends
-        if numbers.get(end) is not None
-    }
-    if "multiclass" in report:
-        frames = report["multiclass"]["frame"]["classes"]
-        flat |= {f"{CLASS_RECALL}{name}": numbers["recall"]["value"] for name, numbers in frames.items()}
-        flat["video_macro_f1"] = report["multiclass"]["video"]["macro_f1"]["value"]
-        p_label = predictions.scores[np.arange(len(predictions)), predictions.targets]
-    else:
-        p_label = np.where(predictions.labels == 1, predictions.p_fake, 1 - predictions.p_fake)
-    log_loss = float(-np.log(p_label.clip(1e-7)).mean())
-    merit = flat[f"video_{best}"] - LOSS_IN_MERIT * log_loss
-    return {**flat, "sd_p_fake": float(predictions.p_fake.std()), "log_loss": log_loss, "merit": merit}
 
 
 def _schedule_options(optim: OptimConfig) -> dict[str, Any]:

@@ -167,6 +167,11 @@ class Recipe(PhaseConfig):
         """Whether the last phase calibrates; otherwise it is done after it, on the validation split."""
         return CALIBRATION in self.phase_list()[-1].parts
 
+    @property
+    def goes_by_machine(self) -> bool:
+        """Whether a phase leaves batch size or workers to the machine, see `llava.train.sizes`."""
+        return any("auto" in (phase.batch_size, phase.workers) for phase in self.phase_list())
+
     def detector_config(self) -> Any:
         """Give the detector's typed settings. Raises ValueError naming the setting and the nearest."""
         return build(DETECTORS.get(self.detector).Config, self.model, where="model")

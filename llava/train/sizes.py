@@ -35,8 +35,6 @@ def settled(
 
     Raises ValueError when not even the smallest batch fits into the memory.
     """
-    if not any("auto" in (phase.batch_size, phase.workers) for phase in phases):
-        return list(phases)
     record = folder / SIZES
     if record.is_file():
         known = json.loads(record.read_text(encoding="utf-8"))

@@ -119,7 +119,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     duplicates = report_near_duplicates(splits) if recipe.near_duplicates else None
     if _is_main():
         write_run(folder, to_dict(recipe), recipe.seed)
-    phases = settled(recipe, phases, data, folder)
+    phases = settled(recipe, phases, data, folder) if recipe.goes_by_machine else phases
     last = last_training(phases, data)[0]
     previous = None
     for i, (phase, phase_data) in enumerate(zip(phases, data, strict=True)):
