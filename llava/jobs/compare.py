@@ -22,6 +22,8 @@ from llava.evaluation.metrics import RankedScores
 from llava.evaluation.predictions import Predictions, by_video, read_csv
 from llava.evaluation.tables import markdown
 
+# Settings of a run that change neither what is learned nor from what.
+NOT_OF_A_MODEL = ("seed", "output_dir", "workers", "resume", "resamples", "near_duplicates", "collapse")
 HEADS = ("model", "seeds", "weights", "minutes", "AUC, mean and sd", "AUC of mean score", "difference", "p", "p DeLong")
 
 
@@ -113,7 +115,7 @@ def models_of(runs: Sequence[Path], level: Literal["frame", "video"]) -> dict[st
         scored = by_video(scored) if level == "video" else scored
         first = first or scored
         _refuse_other_items(first, scored, run, runs[0])
-        key = json.dumps({k: v for k, v in settings.items() if k not in ("seed", "output_dir", "workers", "resume")})
+        key = json.dumps({k: v for k, v in settings.items() if k not in NOT_OF_A_MODEL})
         model = by_settings.setdefault(key, Model([], [], settings))
         model.folders.append(run)
         model.scored.append(scored)
