@@ -209,14 +209,14 @@ def compare_terms(
     case: Fixture, name: str, wanted: dict[str, float], losses: dict[str, Tensor], detector: Radar
 ) -> None:
     """Compare the loss and its terms, which are unweighted there; a term of no weight can not be told."""
-    total = sum(float(value) for value in losses.values())
+    total = sum(value.item() for value in losses.values())
     case.close(f"{name}.total", total, wanted["total"], TERMS_OF_NET)
     weights = {"main": 1.0, "branch": detector.config.branch_weight, "orthogonal": detector.config.orthogonal_weight}
     weights["deep"] = detector.config.deep_weight
     for ours, value in losses.items():
         theirs = "deep_supervision" if ours == "deep" else ours
         if weights[ours]:
-            case.close(f"{name}.{theirs}", float(value) / weights[ours], wanted[theirs], TERMS_OF_NET)
+            case.close(f"{name}.{theirs}", value.item() / weights[ours], wanted[theirs], TERMS_OF_NET)
 
 
 def compare_step(case: Fixture, name: str, run: dict[str, Any], detector: Radar) -> None:
